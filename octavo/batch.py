@@ -1,0 +1,111 @@
+"""What crosses from the engine to the runner and back: one flat `Batch` of arrays, one `StepResult`.
+
+A Batch is complete: a worker needs nothing else to compute a step, so it keeps no mirror of requests. Rows are
+sequences; tokens of all rows lie one after another, so a prompt's chunk and a single decoded token look alike.
+
+    row          0             1    2
+    token_ids    [ 5 9 2 7 ]   [3]  [ 8 1 ]
+    query_start  0             4    5        7
+    seq_lens     4 (a prompt)  90   18 (16 cached tokens and a chunk of 2)
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class SamplingColumns:
+    """Sampling parameters, one entry a sample (S in all). A feature that no sample uses has empty arrays.
+
+    The noise of a sample is a function of (`seed`, `counter`, token id) alone, so a seeded request draws the same
+    tokens in any batch. `temperature` 0 is exact argmax.
+    """
+
+    temperature: Floats
+    top_k: Ints  # 0: off
+    top_p: Floats  # 1: off
+    min_p: Floats  # 0: off
+    seed: NDArray[np.uint64]
+    counter: Ints  # index of the token being drawn, in its sequence
+    num_logprobs: Ints  # -1: none, 0: of the drawn token alone, k: also of the k most likely
+    # Added to logits, as (sample, token id, value) triples; -inf forbids a token.
+    bias_sample: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    bias_token: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    bias_value: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    # Samples that may draw only from a list: sample `allowed_sample[i]` from `allowed_token` between the starts.
+    allowed_sample: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    allowed_start: Ints = field(default_factory=lambda: np.zeros(1, np.int32))
+    allowed_token: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    # Samples with penalties: history of sample `penalty_sample[i]` is `history` between `history_start[i]` and
+    # `history_start[i + 1]`, of which the first `history_prompt[i]` tokens are its prompt.
+    penalty_sample: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    repetition_penalty: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    presence_penalty: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    frequency_penalty: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    history_start: Ints = field(default_factory=lambda: np.zeros(1, np.int32))
+    history_prompt: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    history: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.temperature)
+
+
+@dataclass(slots=True)
+class PromptLogprobs:
+    """Prompt positions of this step whose next token's logprob is asked for, one entry a position."""
+
+    token_index: Ints  # flat index of the position's token in this step
+    target: Ints  # the prompt token that follows it
+    num_logprobs: Ints  # how many of the most likely tokens are wanted as well
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step. R rows, T tokens, S samples; see the module's picture."""
+
+    token_ids: Ints  # [T]
+    positions: Ints  # [T] place of each token in its sequence
+    slots: Ints  # [T] place of each token in the cache: block * block_size + offset
+    query_start: Ints  # [R + 1]
+    seq_lens: Ints  # [R] tokens whose K/V is in the cache after this step
+    block_tables: Ints  # [R, most blocks of a row], padded with 0
+    ntk_alpha: Floats  # [R] factor on the rotary base, see RopeConfig.ntk_alpha
+    sample_index: Ints  # [S] flat index of the token after which a sample is drawn; n samples name it n times
+    sampling: SamplingColumns
+    block_copies: Ints  # [C, 2] blocks to copy, source to destination, before the step (copy-on-write)
+    prompt_logprobs: PromptLogprobs | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.seq_lens)
+
+
+@dataclass(slots=True)
+class LogprobColumns:
+    """Log probabilities of E entries, from the model's own distribution (before temperature, filters, penalties).
+
+    Column 0 is the drawn (or the prompt's) token, columns 1 to k the most likely ones in falling order.
+    """
+
+    token_ids: Ints  # [E, 1 + k]
+    logprobs: Floats  # [E, 1 + k]
+    rank: Ints  # [E] rank of the token in column 0; 1 is the most likely
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step gives back: the only copy from device to host."""
+
+    token_ids: Ints  # [S]
+    logprobs: LogprobColumns | None = None  # E = S when any sample asks
+    prompt_logprobs: LogprobColumns | None = None  # E = entries of Batch.prompt_logprobs

@@ -1,0 +1,190 @@
+"""What a model is (`ModelConfig`), what a user may ask for (`EngineOptions`) and what runs (`EngineConfig`).
+
+An option is written once, as a dataclass field with its default and its help; the command line, its `--help` and the
+documentation are generated from these fields. `EngineOptions` may hold `None` for "choose for me"; the resolved,
+frozen `EngineConfig` holds no such thing. Nothing here loads torch or touches a device.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from octavo.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2:135m"
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def option(default: Any, help: str, **cli: Any) -> Any:
+    """A dataclass field that is also a command-line option; `cli` holds what the flag adds (metavar, parse)."""
+    return field(default=default, metadata={"help": help, **cli})
+
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {unit + "i": 1024 ** (power + 1) for power, unit in enumerate("kmgt")}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as `2GiB`, `512M` or `1000000`; raises `ConfigError` on anything else."""
+    if isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if not found or found[2] not in _UNITS:
+        raise ConfigError(f"size {text!r} is not understood: write bytes or a unit, as in 2GiB or 512MB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def format_size(size: float) -> str:
+    """`size` bytes for a person: `1.50 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding of a model.
+
+    `scaling` names the rule for long contexts: `linear`, `llama3`, `yarn`, and `dynamic`, the last of which stretches
+    the base by an NTK factor that is chosen once per sequence from its prompt's length (see `ntk_alpha`), so that a
+    cached key never depends on what came after it.
+    """
+
+    theta: float = 10000.0
+    rotary_dim: int = 0
+    scaling: Literal["none", "linear", "llama3", "yarn", "dynamic"] = "none"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def ntk_alpha(self, prompt_len: int) -> float:
+        """Factor on the base for a sequence whose prompt has `prompt_len` tokens; 1.0 but under `dynamic`."""
+        if self.scaling != "dynamic" or prompt_len <= self.original_max_position:
+            return 1.0
+        return self.factor * prompt_len / self.original_max_position - (self.factor - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape and arithmetic of a decoder, whatever file it came from.
+
+    Widths in elements: `hidden_size` D, `num_heads` N query heads of `head_dim` H on `num_kv_heads` K, MLP width
+    `intermediate_size`, `vocab_size` V. `max_position` is the longest context the model was made for, in tokens.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    dtype: str = "float32"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of K and V that one token keeps in the cache, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+
+@dataclass(slots=True)
+class EngineOptions:
+    """What a user may choose about the engine. `None` (or `auto`) lets Octavo choose for model and machine."""
+
+    model: str = option(
+        DEFAULT_MODEL, "a known name, a GGUF file or a Hugging Face folder", positional=True, metavar="MODEL"
+    )
+    tokenizer: str | None = option(None, "folder or file to take the tokenizer from, if not from the model")
+    dtype: Dtype = option("auto", "type of weights and activations")
+    device: Device = option("auto", "where to run")
+    load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights of the model's real shape")
+    max_model_len: int | None = option(None, "longest context (prompt and answer) in tokens")
+    block_size: int = option(16, "tokens in one block of the KV cache")
+    kv_cache_memory: int | None = option(
+        None, "memory for the KV cache, such as 2GiB", metavar="SIZE", parse=parse_size
+    )
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory that Octavo may take in all")
+    cpu_memory_utilization: float = option(0.5, "share of the free memory that weights and KV cache may take")
+    max_num_seqs: int | None = option(None, "most sequences in one step")
+    max_num_batched_tokens: int | None = option(None, "most tokens in one step; long prompts go in chunks")
+    enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt beginnings")
+    seed: int = option(0, "seed of the requests that bring none")
+
+    def __post_init__(self) -> None:
+        if self.kv_cache_memory is not None:
+            self.kv_cache_memory = parse_size(self.kv_cache_memory)
+        for name in ("max_model_len", "block_size", "kv_cache_memory", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        for name in ("gpu_memory_utilization", "cpu_memory_utilization"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise ConfigError(f"{name} is {value}; it must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What runs: `EngineOptions` resolved against a model and a machine. Nothing in it is left to choose."""
+
+    model: ModelConfig
+    dtype: str
+    kv_dtype: str
+    device: str
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_prefix_caching: bool
+    seed: int
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Blocks that one sequence of `max_model_len` tokens needs."""
+        return math.ceil(self.max_model_len / self.block_size)
+
+
+@dataclass(slots=True)
+class ServerOptions:
+    """What a user may choose about the HTTP server."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    port: int = option(8000, "port to listen on")
+    served_model_name: str | None = option(None, "name that clients use; the model's own by default")
+    api_key: str | None = option(None, "clients must send this key (Authorization: Bearer KEY)")
+    max_queued_requests: int = option(1024, "waiting requests before new ones get 429")
+    max_body_bytes: int = option(32 * 1024**2, "largest request body", metavar="SIZE", parse=parse_size)
+    drain_seconds: float = option(30.0, "how long running requests may go on after SIGTERM")
+    watchdog_seconds: float = option(120.0, "a step pending for longer makes /health false")
+    on_engine_death: Literal["restart", "exit"] = option("restart", "what to do when the engine process dies")
+
+
+def cache_home() -> Path:
+    """Folder of downloaded models: `OCTAVO_HOME`, or `~/.cache/octavo`."""
+    import os
+
+    return Path(os.environ.get("OCTAVO_HOME") or Path.home() / ".cache" / "octavo")

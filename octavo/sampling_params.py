@@ -1,0 +1,142 @@
+"""How a request's tokens are drawn and when it ends. Names and meanings are those that vLLM's users know."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from octavo.errors import RequestError, nearest
+
+MAX_LOGPROBS = 100
+MAX_N = 128
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling parameters of one request; checked when made, a `RequestError` names the field, value and range.
+
+    `temperature` 0 is greedy: exact argmax after bias and penalties. Filters apply in the order top_k, top_p, min_p
+    to the distribution at the given temperature. `seed` fixes the tokens whatever else is in the batch.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = field(default_factory=list)
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        self.stop = list(self.stop or [])
+        self.stop_token_ids = list(self.stop_token_ids or [])
+        self.bad_words = list(self.bad_words or [])
+        if self.top_k == -1:
+            self.top_k = 0
+        if self.logit_bias is not None:
+            self.logit_bias = self._integer_keys(self.logit_bias)
+        self._check_types()
+        self._check_ranges()
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "SamplingParams":
+        """Parameters from a mapping; an unknown name is an error with the nearest known one."""
+        known = {f.name for f in fields(cls)}
+        for name in given:
+            if name not in known:
+                raise RequestError(f"{name} is not a sampling parameter.{nearest(name, known)}", name)
+        return cls(**given)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @staticmethod
+    def _integer_keys(bias: dict[Any, float]) -> dict[int, float]:
+        try:
+            return {int(token): float(value) for token, value in bias.items()}
+        except (TypeError, ValueError, AttributeError):
+            raise RequestError("logit_bias must map token ids to numbers", "logit_bias") from None
+
+    def _check_types(self) -> None:
+        for name in ("n", "top_k", "min_tokens"):
+            _require(name, getattr(self, name), int)
+        for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), int)
+        for name in (
+            *("temperature", "top_p", "min_p"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+        ):
+            _require(name, getattr(self, name), (int, float))
+            if not math.isfinite(getattr(self, name)):
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be a finite number", name)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            _require(name, getattr(self, name), bool)
+        for name in ("stop", "bad_words"):
+            for item in getattr(self, name):
+                _require(name, item, str)
+                if not item:
+                    raise RequestError(f"{name} holds an empty string; leave it out", name)
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for item in getattr(self, name) or ():
+                _require(name, item, int)
+
+    def _check_ranges(self) -> None:
+        _in_range("n", self.n, 1, MAX_N)
+        _in_range("temperature", self.temperature, 0, None)
+        _in_range("top_k", self.top_k, 0, None)
+        _in_range("min_p", self.min_p, 0, 1)
+        _in_range("presence_penalty", self.presence_penalty, -2, 2)
+        _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        _in_range("min_tokens", self.min_tokens, 0, None)
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1", "top_p")
+        if self.repetition_penalty <= 0:
+            raise RequestError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0", "repetition_penalty"
+            )
+        if self.seed is not None:
+            _in_range("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_tokens is not None:
+            _in_range("max_tokens", self.max_tokens, 1, None)
+            if self.min_tokens > self.max_tokens:
+                raise RequestError(
+                    f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}", "min_tokens"
+                )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _in_range(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids is empty; no token could be drawn", "allowed_token_ids")
+
+
+def _require(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wanted = kind.__name__ if isinstance(kind, type) else "number"
+        raise RequestError(f"{name} is {value!r}; it must be of type {wanted}", name)
+
+
+def _in_range(name: str, value: float, low: float, high: float | None) -> None:
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise RequestError(f"{name} is {value}; it must be {wanted}", name)
