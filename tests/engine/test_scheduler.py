@@ -113,7 +113,7 @@ def test_equal_beginnings_share_blocks():
     bench.add("first", prompt)
     bench.run()
     bench.add("second", prompt)
-    bench.add("third", prompt[:20] + [1, 2, 3])
+    bench.add("third", [*prompt[:20], 1, 2, 3])
     bench.step()
     assert bench.cached == {"first": 0, "second": 40, "third": 20}
     assert bench.scheduler.stats().blocks_owned < 2 * 11
