@@ -104,7 +104,10 @@ class GgufFile:
         num_tensors, num_keys = reader.scalar("Q"), reader.scalar("Q")
         # The smallest tensor entry and the smallest key take more than 13 bytes: a damaged count stops here.
         if (num_tensors + num_keys) * 13 > len(self.data):
-            raise reader.broken(f"claims {num_tensors} tensors and {num_keys} keys, more than fit into it")
+            raise reader.broken(
+                f"was cut short or is damaged: it claims {num_tensors} tensors and {num_keys} keys; fetch "
+                "it again"
+            )
         for _ in range(num_keys):
             key = reader.string()
             self.metadata[key] = reader.value(reader.scalar("I"))

@@ -62,6 +62,11 @@ def build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     raises `CheckpointError` naming `path` when it is of another kind.
     """
     kind = metadata.get("tokenizer.ggml.model")
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    for name in ("bos", "eos", "unknown"):
+        index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if index is not None and not 0 <= index < len(tokens):
+            raise CheckpointError(f"{path} gives {name} as token {index} of {len(tokens)}; convert it again")
     if kind == "gpt2":
         tokenizer, bos = _byte_level(metadata, path)
     elif kind == "llama":
@@ -71,7 +76,7 @@ def build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     _add_special_tokens(tokenizer, metadata)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
     if metadata.get("tokenizer.ggml.add_bos_token", bos) and bos_id is not None:
-        text = metadata["tokenizer.ggml.tokens"][bos_id]
+        text = tokens[bos_id]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{text}:0 $A:0", special_tokens=[(text, bos_id)]
         )
@@ -168,7 +173,7 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _add_special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
-    """Control tokens become special ones, user defined tokens are matched in the text but are ordinary output."""
+    """Control tokens become special; user defined ones are matched in the text but are ordinary output."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types: list[int] = metadata.get("tokenizer.ggml.token_type") or []
     special, plain = [], []

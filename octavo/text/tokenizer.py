@@ -262,11 +262,6 @@ def _from_ggml(data: TokenizerData) -> Tokenizer:
     library = gguf_vocabulary.build(metadata, data.path)
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    for name, index in (("bos", bos), ("eos", eos)):
-        if index is not None and not 0 <= index < len(tokens):
-            raise CheckpointError(
-                f"{data.path} gives {name} as token {index} of {len(tokens)}; convert it again"
-            )
     templates = dict(data.chat_templates)
     for key, value in metadata.items():
         prefix, _, name = key.partition("tokenizer.chat_template")
