@@ -83,11 +83,9 @@ def open_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
 
 
 def open_tokenizer_data(source: str) -> TokenizerData:
-    """The tokenizer of `source`:
-
-    what `open_checkpoint` takes, or a folder that holds no more than a tokenizer.
-    """
-    path = _locate(source)
+    """The tokenizer of a model that `open_checkpoint` takes, of a folder with a tokenizer.json, or of that file."""
+    path = Path(source).expanduser()
+    path = path.parent if path.name == "tokenizer.json" and path.is_file() else _locate(source)
     if path.is_dir():
         from octavo.checkpoint.folder import read_tokenizer_data
 

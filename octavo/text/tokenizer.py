@@ -119,6 +119,14 @@ class Tokenizer:
         text = pieces.decode("utf-8", "replace")
         return text[1:] if self.strips_space and text.startswith(" ") else text
 
+    def make_template(self, source: str) -> ChatTemplate:
+        """A template that a user gives in place of the model's own, with this model's BOS and EOS texts."""
+        bos, eos = (
+            "" if index is None else self.token_text(index)
+            for index in (self.bos_token_id, next(iter(self.eos_token_ids), None))
+        )
+        return ChatTemplate(source, bos_token=bos, eos_token=eos)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text; empty for an id outside the vocabulary."""
         found = self._bytes.get(token_id)
