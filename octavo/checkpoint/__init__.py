@@ -110,9 +110,7 @@ def _locate(model: str) -> Path:
     if path.is_file():
         if path.suffix == ".gguf":
             return path
-        raise CheckpointError(
-            f"{model} is a file but not a .gguf one; for safetensors, name the folder around it"
-        )
+        raise CheckpointError(f"{model} is a file but not a .gguf one; for safetensors, name the folder around it")
     known = ", ".join(hub.MODELS)
     raise CheckpointError(
         f"model {model!r} is neither a known name ({known}), nor a .gguf file, nor a folder with config.json."

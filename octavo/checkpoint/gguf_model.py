@@ -85,13 +85,9 @@ class GgufCheckpoint:
         self._prefix = self._metadata.get("general.architecture", "")
         if self._prefix not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise CheckpointError(
-                f"{path} has architecture {self._prefix!r}; Octavo reads GGUF files of {known}"
-            )
+            raise CheckpointError(f"{path} has architecture {self._prefix!r}; Octavo reads GGUF files of {known}")
         self._architecture = ARCHITECTURES[self._prefix]
-        self._stored_names = {
-            self._translate(name): name for name in self._file.tensors if name != _ROPE_FACTORS
-        }
+        self._stored_names = {self._translate(name): name for name in self._file.tensors if name != _ROPE_FACTORS}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, tensor.dtype, tensor.shape, tensor.num_bytes)
             for name, stored in self._stored_names.items()
@@ -205,9 +201,7 @@ class GgufCheckpoint:
         scaling = {
             "rope_type": "yarn",
             "factor": factor,
-            "original_max_position_embeddings": self._key(
-                "rope.scaling.original_context_length", context_length
-            ),
+            "original_max_position_embeddings": self._key("rope.scaling.original_context_length", context_length),
             "beta_fast": self._key("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": self._key("rope.scaling.yarn_beta_slow", 1.0),
         }

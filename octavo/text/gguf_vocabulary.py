@@ -88,8 +88,7 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, boo
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in SPLITS:
         raise CheckpointError(
-            f"{path} cuts text as {name!r} (tokenizer.ggml.pre), which Octavo does not know; known: "
-            f"{', '.join(SPLITS)}"
+            f"{path} cuts text as {name!r} (tokenizer.ggml.pre), which Octavo does not know; known: {', '.join(SPLITS)}"
         )
     split = SPLITS[name]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
@@ -98,9 +97,7 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, boo
     vocabulary = _vocabulary(metadata["tokenizer.ggml.tokens"])
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges)
-    except (
-        Exception
-    ) as error:  # The library raises plain Exception for a merge that is not in the vocabulary.
+    except Exception as error:  # The library raises plain Exception for a merge that is not in the vocabulary.
         raise CheckpointError(f"{path} has a tokenizer that does not fit together: {error}") from None
     tokenizer = Tokenizer(model)
     if split.nfc:
@@ -146,9 +143,7 @@ def _merges(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
 
     each way to cut a piece, best score first.
     """
-    ordinary = {
-        token: index for index, token in enumerate(tokens) if types[index] not in (UNKNOWN, CONTROL, BYTE)
-    }
+    ordinary = {token: index for index, token in enumerate(tokens) if types[index] not in (UNKNOWN, CONTROL, BYTE)}
     found: list[tuple[float, int, int, str, str]] = []
     for token, index in ordinary.items():
         for cut in range(1, len(token)):

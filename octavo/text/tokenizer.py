@@ -215,11 +215,7 @@ def _decoder_kind(library: Library) -> tuple[str, bool]:
         0,
     )
     replaces = kinds[0] == "Replace" and (steps[0]["pattern"], steps[0]["content"]) == ({"String": "▁"}, " ")
-    if (
-        replaces
-        and kinds[1:3] == ["ByteFallback", "Fuse"]
-        and (len(kinds) == 3 or (strips and len(kinds) == 4))
-    ):
+    if replaces and kinds[1:3] == ["ByteFallback", "Fuse"] and (len(kinds) == 3 or (strips and len(kinds) == 4)):
         return "byte_fallback", strips
     return "other", False
 
@@ -244,9 +240,7 @@ def _from_json(data: TokenizerData) -> Tokenizer:
     # Requests of any length are encoded whole: the engine says which are too long.
     library.no_truncation()
     library.no_padding()
-    for index, entry in sorted(
-        data.settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])
-    ):
+    for index, entry in sorted(data.settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
         token = AddedToken(**entry)
         if library.id_to_token(int(index)) != token.content:
             continue
@@ -280,9 +274,7 @@ def _from_ggml(data: TokenizerData) -> Tokenizer:
         library,
         bos_token_id=bos,
         eos_token_ids=_as_ids(data.generation_config.get("eos_token_id")),
-        chat_template=_template(
-            templates, None if bos is None else tokens[bos], None if eos is None else tokens[eos]
-        ),
+        chat_template=_template(templates, None if bos is None else tokens[bos], None if eos is None else tokens[eos]),
     )
 
 

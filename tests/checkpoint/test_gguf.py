@@ -80,10 +80,7 @@ def write_model(path: Path, arch: str = "llama", **changes: Any) -> dict[str, np
 def test_tensors_are_those_of_hugging_face(tmp_path: Path, arch: str) -> None:
     extra: dict[str, Any] = {}
     if arch == "qwen2":
-        extra = {
-            f"model.layers.0.self_attn.{x}_proj.bias": (n * HEAD_DIM,)
-            for x, n in (("q", 4), ("k", 2), ("v", 2))
-        }
+        extra = {f"model.layers.0.self_attn.{x}_proj.bias": (n * HEAD_DIM,) for x, n in (("q", 4), ("k", 2), ("v", 2))}
     if arch == "qwen3":
         extra = {f"model.layers.0.self_attn.{x}_norm.weight": (HEAD_DIM,) for x in "qk"}
     tensors = write_model(tmp_path / "m.gguf", arch, tensors=extra | {"lm_head.weight": (4, WIDTH)})
@@ -92,9 +89,7 @@ def test_tensors_are_those_of_hugging_face(tmp_path: Path, arch: str) -> None:
     for name, tensor in tensors.items():
         assert checkpoint.tensors[name].shape == tensor.shape
         assert checkpoint.tensors[name].dtype == "F32"
-        np.testing.assert_array_equal(
-            checkpoint.read(name).view(np.float32).reshape(tensor.shape), tensor, name
-        )
+        np.testing.assert_array_equal(checkpoint.read(name).view(np.float32).reshape(tensor.shape), tensor, name)
     expected = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     assert checkpoint.config["architectures"] == [expected[arch]]
     assert checkpoint.config["tie_word_embeddings"] is False
@@ -102,9 +97,7 @@ def test_tensors_are_those_of_hugging_face(tmp_path: Path, arch: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1])
-def test_rows_of_quantized_q_and_k_come_back_in_order(
-    tmp_path: Path, kind: gguf.GGMLQuantizationType
-) -> None:
+def test_rows_of_quantized_q_and_k_come_back_in_order(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
     tensors = write_model(tmp_path / "m.gguf", quantize=kind)
     checkpoint = open_checkpoint(str(tmp_path / "m.gguf"))
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"):

@@ -37,8 +37,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT) -> None:
         wheel.writestr("octavo_test_tiny/__init__.py", "")
         wheel.writestr(
             f"{info}/METADATA",
-            "Metadata-Version: 2.1\nName: octavo-test-tiny\nVersion: 1.0\nRequires-Dist: "
-            "octavo-test-nothing==9\n",
+            "Metadata-Version: 2.1\nName: octavo-test-tiny\nVersion: 1.0\nRequires-Dist: octavo-test-nothing==9\n",
         )
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
@@ -62,9 +61,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def files(home: Path) -> list[str]:
     """Every file in the cache but the lock."""
-    return sorted(
-        str(path.relative_to(home)) for path in home.rglob("*") if path.is_file() and path.name != "lock"
-    )
+    return sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file() and path.name != "lock")
 
 
 WHOLE = ["models/tiny-1/tiny.gguf"]

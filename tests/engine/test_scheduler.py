@@ -187,8 +187,8 @@ def test_admission_looks_ahead_and_shared_blocks_count_once():
         bench.add(f"r{i}", [*prompt_of(160), i], max_tokens=4)
     for _ in range(3):
         bench.step()
-    # Thirteen prompts of 160 tokens are 520 blocks if each is counted alone; shared they are 40, and all run at once.
-    assert bench.scheduler.stats().running >= 12
+    # Each prompt fills 41 of the 64 blocks; counted alone, one request would run at a time.
+    assert bench.scheduler.stats().running >= 8
     bench.run()
 
 

@@ -66,9 +66,7 @@ def plain(metadata: dict[str, Any]) -> PlainBPE:
     return PlainBPE(metadata)
 
 
-def test_the_hard_text_is_tokenized_like_the_reference(
-    smollm2: Tokenizer, plain: PlainBPE, hard_text: str
-) -> None:
+def test_the_hard_text_is_tokenized_like_the_reference(smollm2: Tokenizer, plain: PlainBPE, hard_text: str) -> None:
     ids = smollm2.encode(hard_text)
     assert ids == plain.encode(hard_text)
     assert smollm2.decode(ids) == hard_text
@@ -98,9 +96,7 @@ def test_other_ways_to_cut(metadata: dict[str, Any], hard_text: str, pre: str, p
     if pre == "llama-bpe":
         # A word that is a token is taken whole, without merging.
         whole = reference.encode_word
-        reference.encode_word = lambda p: (
-            [reference.ids["".join(p)]] if "".join(p) in reference.ids else whole(p)
-        )
+        reference.encode_word = lambda p: [reference.ids["".join(p)]] if "".join(p) in reference.ids else whole(p)
     assert ids == reference.encode(text)
     assert tokenizer.decode(ids) == text
 
@@ -122,9 +118,7 @@ def test_a_way_to_cut_that_is_unknown_is_named(metadata: dict[str, Any]) -> None
         ({"tokenizer.ggml.model": "llama"}, "no usable tokenizer.ggml.scores"),
     ],
 )
-def test_damaged_vocabularies_are_named(
-    metadata: dict[str, Any], changes: dict[str, Any], words: str
-) -> None:
+def test_damaged_vocabularies_are_named(metadata: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError) as raised:
         Tokenizer.from_data(TokenizerData(Path("m.gguf"), ggml=metadata | changes))
     assert words in str(raised.value)
@@ -186,9 +180,7 @@ def test_sentencepiece(sentencepiece: Any) -> None:
 
 
 def test_sentencepiece_without_a_space_in_front(sentencepiece: Any) -> None:
-    tokenizer = sentencepiece(
-        **{"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}
-    )
+    tokenizer = sentencepiece(**{"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False})
     ids = tokenizer.encode("hello world")
     assert [tokenizer.library.id_to_token(i) for i in ids] == ["hello", "▁world"]
     assert tokenizer.decode(ids) == "hello world"
