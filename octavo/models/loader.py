@@ -18,7 +18,6 @@ from octavo.models import family_of
 from octavo.models.decoder import Decoder
 from octavo.models.weights import Weights
 
-_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that older exports stored beside the weights; what they hold follows from the configuration.
 _NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
@@ -69,10 +68,7 @@ class CheckpointTensors:
             )
         self.taken.add(name)
         data = _mapped(self.checkpoint, name).to(self.device)
-        if info.dtype not in _DENSE:
-            return dequantize(data, info.dtype, shape).to(self.dtype)
-        dense = data.view(_DENSE[info.dtype])
-        return dense.view(shape).to(self.dtype)
+        return dequantize(data, info.dtype, shape, self.dtype)
 
     def check_all_taken(self, ignored: set[str]) -> None:
         left = [

@@ -1,4 +1,4 @@
-"""GGUF's block formats, dequantized to fp32: each block of 32 or 256 weights has its own scale.
+"""GGUF's block formats, dequantized: each block of 32 or 256 weights has its own scale.
 
 Formats as in the ggml project's `ggml-quants`; the layouts are drawn at each function. Works on any device,
 in vectorized torch. Reading files and choosing what to keep quantized is done elsewhere.
@@ -13,19 +13,21 @@ import torch
 from octavo.errors import CheckpointError
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Weights worked on at once: intermediates of this size stay in the processor's cache.
-_CHUNK = 2**18
+# Weights worked on at once: what is in between stays in the processor's cache, and torch does not wake its threads
+# for so little, whose wake-ups cost more than the work.
+_CHUNK = 2**15
 
 
-def dequantize(data: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The fp32 tensor of `shape` that the flat uint8 `data` holds in GGUF's `dtype`.
+def dequantize(
+    data: torch.Tensor, dtype: str, shape: tuple[int, ...], to: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The tensor of `shape` that the flat uint8 `data` holds in GGUF's `dtype`: computed in fp32, rounded to `to`.
 
     Raises `CheckpointError` for an unknown dtype, or if the bytes are not those of so many weights.
     """
     if dtype not in _PLAIN and dtype not in _FORMATS:
-        raise CheckpointError(
-            f"weights of type {dtype} cannot be read; known: {', '.join((*_PLAIN, *_FORMATS))}"
-        )
+        known = ", ".join((*_PLAIN, *_FORMATS))
+        raise CheckpointError(f"weights of type {dtype} cannot be read; known: {known}")
     count = torch.Size(shape).numel()
     weights, size = (1, _PLAIN[dtype].itemsize) if dtype in _PLAIN else _FORMATS[dtype][:2]
     if count % weights or data.numel() != count // weights * size:
@@ -33,13 +35,15 @@ def dequantize(data: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.
             f"a {dtype} tensor of shape {list(shape)} cannot have {data.numel()} bytes; the file is damaged"
         )
     if dtype in _PLAIN:
-        return data.view(_PLAIN[dtype]).float().view(shape)
-    decode = _FORMATS[dtype][2]
-    out = torch.empty(count // weights, weights, dtype=torch.float32, device=data.device)
-    step = _CHUNK // weights if data.device.type == "cpu" else len(out)
-    blocks = data.view(-1, size)
-    for start in range(0, len(out), step):
-        decode(blocks[start : start + step], out[start : start + step])
+        return data.view(_PLAIN[dtype]).view(shape).to(to)
+    decode, blocks = _FORMATS[dtype][2], data.view(-1, size)
+    out = torch.empty(len(blocks), weights, dtype=to, device=data.device)
+    step = _CHUNK // weights if data.device.type == "cpu" else max(len(blocks), 1)
+    fp32 = torch.empty(step, weights, device=data.device)
+    for start in range(0, len(blocks), step):
+        part = out[start : start + step]
+        decode(blocks[start : start + step], fp32[: len(part)])
+        part.copy_(fp32[: len(part)])
     return out.view(shape)
 
 
