@@ -106,11 +106,7 @@ class HFConfig:
 
         Files put it into `rope_parameters`, or (older) into `rope_scaling` with `rope_theta` beside it.
         """
-        inside = "rope_parameters" if self.fields.get("rope_parameters") else "rope_scaling"
-        stored = self.fields.get(inside) or {}
-        if not isinstance(stored, Mapping):
-            raise wrong(inside, stored, "an object with rope_type and its numbers")
-        scaling = HFConfig({"rope_type": stored.get("type"), **stored}, inside)
+        scaling = self._rope_object()
         kind = scaling.choice(
             "rope_type", "default", ("default", "none", "linear", "llama3", "yarn", "dynamic", "freq_factors")
         )
@@ -125,6 +121,22 @@ class HFConfig:
             factors = _freq_factors(scaling, rotary_dim)
             return RopeConfig(theta=theta, rotary_dim=rotary_dim, freq_factors=factors), max_position
         return _scaled(scaling, kind, theta, rotary_dim, max_position)
+
+    def _rope_object(self) -> "HFConfig":
+        """The object that describes the rotary embedding; a rule named twice must be the same."""
+        rules: dict[str, object] = {}
+        found = HFConfig({}, "rope_scaling")
+        for inside in ("rope_scaling", "rope_parameters"):
+            stored = self.fields.get(inside) or {}
+            if not isinstance(stored, Mapping):
+                raise wrong(inside, stored, "an object with rope_type and its numbers")
+            rules |= {f"{inside}.{word}": stored[word] for word in ("type", "rope_type") if stored.get(word)}
+            if stored:
+                found = HFConfig({"rope_type": stored.get("type"), **stored}, inside)
+        if len(set(rules.values())) > 1:
+            listed = ", ".join(f"{name} is {rule!r}" for name, rule in rules.items())
+            raise ConfigError(f"config.json: {listed}; they must be the same rule")
+        return found
 
 
 def _scaled(

@@ -68,7 +68,10 @@ class CheckpointTensors:
             )
         self.taken.add(name)
         data = _mapped(self.checkpoint, name).to(self.device)
-        return dequantize(data, info.dtype, shape, self.dtype)
+        try:
+            return dequantize(data, info.dtype, shape, self.dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {name}: {error}") from None
 
     def check_all_taken(self, ignored: set[str]) -> None:
         left = [

@@ -13,15 +13,15 @@ import torch
 from octavo.errors import CheckpointError
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Weights worked on at once: what is in between stays in the processor's cache, and torch does not wake its threads
-# for so little, whose wake-ups cost more than the work.
+# Weights worked on at once: what is in between stays in the processor's cache, and torch does not wake its
+# threads for so little; on a busy machine their wake-ups cost many times the work.
 _CHUNK = 2**15
 
 
 def dequantize(
     data: torch.Tensor, dtype: str, shape: tuple[int, ...], to: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """The tensor of `shape` that the flat uint8 `data` holds in GGUF's `dtype`: computed in fp32, rounded to `to`.
+    """The tensor of `shape` in the flat uint8 `data` of GGUF's `dtype`: computed in fp32, rounded to `to`.
 
     Raises `CheckpointError` for an unknown dtype, or if the bytes are not those of so many weights.
     """
@@ -39,11 +39,13 @@ def dequantize(
     decode, blocks = _FORMATS[dtype][2], data.view(-1, size)
     out = torch.empty(len(blocks), weights, dtype=to, device=data.device)
     step = _CHUNK // weights if data.device.type == "cpu" else max(len(blocks), 1)
-    fp32 = torch.empty(step, weights, device=data.device)
+    fp32 = out if to == torch.float32 else torch.empty(step, weights, device=data.device)
     for start in range(0, len(blocks), step):
         part = out[start : start + step]
-        decode(blocks[start : start + step], fp32[: len(part)])
-        part.copy_(fp32[: len(part)])
+        decoded = part if fp32 is out else fp32[: len(part)]
+        decode(blocks[start : start + step], decoded)
+        if decoded is not part:
+            part.copy_(decoded)
     return out.view(shape)
 
 
