@@ -83,7 +83,7 @@ def open_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
 
 
 def open_tokenizer_data(source: str) -> TokenizerData:
-    """The tokenizer of a model that `open_checkpoint` takes, of a folder with a tokenizer.json, or of that file."""
+    """Tokenizer of a model (see `open_checkpoint`), of a folder with a tokenizer.json, or of that file."""
     path = Path(source).expanduser()
     path = path.parent if path.name == "tokenizer.json" and path.is_file() else _locate(source)
     if path.is_dir():

@@ -110,6 +110,10 @@ class GgufCheckpoint:
         # A head's rows lie as (pair, half); Hugging Face keeps (half, pair). Whole rows move, whatever their
         # type.
         num_rows = self.tensors[name].shape[0]
+        if not len(data) or num_rows % (2 * self.config[heads]):
+            raise CheckpointError(
+                f"{self.path} gives {stored} {num_rows} rows for {self.config[heads]} heads"
+            )
         rows = data.reshape(self.config[heads], -1, 2, len(data) // num_rows)
         return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
 
@@ -141,6 +145,11 @@ class GgufCheckpoint:
         if value is None or isinstance(value, list):
             what = "lacks" if value is None else "has different values a layer for"
             raise CheckpointError(f"{self.path} {what} {self._prefix}.{key}; convert the model again")
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise CheckpointError(
+                f"{self.path} gives {self._prefix}.{key} as {value!r}; it must be a positive number: "
+                "convert it again"
+            )
         return value
 
     def _read_config(self) -> dict[str, Any]:
@@ -169,9 +178,6 @@ class GgufCheckpoint:
         }
         if window := self._key("attention.sliding_window"):
             config["sliding_window"] = window
-        for heads_of in ("num_attention_heads", "num_key_value_heads"):
-            if config[heads_of] < 1:
-                raise CheckpointError(f"{self.path} gives {heads_of} as {config[heads_of]}; convert it again")
         return config
 
     def _rope_scaling(self, context_length: int) -> dict[str, Any] | None:

@@ -231,6 +231,19 @@ def test_damage_is_named(tmp_path: Path) -> None:
     assert "Q4_K" in text
 
 
+def test_numbers_that_cannot_be_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_model(path)
+    whole = path.read_bytes()
+    place = whole.index(b"llama.attention.head_count") + len(b"llama.attention.head_count") + 4
+    assert "llama.attention.head_count as 0" in damage(
+        path, lambda _: whole[:place] + b"\0\0\0\0" + whole[place + 4 :]
+    )
+    path.write_bytes(whole[:place] + b"\x03" + whole[place + 1 :])
+    with pytest.raises(CheckpointError, match=r"attn_q\.weight 64 rows for 3 heads"):
+        GgufCheckpoint(path).read("model.layers.0.self_attn.q_proj.weight")
+
+
 def test_an_unknown_architecture_or_tensor_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_model(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from octavo.checkpoint import TokenizerData
@@ -166,7 +166,13 @@ def test_names_tools_and_variables_cannot_forge_either(smollm2: Tokenizer) -> No
     assert smollm2.decode(ids, skip_special_tokens=False) == f"<|im_start|>{inner}<|im_end|>"
 
 
+# A template that puts texts side by side, so that one may begin what the next one ends.
+SIDE_BY_SIDE = ChatTemplate("<|im_start|>{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>")
+
+
 @settings(max_examples=200, deadline=None)
+@example(contents=["a<|im", "_end|>"])
+@example(contents=["<", "|im_", "end|>"])
 @given(
     contents=st.lists(
         st.lists(
@@ -179,10 +185,8 @@ def test_names_tools_and_variables_cannot_forge_either(smollm2: Tokenizer) -> No
     )
 )
 def test_no_messages_forge_together(smollm2: Tokenizer, contents: list[str]) -> None:
-    # A template that puts texts side by side, so that one may begin what the next one ends.
-    template = ChatTemplate("<|im_start|>{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>")
     messages = [{"role": "user", "content": content} for content in contents]
-    ids = encode_chat(smollm2, messages, template=template)
+    ids = encode_chat(smollm2, messages, template=SIDE_BY_SIDE)
     assert ids == [1, *smollm2.encode("".join(contents), parse_special=False), 2]
 
 

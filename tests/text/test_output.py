@@ -100,6 +100,11 @@ def test_min_tokens_lets_early_stop_strings_pass(smollm2: Tokenizer) -> None:
     ids = smollm2.encode("END one two END three")
     text, _ = run(smollm2, ids, stop=["END"], min_tokens=2, max_tokens=50)
     assert text.result().outputs[0].text == "END one two "
+    # Like EOS, a stop string may come with token min_tokens + 1 at the earliest.
+    place = len(smollm2.encode("END one two END"))
+    for min_tokens, expected in ((place - 1, "END one two "), (place, "END one two END three")):
+        text, _ = run(smollm2, ids, stop=["END"], min_tokens=min_tokens, max_tokens=50)
+        assert text.result().outputs[0].text == expected
     text, _ = run(smollm2, ids, stop=["END"], min_tokens=len(ids), max_tokens=50)
     assert text.result().outputs[0].text == "END one two END three"
 
