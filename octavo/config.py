@@ -137,7 +137,13 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.kv_cache_memory is not None:
             self.kv_cache_memory = parse_size(self.kv_cache_memory)
-        for name in ("max_model_len", "block_size", "kv_cache_memory", "max_num_seqs", "max_num_batched_tokens"):
+        for name in (
+            "max_model_len",
+            "block_size",
+            "kv_cache_memory",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")

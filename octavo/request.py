@@ -53,8 +53,13 @@ class Sequence:
     ntk_alpha: float = 1.0
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
-    # Hashes of this sequence's full blocks, as far as they were needed; valid for any placement of the blocks.
+    # Hashes of this sequence's full blocks, as far as they were needed: they depend on tokens alone, so they outlive
+    # the blocks. The first `num_committed` blocks of the table have been offered to the prefix cache.
     block_hashes: list[bytes] = field(default_factory=list)
+    num_committed: int = 0
+    num_borrowed: int = 0  # blocks of the table that somebody else held when it was given them
+    fills: int = 0  # tokens up to which it fills blocks that its siblings already share and wait for
+    row: int = -1  # place in the engine's row table while the sequence holds blocks
     finish_reason: FinishReason | None = None
 
     @property

@@ -30,7 +30,7 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] = field(default_factory=list)
     seed: int | None = None
-    stop: list[str] = field(default_factory=list)
+    stop: list[str] | str = field(default_factory=list)
     stop_token_ids: list[int] = field(default_factory=list)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -41,9 +41,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            self.stop = [self.stop]
-        self.stop = list(self.stop or [])
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         self.stop_token_ids = list(self.stop_token_ids or [])
         self.bad_words = list(self.bad_words or [])
         if self.top_k == -1:
@@ -120,9 +118,7 @@ class SamplingParams:
         if self.max_tokens is not None:
             _in_range("max_tokens", self.max_tokens, 1, None)
             if self.min_tokens > self.max_tokens:
-                raise RequestError(
-                    f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}", "min_tokens"
-                )
+                raise RequestError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}", "min_tokens")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), 0, MAX_LOGPROBS)

@@ -16,15 +16,11 @@ from octavo.ops import Ops
 class KVCache:
     """`num_blocks` blocks of `block_size` tokens for each layer, zeroed."""
 
-    def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
         # Zeroed, since attention multiplies by zero what it hides, and a NaN would survive that.
         self.layers = [
-            LayerCache(
-                torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-            )
+            LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
             for _ in range(config.num_layers)
         ]
         self.device = device

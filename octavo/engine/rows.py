@@ -1,0 +1,169 @@
+"""Columns that stay from step to step, one row a running sequence, from which each step's Batch is cut.
+
+What a request fixes (sampling parameters, its block table as it grows) is written here once, so that building a batch
+is a handful of array look-ups instead of a walk over Python objects. Knows nothing of budgets or order.
+"""
+
+import numpy as np
+
+from octavo.batch import Batch, Ints, PromptLogprobs, SamplingColumns
+from octavo.request import Sequence
+
+# A request's sample k draws from the random stream seed + k * FORK_STRIDE (modulo 2**64): no two samples share one.
+FORK_STRIDE = 0x9E3779B97F4A7C15
+
+
+class RowTable:
+    """Rows 0 to `max_rows` - 1, each free or held by one sequence (`Sequence.row`)."""
+
+    def __init__(self, max_rows: int, max_blocks: int, block_size: int, eos_token_ids: tuple[int, ...]):
+        self._block_size = block_size
+        self._eos = eos_token_ids
+        self._free = list(range(max_rows - 1, -1, -1))
+        self._blocks = np.zeros((max_rows, max_blocks), np.int32)
+        self._ntk_alpha = np.ones(max_rows, np.float32)
+        self._temperature = np.zeros(max_rows, np.float32)
+        self._top_k = np.zeros(max_rows, np.int32)
+        self._top_p = np.ones(max_rows, np.float32)
+        self._min_p = np.zeros(max_rows, np.float32)
+        self._seed = np.zeros(max_rows, np.uint64)
+        self._num_logprobs = np.full(max_rows, -1, np.int32)
+
+    def add(self, seq: Sequence) -> None:
+        """Gives `seq` a row and writes what its request fixes."""
+        row = seq.row = self._free.pop()
+        params = seq.request.params
+        self._ntk_alpha[row] = seq.ntk_alpha
+        self._temperature[row] = params.temperature
+        self._top_k[row] = params.top_k
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._seed[row] = seq.seed
+        self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self.write_blocks(seq, 0)
+
+    def write_blocks(self, seq: Sequence, start: int) -> None:
+        """Copies `seq.block_table` from entry `start` on."""
+        self._blocks[seq.row, start : len(seq.block_table)] = seq.block_table[start:]
+
+    def remove(self, seq: Sequence) -> None:
+        self._free.append(seq.row)
+        seq.row = -1
+
+    def batch(
+        self,
+        entries: list[tuple[Sequence, int]],
+        samples: list[tuple[Sequence, int]],
+        prompt_spans: list[tuple[Sequence, int, int]],
+        copies: list[tuple[int, int]],
+    ) -> Batch:
+        """The Batch in which each (sequence, n) of `entries` computes the last n of its `num_computed` tokens.
+
+        `samples` are the sequences to draw for, in the entries' order, each with the number of its fork or 0.
+        `prompt_spans` are the (sequence, first position, count) whose prompt logprobs are wanted.
+        """
+        rows = np.array([seq.row for seq, _ in entries], np.int32)
+        counts = np.array([n for _, n in entries], np.int32)
+        first = np.array([seq.num_computed - n for seq, n in entries], np.int32)
+        query_start = np.zeros(len(entries) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        token_ids: list[int] = []
+        for seq, n in entries:
+            token_ids += seq.token_ids[seq.num_computed - n : seq.num_computed]
+        row_of_token = np.repeat(np.arange(len(entries), dtype=np.int32), counts)
+        positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(first - query_start[:-1], counts)
+        widest = max(len(seq.block_table) for seq, _ in entries)
+        tables = self._blocks[rows, :widest]
+        slots = tables[row_of_token, positions // self._block_size] * self._block_size
+        slots += positions % self._block_size
+        entry_of_row = np.zeros(len(self._blocks), np.int32)
+        entry_of_row[rows] = np.arange(len(entries))
+        return Batch(
+            token_ids=np.array(token_ids, np.int32),
+            positions=positions,
+            slots=slots,
+            query_start=query_start,
+            seq_lens=first + counts,
+            block_tables=tables,
+            ntk_alpha=self._ntk_alpha[rows],
+            sample_index=query_start[1 + entry_of_row[[seq.row for seq, _ in samples]]] - 1,
+            sampling=self._sampling([seq for seq, _ in samples], [fork for _, fork in samples]),
+            block_copies=np.array(copies, np.int32).reshape(-1, 2),
+            prompt_logprobs=_prompt_logprobs(prompt_spans, query_start[entry_of_row], first[entry_of_row]),
+        )
+
+    def _sampling(self, samples: list[Sequence], forks: list[int]) -> SamplingColumns:
+        rows = np.array([seq.row for seq in samples], np.int32)
+        columns = SamplingColumns(
+            temperature=self._temperature[rows],
+            top_k=self._top_k[rows],
+            top_p=self._top_p[rows],
+            min_p=self._min_p[rows],
+            seed=self._seed[rows] + np.array(forks, np.uint64) * np.uint64(FORK_STRIDE),
+            counter=np.array([seq.num_output for seq in samples], np.int32),
+            num_logprobs=self._num_logprobs[rows],
+        )
+        self._write_bias(samples, columns)
+        _write_allowed(samples, columns)
+        _write_penalties(samples, columns)
+        return columns
+
+    def _write_bias(self, samples: list[Sequence], columns: SamplingColumns) -> None:
+        """logit_bias, and -inf for what may not come yet (min_tokens) or next (bad words)."""
+        triples: list[tuple[int, int, float]] = []
+        for i, seq in enumerate(samples):
+            request, params = seq.request, seq.request.params
+            if params.logit_bias:
+                triples += [(i, token, value) for token, value in params.logit_bias.items()]
+            if seq.num_output < params.min_tokens:
+                triples += [(i, token, -np.inf) for token in {*self._eos, *params.stop_token_ids}]
+            for word in request.bad_words_token_ids:
+                *begin, last = word
+                answer = seq.num_output
+                if len(begin) <= answer and (not begin or seq.token_ids[-len(begin) :] == begin):
+                    triples.append((i, last, -np.inf))
+        if triples:
+            sample, token, value = zip(*triples, strict=True)
+            columns.bias_sample = np.array(sample, np.int32)
+            columns.bias_token = np.array(token, np.int32)
+            columns.bias_value = np.array(value, np.float32)
+
+
+def _write_allowed(samples: list[Sequence], columns: SamplingColumns) -> None:
+    chosen = [(i, seq.request.params.allowed_token_ids) for i, seq in enumerate(samples)]
+    lists = [(i, allowed) for i, allowed in chosen if allowed is not None]
+    if lists:
+        columns.allowed_sample = np.array([i for i, _ in lists], np.int32)
+        columns.allowed_start = np.cumsum([0, *(len(allowed) for _, allowed in lists)], dtype=np.int32)
+        columns.allowed_token = np.array([token for _, allowed in lists for token in allowed], np.int32)
+
+
+def _write_penalties(samples: list[Sequence], columns: SamplingColumns) -> None:
+    chosen = [(i, seq) for i, seq in enumerate(samples) if seq.request.params.has_penalties]
+    if not chosen:
+        return
+    params = [seq.request.params for _, seq in chosen]
+    columns.penalty_sample = np.array([i for i, _ in chosen], np.int32)
+    columns.repetition_penalty = np.array([p.repetition_penalty for p in params], np.float32)
+    columns.presence_penalty = np.array([p.presence_penalty for p in params], np.float32)
+    columns.frequency_penalty = np.array([p.frequency_penalty for p in params], np.float32)
+    columns.history_prompt = np.array([seq.num_prompt for _, seq in chosen], np.int32)
+    columns.history_start = np.cumsum([0, *(seq.num_tokens for _, seq in chosen)], dtype=np.int32)
+    columns.history = np.concatenate([np.array(seq.token_ids, np.int32) for _, seq in chosen])
+
+
+def _prompt_logprobs(
+    spans: list[tuple[Sequence, int, int]], start_of_row: Ints, first_of_row: Ints
+) -> PromptLogprobs | None:
+    """Flat token index and target of each wanted position, from each row's first flat index and first position."""
+    if not spans:
+        return None
+    index: list[int] = []
+    target: list[int] = []
+    wanted: list[int] = []
+    for seq, start, count in spans:
+        flat = int(start_of_row[seq.row] + start - first_of_row[seq.row])
+        index += range(flat, flat + count)
+        target += seq.token_ids[start + 1 : start + count + 1]
+        wanted += [seq.request.params.prompt_logprobs or 0] * count
+    return PromptLogprobs(np.array(index, np.int32), np.array(target, np.int32), np.array(wanted, np.int32))

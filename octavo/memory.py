@@ -1,0 +1,148 @@
+"""What fits: weights, KV cache and working memory against the memory that there is, before anything is loaded.
+
+Pure arithmetic on a `ModelConfig`, the sizes of its tensors and a number of free bytes; no torch, no device.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.config import DTYPE_BYTES, EngineConfig, EngineOptions, ModelConfig, format_size
+from octavo.errors import CapacityError, ConfigError
+
+# Choices for a device where the user makes none: (most sequences, most tokens) in a step. A CPU computes a token in
+# about a millisecond and more, so its chunks must be short if running streams are not to stall.
+STEP_SIZES = {"cpu": (64, 512), "cuda": (256, 8192)}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where the memory goes, in bytes; `budget` is what Octavo may take of `free`."""
+
+    free: int
+    budget: int
+    weights: int
+    working: int
+    kv_cache: int
+    kv_per_token: int
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    wanted_model_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    def lines(self) -> list[str]:
+        """The plan for a person, one fact a line."""
+        full = self.num_tokens / self.max_model_len
+        lines = [
+            f"memory: {format_size(self.free)} free, {format_size(self.budget)} to use: weights"
+            f" {format_size(self.weights)}, working memory {format_size(self.working)},"
+            f" KV cache {format_size(self.kv_cache)}",
+            f"KV cache: {self.kv_per_token:,} bytes a token, {self.num_blocks:,} blocks of {self.block_size} ="
+            f" {self.num_tokens:,} tokens = {full:.1f} requests of the full {self.max_model_len:,} tokens",
+        ]
+        if self.max_model_len < self.wanted_model_len:
+            lines.append(
+                f"context: {self.max_model_len:,} tokens fit of the model's {self.wanted_model_len:,};"
+                " raise --kv-cache-memory or --cpu-memory-utilization for more"
+            )
+        return lines
+
+
+def free_ram() -> int:
+    """Bytes of RAM that can still be taken: the system's, or what the control group leaves if that is less."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        free = int(found[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
+
+
+def working_bytes(model: ModelConfig, dtype: str, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """Bytes that a step of the largest size needs beside weights and cache: activations, and logits in fp32."""
+    width = 6 * model.hidden_size + 3 * model.intermediate_size + 4 * model.num_heads * model.head_dim
+    activations = max_num_batched_tokens * width * max(4, DTYPE_BYTES[dtype])
+    return activations + 3 * max_num_seqs * model.vocab_size * 4
+
+
+def resolve(
+    options: EngineOptions, model: ModelConfig, weights: int, *, device: str, dtype: str, free: int
+) -> tuple[EngineConfig, MemoryPlan]:
+    """Settles every open option for a `model` of `weights` bytes on a device with `free` bytes.
+
+    Raises `CapacityError` with the numbers and the option to set when weights, or one request of the wanted length,
+    do not fit; `ConfigError` when options contradict each other.
+    """
+    seqs, tokens = STEP_SIZES[device]
+    max_num_seqs = options.max_num_seqs or seqs
+    max_tokens = options.max_num_batched_tokens or max(tokens, max_num_seqs)
+    if max_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens is {max_tokens}, below max_num_seqs {max_num_seqs}: every sequence of a step"
+            " must have room for one token; raise the first or lower the second"
+        )
+    name = f"{'gpu' if device == 'cuda' else 'cpu'}_memory_utilization"
+    budget = int(free * getattr(options, name))
+    working = working_bytes(model, dtype, max_num_seqs, max_tokens)
+    per_token = model.kv_bytes_per_token(dtype)
+    wanted = options.max_model_len or model.max_position
+    if wanted > model.max_position:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the model was made for {model.max_position} tokens; lower it"
+        )
+    if weights + working > (free if options.kv_cache_memory else budget):
+        raise CapacityError(
+            f"weights need {format_size(weights)} and a step {format_size(working)}, but of {format_size(free)} free"
+            f" memory only {format_size(budget)} may be used (--{name.replace('_', '-')} {getattr(options, name)});"
+            " use a smaller or quantized model, or free memory"
+        )
+    kv_cache = options.kv_cache_memory or budget - weights - working
+    if options.kv_cache_memory and weights + working + kv_cache > free:
+        raise CapacityError(
+            f"kv_cache_memory is {format_size(kv_cache)}, but beside the weights only"
+            f" {format_size(free - weights - working)} are free; set --kv-cache-memory lower"
+        )
+    # More than every sequence at full length could never be used.
+    most = max_num_seqs * math.ceil(wanted / options.block_size)
+    num_blocks = min(most, kv_cache // (per_token * options.block_size))
+    fitting = num_blocks * options.block_size
+    if fitting < wanted and (options.max_model_len or fitting < options.block_size):
+        raise CapacityError(
+            f"a request of {wanted} tokens needs {format_size(wanted * per_token)} of KV cache, but"
+            f" {format_size(max(0, kv_cache))} are left; the largest context that fits is --max-model-len {fitting}"
+            f" (or raise --kv-cache-memory or --{name.replace('_', '-')})"
+        )
+    config = EngineConfig(
+        model=model,
+        dtype=dtype,
+        kv_dtype=dtype,
+        device=device,
+        max_model_len=min(wanted, fitting),
+        block_size=options.block_size,
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        enable_prefix_caching=options.enable_prefix_caching,
+        seed=options.seed,
+    )
+    plan = MemoryPlan(
+        free=free,
+        budget=budget,
+        weights=weights,
+        working=working,
+        kv_cache=num_blocks * options.block_size * per_token,
+        kv_per_token=per_token,
+        block_size=options.block_size,
+        num_blocks=num_blocks,
+        max_model_len=config.max_model_len,
+        wanted_model_len=wanted,
+    )
+    return config, plan

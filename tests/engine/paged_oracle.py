@@ -1,0 +1,104 @@
+"""An executor without a model: it keeps tokens in a paged cache and draws a hash of what a row can see there.
+
+Because the drawn token depends on every token read through the block table, any mistake in tables, slots, sharing,
+copying or recomputing shows as a different answer than `expected` gives, which never saw a block.
+"""
+
+import hashlib
+from collections import deque
+
+import numpy as np
+
+from octavo.batch import Batch, LogprobColumns, StepResult
+from octavo.config import EngineConfig, ModelConfig, RopeConfig
+
+VOCAB = 1000
+EOS = 7
+
+
+def draw(tokens: list[int], seed: int, counter: int) -> int:
+    """The token that follows `tokens`."""
+    text = repr((tokens, seed, counter)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % VOCAB
+
+
+def expected(prompt: list[int], max_tokens: int, seed: int) -> list[int]:
+    """The answer to `prompt`, computed without any cache."""
+    tokens = list(prompt)
+    for i in range(max_tokens):
+        tokens.append(draw(tokens, seed, i))
+    return tokens[len(prompt) :]
+
+
+class PagedOracle:
+    """The Executor protocol over `num_blocks` blocks of token ids; unwritten slots hold -1."""
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.block_size = block_size
+        self.cache = np.full(num_blocks * block_size, -1, np.int64)
+        self.results: deque[StepResult] = deque()
+        self.batches: list[Batch] = []
+
+    def submit(self, batch: Batch) -> None:
+        self.batches.append(batch)
+        blocks = self.cache.reshape(-1, self.block_size)
+        for source, destination in batch.block_copies:
+            blocks[destination] = blocks[source]
+        assert len(set(batch.slots.tolist())) == batch.num_tokens, "two tokens are written to one slot"
+        self.cache[batch.slots] = batch.token_ids
+        rows = np.searchsorted(batch.query_start, batch.sample_index, side="right") - 1
+        drawn = []
+        for i, row in enumerate(rows):
+            seen = self.read(batch, int(row), int(batch.positions[batch.sample_index[i]]) + 1)
+            drawn.append(draw(seen, int(batch.sampling.seed[i]), int(batch.sampling.counter[i])))
+        prompt_logprobs = None
+        if batch.prompt_logprobs is not None:
+            targets = batch.prompt_logprobs.target
+            prompt_logprobs = LogprobColumns(
+                targets[:, None], -targets[:, None].astype(np.float32), np.ones(len(targets), np.int32)
+            )
+        self.results.append(StepResult(np.array(drawn, np.int32), None, prompt_logprobs))
+
+    def read(self, batch: Batch, row: int, length: int) -> list[int]:
+        table = batch.block_tables[row]
+        slots = [table[p // self.block_size] * self.block_size + p % self.block_size for p in range(length)]
+        seen = self.cache[slots].tolist()
+        assert -1 not in seen, "a row reads a slot that nobody wrote"
+        return seen
+
+    def result(self) -> StepResult:
+        return self.results.popleft()
+
+    def shutdown(self) -> None:
+        pass
+
+
+def engine_config(**changes: object) -> EngineConfig:
+    model = ModelConfig(
+        architecture="Oracle",
+        vocab_size=VOCAB,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position=4096,
+        norm_eps=1e-6,
+        rope=RopeConfig(rotary_dim=8),
+        eos_token_ids=(EOS,),
+    )
+    values: dict[str, object] = {
+        "model": model,
+        "dtype": "float32",
+        "kv_dtype": "float32",
+        "device": "cpu",
+        "max_model_len": 256,
+        "block_size": 4,
+        "num_blocks": 64,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 64,
+        "enable_prefix_caching": True,
+        "seed": 0,
+    }
+    return EngineConfig(**(values | changes))  # type: ignore[arg-type]

@@ -1,0 +1,354 @@
+"""The scheduler against the paged oracle: every policy must leave every answer as it is."""
+
+import random
+from collections import defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_oracle import EOS, PagedOracle, engine_config, expected
+
+from octavo.engine.rows import FORK_STRIDE
+from octavo.engine.scheduler import Scheduler
+from octavo.errors import RequestError
+from octavo.request import Request
+from octavo.sampling_params import SamplingParams
+
+
+class Bench:
+    """A scheduler and an oracle, stepped by hand, with every invariant checked after every step."""
+
+    def __init__(self, *, eager=False, **changes):
+        self.config = engine_config(**changes)
+        self.scheduler = Scheduler(self.config)
+        if eager:  # admit whatever fits this moment, so that preemption is certain
+            self.scheduler._fits_ahead = lambda state, owned_hits: True
+        self.oracle = PagedOracle(self.config.num_blocks, self.config.block_size)
+        self.answers = defaultdict(list)
+        self.reasons = {}
+        self.prompt_logprobs = defaultdict(dict)
+        self.cached = {}
+
+    def add(self, name, prompt, *, priority=0, salt=None, bad_words=(), **params):
+        params = {"max_tokens": 8, "ignore_eos": True, "seed": 1} | params
+        request = Request(name, list(prompt), SamplingParams(**params), priority, salt, [list(w) for w in bad_words])
+        self.scheduler.add(request)
+        return request
+
+    def step(self):
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return None
+        assert batch.num_tokens <= self.config.max_num_batched_tokens
+        assert batch.num_rows <= self.config.max_num_seqs
+        self.scheduler.check()
+        self.oracle.submit(batch)
+        output = self.scheduler.update(self.oracle.result())
+        self.scheduler.check()
+        for name, index, token, reason, stop, _ in output.tokens:
+            self.answers[name, index].append(token)
+            if reason:
+                self.reasons[name, index] = (reason, stop)
+        for name, start, entries in output.prompt_logprobs:
+            for i, entry in enumerate(entries):
+                self.prompt_logprobs[name][start + i] = entry
+        for name, _, cached in output.started:
+            self.cached[name] = cached
+        return batch
+
+    def run(self, limit=10_000):
+        for _ in range(limit):
+            if self.step() is None:
+                assert not self.scheduler.has_work()
+                assert self.scheduler.blocks.num_owned == 0
+                return self
+        raise AssertionError("the scheduler does not come to an end")
+
+
+def prompt_of(length, seed=0):
+    return [random.Random(seed).randrange(10, 1000) for _ in range(length)]
+
+
+def test_one_request_alone():
+    bench = Bench()
+    bench.add("a", prompt_of(10))
+    bench.run()
+    assert bench.answers["a", 0] == expected(prompt_of(10), 8, 1)
+    assert bench.reasons["a", 0] == ("length", None)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 16, 32])
+@pytest.mark.parametrize("budget", [16, 17, 100])
+@pytest.mark.parametrize("caching", [True, False])
+def test_answers_do_not_depend_on_blocks_chunks_company_or_cache(block_size, budget, caching):
+    bench = Bench(
+        block_size=block_size,
+        num_blocks=1024 // block_size,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=caching,
+    )
+    prompts = {f"r{i}": prompt_of(1 + 7 * i, seed=i % 3) for i in range(10)}
+    for name, prompt in prompts.items():
+        bench.add(name, prompt)
+    bench.run()
+    for name, prompt in prompts.items():
+        assert bench.answers[name, 0] == expected(prompt, 8, 1)
+
+
+def test_a_long_prompt_goes_in_chunks_and_never_stops_the_streams():
+    bench = Bench(max_num_batched_tokens=20, max_num_seqs=4)
+    for i in range(3):
+        bench.add(f"stream{i}", prompt_of(4, i), max_tokens=30)
+    bench.step()
+    bench.add("long", prompt_of(150, 9), max_tokens=2)
+    while not bench.answers["long", 0]:
+        batch = bench.step()
+        assert batch.num_rows == 4
+        assert sorted(batch.query_start[1:] - batch.query_start[:-1])[:3] == [1, 1, 1]
+    bench.run()
+    assert bench.answers["long", 0] == expected(prompt_of(150, 9), 2, 1)
+
+
+def test_equal_beginnings_share_blocks():
+    bench = Bench()
+    prompt = prompt_of(41)
+    bench.add("first", prompt)
+    bench.run()
+    bench.add("second", prompt)
+    bench.add("third", [*prompt[:20], 1, 2, 3])
+    bench.step()
+    assert bench.cached == {"first": 0, "second": 40, "third": 20}
+    assert bench.scheduler.stats().blocks_owned < 2 * 11
+    bench.run()
+    assert bench.answers["second", 0] == bench.answers["first", 0]
+
+
+def test_one_token_is_always_computed():
+    bench = Bench()
+    bench.add("first", prompt_of(40))
+    bench.run()
+    bench.add("again", prompt_of(40))
+    bench.run()
+    assert bench.cached["again"] == 36
+    assert bench.answers["again", 0] == bench.answers["first", 0]
+
+
+def test_a_salt_keeps_caches_apart():
+    bench = Bench()
+    bench.add("mine", prompt_of(40), salt="me")
+    bench.run()
+    bench.add("yours", prompt_of(40), salt="you")
+    bench.add("mine again", prompt_of(40), salt="me")
+    bench.run()
+    assert bench.cached["yours"] == 0
+    assert bench.cached["mine again"] == 36
+
+
+def test_samples_share_the_prompt_and_copy_its_last_block():
+    bench = Bench(num_blocks=40)
+    bench.add("n", prompt_of(50), n=8, max_tokens=6)
+    bench.step()
+    # 12 full blocks once; the last, half-filled one is still shared by all eight.
+    assert bench.scheduler.stats().blocks_owned == 13
+    batch = bench.step()
+    assert len(batch.block_copies) == 7
+    assert bench.scheduler.stats().blocks_owned == 12 + 8
+    bench.run()
+    for k in range(8):
+        assert bench.answers["n", k] == expected(prompt_of(50), 6, (1 + k * FORK_STRIDE) % 2**64)
+
+
+def test_preemption_changes_no_answer_and_is_counted():
+    bench = Bench(eager=True, num_blocks=30, max_model_len=100)
+    prompts = {f"r{i}": prompt_of(9 + i, seed=i) for i in range(8)}
+    for name, prompt in prompts.items():
+        bench.add(name, prompt, max_tokens=40)
+    bench.run()
+    stats = bench.scheduler.stats()
+    assert stats.preemptions > 0
+    assert stats.wasted_tokens > 0
+    for name, prompt in prompts.items():
+        assert bench.answers[name, 0] == expected(prompt, 40, 1)
+
+
+def test_admission_looks_ahead_and_shared_blocks_count_once():
+    lost = {}
+    for eager in (True, False):
+        bench = Bench(eager=eager, num_blocks=100, max_num_seqs=64)
+        for i in range(40):
+            bench.add(f"r{i}", prompt_of(9 + i % 7, seed=i), max_tokens=60)
+        bench.run()
+        lost[eager] = bench.scheduler.stats().wasted_tokens
+    assert lost[False] < lost[True] / 2
+    bench = Bench(num_blocks=64, max_num_seqs=64)
+    bench.add("first", prompt_of(160), max_tokens=4)
+    bench.step()
+    for i in range(12):
+        bench.add(f"r{i}", [*prompt_of(160), i], max_tokens=4)
+    for _ in range(3):
+        bench.step()
+    # Each prompt fills 41 of the 64 blocks; counted alone, one request would run at a time.
+    assert bench.scheduler.stats().running >= 8
+    bench.run()
+
+
+def test_preempted_samples_share_their_prompt_again():
+    bench = Bench(eager=True, num_blocks=28, max_model_len=80, max_num_batched_tokens=16)
+    bench.add("n", prompt_of(33), n=3, max_tokens=20, priority=1)
+    for _ in range(6):
+        bench.step()
+    bench.add("urgent", prompt_of(30, 5), max_tokens=40)
+    bench.run()
+    assert bench.scheduler.stats().preemptions > 0
+    for k in range(3):
+        assert bench.answers["n", k] == expected(prompt_of(33), 20, (1 + k * FORK_STRIDE) % 2**64)
+    assert bench.answers["urgent", 0] == expected(prompt_of(30, 5), 40, 1)
+
+
+def test_the_victim_is_the_least_important_and_the_cheapest():
+    bench = Bench(eager=True, num_blocks=24, max_model_len=90)
+    bench.add("important", prompt_of(10, 1), max_tokens=60, priority=-1)
+    bench.add("dear", prompt_of(40, 2), max_tokens=30)
+    bench.add("cheap", prompt_of(12, 3), max_tokens=30)
+    while bench.scheduler.stats().preemptions == 0:
+        bench.step()
+    assert [state.request.request_id for state in bench.scheduler._waiting] == ["cheap"]
+    bench.run()
+    assert bench.answers["cheap", 0] == expected(prompt_of(12, 3), 30, 1)
+
+
+def test_priority_then_arrival():
+    bench = Bench(max_num_seqs=1)
+    for name, priority in [("late", 1), ("first", 0), ("second", 0), ("now", -1)]:
+        bench.add(name, prompt_of(5), priority=priority, max_tokens=1)
+    bench.run()
+    assert [name for name, _ in bench.answers] == ["now", "first", "second", "late"]
+
+
+def test_stops():
+    bench = Bench()
+    answer = expected(prompt_of(10), 64, 1)
+    bench.add("token", prompt_of(10), stop_token_ids=[answer[5]], max_tokens=64)
+    bench.add("late", prompt_of(10), stop_token_ids=[answer[5]], min_tokens=6, max_tokens=64)
+    bench.run()
+    assert bench.reasons["token", 0] == ("stop", answer[5])
+    assert len(bench.answers["token", 0]) == answer.index(answer[5]) + 1
+    assert len(bench.answers["late", 0]) >= 6
+
+
+def test_eos_ends_and_min_tokens_forbids_it():
+    bench = Bench()
+    bench.add("a", prompt_of(10), min_tokens=2, stop_token_ids=[11], max_tokens=4, ignore_eos=False)
+    first = bench.step()
+    assert set(zip(first.sampling.bias_token.tolist(), first.sampling.bias_value.tolist(), strict=True)) == {
+        (EOS, float("-inf")),
+        (11, float("-inf")),
+    }
+    bench.step()
+    assert len(bench.step().sampling.bias_token) == 0
+
+
+def test_bad_words_forbid_the_token_that_would_complete_them():
+    answer = expected(prompt_of(10), 8, 1)
+    bench = Bench()
+    bench.add("a", prompt_of(10), bad_words=[[answer[2], 500], [501]])
+    forbidden = [bench.step().sampling.bias_token.tolist() for _ in range(4)]
+    assert forbidden == [[501], [501], [501], [500, 501]]
+
+
+def test_abort_frees_at_once():
+    bench = Bench(max_num_seqs=2)
+    for name in "abc":
+        bench.add(name, prompt_of(20, seed=ord(name)), max_tokens=50)
+    bench.step()
+    bench.scheduler.abort("a")
+    bench.scheduler.abort("c")
+    bench.scheduler.abort("nobody")
+    bench.scheduler.check()
+    bench.run()
+    assert len(bench.answers["a", 0]) == 1
+    assert ("c", 0) not in bench.answers
+    assert bench.answers["b", 0] == expected(prompt_of(20, seed=ord("b")), 50, 1)
+
+
+def test_prompt_logprobs_come_for_every_position_whatever_the_chunks():
+    bench = Bench(max_num_batched_tokens=16)
+    prompt = prompt_of(50)
+    bench.add("warm", prompt)
+    bench.run()
+    bench.add("a", prompt, prompt_logprobs=0)
+    bench.run()
+    assert [bench.prompt_logprobs["a"][i][0] for i in range(49)] == [[token] for token in prompt[1:]]
+    assert bench.cached["a"] == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ([], {}, "prompt is empty"),
+        (prompt_of(256), {}, "256 tokens"),
+        (prompt_of(200), {"max_tokens": 57}, "max_tokens to 56 or less"),
+        ([1000], {}, "token id 1000"),
+        ([1], {"n": 17}, "n is 17"),
+        (prompt_of(50), {"n": 8, "max_tokens": 100}, "KV blocks"),
+        ([1], {"stop_token_ids": [-1]}, "stop_token_ids"),
+        ([1], {"logit_bias": {5000: 1.0}}, "logit_bias"),
+    ],
+)
+def test_what_can_never_run_is_refused_with_the_numbers(prompt, params, words):
+    with pytest.raises(RequestError, match=words):
+        Bench().add("a", prompt, **params)
+
+
+def test_the_advice_of_a_refusal_works():
+    bench = Bench(num_blocks=64)
+    with pytest.raises(RequestError) as refused:
+        bench.add("a", prompt_of(50), n=8, max_tokens=100)
+    advice = int(str(refused.value).split("max_tokens to ")[1].split()[0])
+    bench.add("a", prompt_of(50), n=8, max_tokens=advice)
+    bench.run()
+    with pytest.raises(RequestError):
+        bench.add("b", prompt_of(50), n=8, max_tokens=advice + 4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_traffic_ends_with_the_right_answers(data):
+    block_size = data.draw(st.sampled_from([1, 2, 4, 8]))
+    bench = Bench(
+        eager=data.draw(st.booleans()),
+        block_size=block_size,
+        num_blocks=data.draw(st.integers(64 // block_size, 160 // block_size)),
+        max_model_len=64,
+        max_num_seqs=data.draw(st.integers(3, 8)),
+        max_num_batched_tokens=data.draw(st.integers(8, 70)),
+        enable_prefix_caching=data.draw(st.booleans()),
+    )
+    wanted = {}
+    for i in range(data.draw(st.integers(1, 12))):
+        for _ in range(data.draw(st.integers(0, 5))):
+            bench.step()
+        prompt = prompt_of(data.draw(st.integers(1, 40)), seed=data.draw(st.integers(0, 2)))
+        n, max_tokens = data.draw(st.sampled_from([1, 1, 1, 2, 3])), data.draw(st.integers(1, 24))
+        try:
+            bench.add(f"r{i}", prompt, n=n, max_tokens=max_tokens, seed=i, priority=data.draw(st.integers(0, 1)))
+        except RequestError:
+            continue
+        for k in range(n):
+            wanted[f"r{i}", k] = expected(prompt, max_tokens, (i + k * FORK_STRIDE) % 2**64)
+        if data.draw(st.integers(0, 9)) == 0:
+            k = data.draw(st.integers(0, n - 1))
+            aborted = [(f"r{i}", k)] if data.draw(st.booleans()) else [(f"r{i}", j) for j in range(n)]
+            for _ in range(data.draw(st.integers(0, 20))):
+                bench.step()
+            bench.scheduler.abort(f"r{i}", k if len(aborted) == 1 else None)
+            bench.scheduler.check()
+            for key in aborted if n > 1 or len(aborted) > 1 else [(f"r{i}", 0)]:
+                if bench.reasons.get(key) is None and not (
+                    n > 1 and len(aborted) == 1 and (f"r{i}", 0) not in bench.answers
+                ):
+                    wanted[key] = wanted[key][: len(bench.answers[key])]
+    bench.run()
+    assert {key: answer for key, answer in bench.answers.items() if answer} == {
+        key: answer for key, answer in wanted.items() if answer
+    }
