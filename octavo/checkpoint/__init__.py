@@ -1,26 +1,48 @@
 """A model's files as one thing: configuration, tensors and tokenizer data, whatever the format on disk.
 
-`open_checkpoint` takes what a user names. Every format speaks Hugging Face's words: `config` reads like config.json,
-tensors carry Hugging Face's names in [out, in] order. Bytes stay bytes here: no torch, no arithmetic on weights.
+`open_checkpoint` takes what a user names. Every format speaks Hugging Face's words: `config` reads like
+config.json, tensors carry Hugging Face's names in [out, in] order. Bytes stay bytes here: no torch, no
+arithmetic on weights.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.errors import CheckpointError, nearest
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A stored tensor. `dtype` is the format's own word: F32, F16, BF16, Q4_1, Q6_K, ...; `shape` is [out, in]."""
+    """A stored tensor.
+
+    `dtype` is the format's own word: F32, F16, BF16, Q4_1, Q6_K, ...; `shape` is [out, in].
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerData:
+    """What a model's files say about its tokenizer; `text/tokenizer` makes one of it.
+
+    Either `json` holds tokenizer.json and `settings` tokenizer_config.json, or `ggml` holds the `tokenizer.*`
+    metadata of a GGUF file. `chat_templates` maps names to template sources; the usual one is `default`.
+    """
+
+    path: Path
+    json: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    ggml: Mapping[str, Any] = field(default_factory=dict)
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
 
 
 class Checkpoint(Protocol):
@@ -32,5 +54,69 @@ class Checkpoint(Protocol):
     tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str) -> NDArray[np.uint8]:
-        """The tensor's bytes as stored, a flat view of the mapped file, rows in [out, in] order."""
+        """The tensor's bytes as stored, flat, rows in [out, in] order; a view of the mapped file where
+        possible.
+
+        `name` must be one of `tensors`. Do not write into the array.
+        """
         ...
+
+    def tokenizer_data(self) -> TokenizerData:
+        """The tokenizer's files; raises `CheckpointError` if the model has none."""
+        ...
+
+
+def open_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
+    """Open what a user names: a known name such as `smollm2:135m`, a GGUF file or a Hugging Face folder.
+
+    A known name is fetched first if it is not there yet. `weights=False` accepts a folder without safetensors
+    files (its `tensors` are then empty). Raises `CheckpointError` or `DownloadError`.
+    """
+    path = _locate(model)
+    if path.is_dir():
+        from octavo.checkpoint.folder import FolderCheckpoint
+
+        return FolderCheckpoint(path, weights=weights)
+    from octavo.checkpoint.gguf_model import GgufCheckpoint
+
+    return GgufCheckpoint(path)
+
+
+def open_tokenizer_data(source: str) -> TokenizerData:
+    """The tokenizer of `source`:
+
+    what `open_checkpoint` takes, or a folder that holds no more than a tokenizer.
+    """
+    path = _locate(source)
+    if path.is_dir():
+        from octavo.checkpoint.folder import read_tokenizer_data
+
+        return read_tokenizer_data(path)
+    from octavo.checkpoint.gguf_model import GgufCheckpoint
+
+    return GgufCheckpoint(path).tokenizer_data()
+
+
+def _locate(model: str) -> Path:
+    """The GGUF file or the folder that `model` names."""
+    from octavo.checkpoint import hub
+
+    if model in hub.MODELS:
+        return hub.pull(model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        single = sorted(path.glob("*.gguf"))
+        if len(single) == 1 and not (path / "config.json").exists():
+            return single[0]
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        raise CheckpointError(
+            f"{model} is a file but not a .gguf one; for safetensors, name the folder around it"
+        )
+    known = ", ".join(hub.MODELS)
+    raise CheckpointError(
+        f"model {model!r} is neither a known name ({known}), nor a .gguf file, nor a folder with config.json."
+        + (nearest(model, hub.MODELS) or " A model of a hub must be downloaded first; then name its folder.")
+    )

@@ -1,0 +1,146 @@
+"""A Hugging Face folder: config.json, safetensors in one file or in shards, tokenizer.json.
+
+Older formats (pytorch_model.bin, tokenizer.model) are refused with a word on what to do: the first runs code
+when it is read, the second needs a library of its own.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.checkpoint import TensorInfo, TokenizerData
+from octavo.checkpoint.safetensors import SafetensorsFile
+from octavo.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+
+
+class FolderCheckpoint:
+    """A folder as a `Checkpoint`; `weights=False` leaves the safetensors files closed."""
+
+    def __init__(self, path: Path, *, weights: bool = True):
+        self.path = path
+        config = _read_json(path / "config.json")
+        if config is None:
+            raise CheckpointError(f"{path} has no config.json; name a Hugging Face folder or a .gguf file")
+        self.config: dict[str, Any] = config
+        self.generation_config: dict[str, Any] = _read_json(path / "generation_config.json") or {}
+        self._files = _open_files(path) if weights else {}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, stored.dtype, stored.shape, stored.end - stored.start)
+            for name, file in self._files.items()
+            for stored in (file.tensors[name],)
+        }
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """The tensor's bytes as stored, a flat view of the mapped file."""
+        return self._files[name].read(name)
+
+    def tokenizer_data(self) -> TokenizerData:
+        """The folder's tokenizer files."""
+        return read_tokenizer_data(self.path)
+
+
+def read_tokenizer_data(path: Path) -> TokenizerData:
+    """tokenizer.json and what lies beside it in the folder `path`; raises `CheckpointError`."""
+    source = path / "tokenizer.json"
+    if not source.is_file():
+        old = " (tokenizer.model alone is not read: save the model with transformers once)"
+        has_old = (path / "tokenizer.model").exists()
+        raise CheckpointError(
+            f"{path} has no tokenizer.json{old if has_old else ''}; put it beside config.json"
+        )
+    settings = _read_json(path / "tokenizer_config.json") or {}
+    return TokenizerData(
+        path,
+        json=_read_text(source),
+        settings=settings,
+        generation_config=_read_json(path / "generation_config.json")
+        or _read_json(path / "config.json")
+        or {},
+        chat_templates=_chat_templates(path, settings),
+    )
+
+
+def _chat_templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name. A file of its own goes before tokenizer_config.json, as in transformers."""
+    if (file := path / "chat_template.jinja").is_file():
+        return {"default": _read_text(file)}
+    given = settings.get("chat_template")
+    if given is None:
+        given = (_read_json(path / "chat_template.json") or {}).get("chat_template")
+    if isinstance(given, str):
+        return {"default": given}
+    try:
+        return {entry["name"]: entry["template"] for entry in given or ()}
+    except (TypeError, KeyError):
+        where = path / "tokenizer_config.json"
+        raise CheckpointError(
+            f"{where}: chat_template is neither a text nor a list of named templates"
+        ) from None
+
+
+def _open_files(path: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the file that holds it."""
+    if (path / _INDEX).is_file():
+        return _open_shards(path)
+    found = sorted(path.glob("*.safetensors"))
+    if (single := path / "model.safetensors").is_file():
+        found = [single]
+    if len(found) == 1:
+        file = SafetensorsFile(found[0])
+        return dict.fromkeys(file.tensors, file)
+    if found:
+        raise CheckpointError(
+            f"{path} has {len(found)} safetensors files but no {_INDEX}; fetch that file too"
+        )
+    hint = (
+        "convert its .bin or .pth files to safetensors"
+        if any(path.glob("*.bin"))
+        else "fetch the weights too"
+    )
+    raise CheckpointError(f"{path} has no safetensors files; {hint}, or name a .gguf file")
+
+
+def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
+    weight_map = (_read_json(path / _INDEX) or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{path / _INDEX} has no weight_map from tensors to files; fetch it again")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{path / _INDEX} names {outside[0]!r}, which is not a file of its own folder")
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise CheckpointError(
+            f"{path} lacks {', '.join(missing)} of its {len(names)} shards; fetch them again"
+        )
+    files = {name: SafetensorsFile(path / name) for name in names}
+    for tensor, name in weight_map.items():
+        if tensor not in files[name].tensors:
+            raise CheckpointError(
+                f"{path / name} lacks tensor {tensor!r}, which {_INDEX} places there; fetch it again"
+            )
+    return {tensor: files[name] for tensor, name in weight_map.items()}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`; None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
+    return content

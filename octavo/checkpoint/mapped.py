@@ -1,0 +1,36 @@
+"""A file's bytes as a numpy array, mapped and not read.
+
+The mapping is private and writable, because torch warns about arrays that cannot be written; nobody writes,
+and a page that stays unwritten is shared with the system's file cache. Knows nothing of formats.
+"""
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.errors import CheckpointError
+
+# Without a reservation a file larger than the memory can be mapped; Python names the flag from 3.13 on.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if hasattr(mmap, "MAP_POPULATE") else 0x40)
+
+
+def map_file(path: Path) -> NDArray[np.uint8]:
+    """The bytes of `path` as uint8 [size];
+
+    pages are read from disk when touched. Raises `CheckpointError`.
+    """
+    try:
+        with path.open("rb") as file:
+            mapping = mmap.mmap(
+                file.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | _NO_RESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+    except ValueError:
+        raise CheckpointError(f"{path} is empty; fetch or copy it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    return np.frombuffer(mapping, np.uint8)

@@ -1,0 +1,198 @@
+"""Messages to a prompt, by the model's own Jinja template, without letting a message forge a special token.
+
+A template runs in a sandbox with the names that transformers gives it. Roles and fields beyond the text are
+the template's business; the HTTP shapes of messages are the server's.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from octavo.errors import RequestError
+from octavo.text.special_text import Guard
+
+if TYPE_CHECKING:
+    from octavo.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """A model's template, or several by name (`default`, `tool_use`: used when tools are given)."""
+
+    def __init__(self, source: str | Mapping[str, str], *, bos_token: str = "", eos_token: str = ""):
+        self.sources: dict[str, str] = {"default": source} if isinstance(source, str) else dict(source)
+        self._variables = {"bos_token": bos_token, "eos_token": eos_token}
+        self._compiled: dict[str, jinja2.Template] = {}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text. `variables` go to the template as they are (`enable_thinking`, ...).
+
+        Raises `RequestError` for messages that are not text, and for what the template itself refuses.
+        """
+        template = self._template("tool_use" if tools and "tool_use" in self.sources else "default")
+        try:
+            return template.render(
+                self._variables
+                | {"messages": plain_messages(messages), "tools": list(tools) if tools else None}
+                | {"add_generation_prompt": add_generation_prompt}
+                | variables
+            )
+        except jinja2.TemplateError as error:
+            raise RequestError(
+                f"the model's chat template refuses these messages: {error}", "messages"
+            ) from None
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
+            raise RequestError(
+                f"the model's chat template cannot use these messages: {error}", "messages"
+            ) from None
+
+    def _template(self, name: str) -> jinja2.Template:
+        if name not in self.sources:
+            raise RequestError(
+                f"the model's chat templates are {', '.join(self.sources)}, and none of them is for this "
+                "request; "
+                "give one with the chat template option",
+                "messages",
+            )
+        if name not in self._compiled:
+            try:
+                self._compiled[name] = _environment().from_string(self.sources[name])
+            except jinja2.TemplateError as error:
+                raise RequestError(
+                    f"the model's chat template is broken ({error}); give another with the chat template "
+                    "option",
+                    "messages",
+                ) from None
+        return self._compiled[name]
+
+
+def encode_chat(
+    tokenizer: "Tokenizer",
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    template: ChatTemplate | None = None,
+    strict_compat: bool = False,
+    **variables: Any,
+) -> list[int]:
+    """Token ids of a chat, rendered by `template` or by the model's own.
+
+    Special tokens come from the template alone: a message that holds the text of one keeps it as text.
+    `strict_compat=True` does as other engines do and lets messages write special tokens.
+    Raises `RequestError`.
+    """
+    template = template or tokenizer.chat_template
+    if template is None:
+        raise RequestError(
+            "this model has no chat template: use completions, or give a template with the chat template "
+            "option",
+            "messages",
+        )
+    messages = plain_messages(messages)
+    guard = None if strict_compat else Guard.needed_for(tokenizer, [messages, tools, variables])
+    if guard is not None:
+        messages, tools, variables = (guard.protect(part) for part in (messages, tools, variables))
+    text = template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+    if guard is None:
+        return tokenizer.encode(text, add_bos=False)
+    return guard.encode(text)
+
+
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages whose content is a text or None; a list of text parts is joined. Raises `RequestError`."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise RequestError("messages must be a list of messages, each with a role and a content", "messages")
+    if not messages:
+        raise RequestError("messages is empty; give at least one message", "messages")
+    return [_plain_message(message, index) for index, message in enumerate(messages)]
+
+
+def _plain_message(message: Message, index: int) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where} is of type {type(message).__name__}; it must be an object", "messages")
+    if not isinstance(message.get("role"), str):
+        raise RequestError(f"{where}.role is {message.get('role')!r}; it must be a text", "messages")
+    plain = dict(message)
+    content = plain.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        plain["content"] = "".join(
+            _part_text(part, f"{where}.content[{i}]") for i, part in enumerate(content)
+        )
+    elif content is not None and not isinstance(content, str):
+        kind = type(content).__name__
+        raise RequestError(f"{where}.content is of type {kind}; it must be a text or text parts", "messages")
+    return plain
+
+
+def _part_text(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text":
+        raise RequestError(f"{where} is of type {kind!r}; this model takes text parts only", "messages")
+    if not isinstance(part.get("text"), str):
+        raise RequestError(f"{where}.text is {part.get('text')!r}; it must be a text", "messages")
+    return str(part["text"])
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}...{% endgeneration %}`, which marks the assistant's own words for training:
+
+    plain text here.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 -- jinja2 declares it so
+
+    def parse(self, parser: Parser) -> Node | list[Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+    def _inside(self, caller: Any) -> str:
+        return str(caller())
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes for HTML, which would put \u003c into a prompt.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().astimezone().strftime(format)

@@ -1,0 +1,181 @@
+"""A tokenizer of the `tokenizers` library out of a GGUF file's `tokenizer.ggml.*` metadata.
+
+Two kinds exist here: `gpt2` (byte-level BPE with merges, split by the pattern that `pre` names) and `llama`
+(SentencePiece BPE with scores). Source: ggml's docs/gguf.md, llama.cpp's table of pre-tokenizers and the
+models' own tokenizer.json files, which win where the two differ.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from octavo.errors import CheckpointError
+
+# Values of tokenizer.ggml.token_type.
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
+
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """How text is cut before merging. `pattern` None is GPT-2's own, which the library has built in."""
+
+    pattern: str | None = None
+    single_digits: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False
+    bos: bool = False
+
+
+_GPT2 = _Split()
+_SINGLE_DIGITS = _Split(single_digits=True)
+_LLAMA3 = _Split(_LLAMA3_PATTERN, ignore_merges=True, bos=True)
+_QWEN2 = _Split(_LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"), nfc=True)
+
+# tokenizer.ggml.pre -> how to cut.
+SPLITS: dict[str, _Split] = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "olmo": _GPT2,
+    "smollm": _SINGLE_DIGITS,
+    "starcoder": _SINGLE_DIGITS,
+    "refact": _SINGLE_DIGITS,
+    "command-r": _SINGLE_DIGITS,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+
+
+def build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer that `metadata` describes;
+
+    raises `CheckpointError` naming `path` when it is of another kind.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        tokenizer, bos = _byte_level(metadata, path)
+    elif kind == "llama":
+        tokenizer, bos = _sentencepiece(metadata, path), True
+    else:
+        raise CheckpointError(f"{path} has a tokenizer of kind {kind!r}; Octavo reads gpt2 and llama here")
+    _add_special_tokens(tokenizer, metadata)
+    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    if metadata.get("tokenizer.ggml.add_bos_token", bos) and bos_id is not None:
+        text = metadata["tokenizer.ggml.tokens"][bos_id]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{text}:0 $A:0", special_tokens=[(text, bos_id)]
+        )
+    return tokenizer
+
+
+def _byte_level(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, bool]:
+    """The tokenizer and whether its kind puts BOS first by itself."""
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in SPLITS:
+        raise CheckpointError(
+            f"{path} cuts text as {name!r} (tokenizer.ggml.pre), which Octavo does not know; known: "
+            f"{', '.join(SPLITS)}"
+        )
+    split = SPLITS[name]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    if not merges or any(len(merge) != 2 for merge in merges):
+        raise CheckpointError(f"{path} has no usable tokenizer.ggml.merges; convert the model again")
+    vocabulary = _vocabulary(metadata["tokenizer.ggml.tokens"])
+    try:
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges)
+    except (
+        Exception
+    ) as error:  # The library raises plain Exception for a merge that is not in the vocabulary.
+        raise CheckpointError(f"{path} has a tokenizer that does not fit together: {error}") from None
+    tokenizer = Tokenizer(model)
+    if split.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    add_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.single_digits else []
+    if split.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=add_space, use_regex=split.pattern is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, split.bos
+
+
+def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    scores: list[float] | None = metadata.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise CheckpointError(f"{path} has no usable tokenizer.ggml.scores; convert the model again")
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    vocabulary = _vocabulary(tokens)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    model = models.BPE(
+        vocab=vocabulary,
+        merges=_merges(tokens, scores, types),
+        unk_token=tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    add_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    replace = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if add_space else replace
+    back: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if add_space:
+        back.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(back)
+    return tokenizer
+
+
+def _merges(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
+    """Merges in the order in which SentencePiece would make them:
+
+    each way to cut a piece, best score first.
+    """
+    ordinary = {
+        token: index for index, token in enumerate(tokens) if types[index] not in (UNKNOWN, CONTROL, BYTE)
+    }
+    found: list[tuple[float, int, int, str, str]] = []
+    for token, index in ordinary.items():
+        for cut in range(1, len(token)):
+            left, right = ordinary.get(token[:cut]), ordinary.get(token[cut:])
+            if left is not None and right is not None:
+                found.append((-scores[index], left, right, token[:cut], token[cut:]))
+    found.sort()
+    return [(left, right) for *_, left, right in found]
+
+
+def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
+    """Token text -> id;
+
+    of two equal texts the first keeps it, the others get a text that no input can have.
+    """
+    vocabulary: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        if token in vocabulary:
+            token = f"\x00{index}\x00{token}"
+        vocabulary[token] = index
+    return vocabulary
+
+
+def _add_special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
+    """Control tokens become special ones, user defined tokens are matched in the text but are ordinary output."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    types: list[int] = metadata.get("tokenizer.ggml.token_type") or []
+    special, plain = [], []
+    for index, kind in enumerate(types):
+        if kind in (UNKNOWN, CONTROL) and tokens[index]:
+            special.append(AddedToken(tokens[index], normalized=False, special=True))
+        elif kind == USER_DEFINED and tokens[index]:
+            plain.append(AddedToken(tokens[index], normalized=False, special=False))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
