@@ -1,0 +1,64 @@
+"""The `octavo` command. Each subcommand is a module of this package, imported when it is called.
+
+A module has `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`; a user's mistake is one line on standard
+error and exit code 2, never a traceback.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from octavo import __version__, log
+from octavo.cli.options import Parser
+from octavo.errors import OctavoError
+
+COMMANDS = {
+    "serve": "serve a model with OpenAI's HTTP interface",
+    "chat": "chat with a model in the terminal, or answer a piped prompt",
+    "generate": "answer a file of prompts",
+    "pull": "fetch a model",
+    "bench": "measure throughput, latency or a running server",
+}
+
+
+class _Subcommand(Parser):
+    """A subcommand's parser, whose arguments are added only if the subcommand is the one that was called."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.module: Any = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.module is None:
+            self.module = import_module(f"octavo.cli.{self.prog.split()[-1]}")
+            self.module.add_arguments(self)
+            self.set_defaults(run=self.module.run)
+            self.add_argument("--verbose", action="store_true", help="say more while working")
+        return super().parse_known_args(args, namespace)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the command line `words` (sys.argv by default) and returns the exit code."""
+    parser = Parser(prog="octavo", description="LLM inference and serving on PagedAttention.")
+    parser.add_argument("--version", action="version", version=f"octavo {__version__}")
+    subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Subcommand, required=True)
+    for name, text in COMMANDS.items():
+        subcommands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    arguments: argparse.Namespace = parser.parse_args(words)
+    log.setup(arguments.verbose)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except OctavoError as error:
+        print(f"octavo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone; say nothing more, and keep the interpreter from trying at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

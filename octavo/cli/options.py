@@ -1,0 +1,101 @@
+"""Command-line flags made from the fields of option dataclasses, so that an option is written once.
+
+`--max-model-len` and `--max_model_len` are the same flag. Knows nothing of what the options mean.
+"""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
+
+from octavo.errors import ConfigError, nearest
+
+Options = TypeVar("Options")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that knows no abbreviations and answers a mistyped flag with the nearest one."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        flag = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
+        hint = nearest(flag, [f for f in self._option_string_actions if f.startswith("--")]) if flag else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint or f'  ({self.prog} --help lists what there is)'}\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        return super().parse_args([_dashed(word) for word in words], namespace)
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def _dashed(word: str) -> str:
+    """`--max_model_len=8` as `--max-model-len=8`; values stay as they are."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type[Any], title: str, skip: Sequence[str] = ()) -> None:
+    """Adds a flag for each field of the dataclass `kind`, in a group of its own."""
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name not in skip:
+            _add_option(group, field, hints[field.name])
+
+
+def _add_option(group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]", hint: Any) -> None:
+    meta = field.metadata
+    flag = "--" + field.name.replace("_", "-")
+    text = meta["help"].replace("%", "%%")
+    if field.default not in (None, "auto") and not isinstance(field.default, bool):
+        text += f" (default: {field.default})"
+    if meta.get("positional"):
+        group.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, metavar=meta["metavar"], help=text)
+        return
+    settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+    hint = _without_none(hint)
+    if hint is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+        settings["help"] += f" (default: {'on' if field.default else 'off'})"
+    elif typing.get_origin(hint) is typing.Literal:
+        settings["choices"] = typing.get_args(hint)
+    else:
+        settings["type"] = _reader(meta.get("parse", hint))
+        settings["metavar"] = meta.get("metavar", {int: "N", float: "X"}.get(hint, "TEXT"))
+    group.add_argument(flag, **settings)
+
+
+def _reader(parse: Any) -> Any:
+    """`parse` with its own message kept: argparse shows ArgumentTypeError's text and hides others'."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    read.__name__ = getattr(parse, "__name__", "value")
+    return read
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
+    return hint
+
+
+def from_args(kind: type[Options], arguments: argparse.Namespace) -> Options:
+    """An instance of the dataclass `kind` from the flags that were given; the rest keep their defaults."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in vars(arguments).items() if name in names})

@@ -1,0 +1,89 @@
+"""The two rules of the house: imports go down, and what must not load torch does not.
+
+The floors stand in docs/architecture.md. A module may import from a lower floor or from its own package; the modules
+of the lowest floor count as one package.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import octavo
+
+ROOT = Path(octavo.__file__).parent
+FLOORS = [
+    {"config", "memory", "sampling_params", "request", "batch", "metrics", "errors", "log"},
+    {"checkpoint", "text", "grammar", "distributed", "ops"},
+    {"layers"},
+    {"models"},
+    {"runner"},
+    {"engine"},
+    {"llm", "swift", "server"},
+    {"cli", "__main__", "__init__"},
+]
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+TORCH_FREE = [
+    *("octavo", "octavo.cli", "octavo.checkpoint", "octavo.text", "octavo.server"),
+    *(f"octavo.{name}" for name in sorted(FLOORS[0])),
+    *("octavo.engine.scheduler", "octavo.engine.block_manager", "octavo.engine.process", "octavo.engine.engine"),
+]
+
+
+def part_of(path: Path) -> str:
+    """The name on a floor that a file belongs to: its package, or the module itself."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """(line, part) of every import of octavo's own modules, wherever in the file it stands."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            module = node.module or ""
+            names = [f"octavo.{alias.name}" for alias in node.names] if module == "octavo" else [module]
+        for name in names:
+            head, _, rest = name.partition(".")
+            if head == "octavo" and rest and rest.partition(".")[0] in FLOOR_OF:
+                found.append((node.lineno, rest.partition(".")[0]))
+    return found
+
+
+def test_imports_go_down():
+    upward = []
+    for path in ROOT.rglob("*.py"):
+        part = part_of(path)
+        if part in ("__init__", "__main__"):
+            continue
+        assert part in FLOOR_OF, f"{path} stands on no floor: name it in FLOORS and in docs/architecture.md"
+        upward += [
+            f"{path.relative_to(ROOT)}:{line} imports {other}"
+            for line, other in imports_of(path)
+            if other != part and FLOOR_OF[other] >= max(1, FLOOR_OF[part])
+        ]
+    assert not upward, "\n".join(upward)
+
+
+def modules_under(name: str) -> list[str]:
+    path = ROOT.joinpath(*name.split(".")[1:])
+    if name == "octavo" or not path.is_dir():
+        return [name]
+    return [name, *(f"{name}.{file.stem}" for file in sorted(path.glob("*.py")) if file.stem != "__init__")]
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_free_of_torch(name):
+    modules = modules_under(name)
+    code = f"import sys, {', '.join(modules)}\nassert 'torch' not in sys.modules, 'torch was loaded'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names():
+    for name in octavo.__all__:
+        assert getattr(octavo, name) is not None

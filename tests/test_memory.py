@@ -1,0 +1,108 @@
+"""The memory plan: what fits is used, what does not is refused with numbers that work."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from octavo.config import EngineOptions, ModelConfig, RopeConfig, format_size, parse_size
+from octavo.errors import CapacityError, ConfigError
+from octavo.memory import free_ram, resolve, working_bytes
+
+MODEL = ModelConfig(
+    architecture="Llama",
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position=1024,
+    norm_eps=1e-6,
+    rope=RopeConfig(rotary_dim=16),
+)
+PER_TOKEN = 2 * 2 * 2 * 16 * 4
+WEIGHTS = 10_000_000
+WORKING = working_bytes(MODEL, "float32", 64, 512)
+
+
+def settle(free, **options):
+    return resolve(EngineOptions(**options), MODEL, WEIGHTS, device="cpu", dtype="float32", free=free)
+
+
+def test_the_cache_takes_what_is_left_of_the_share():
+    free = 40_000_000
+    config, plan = settle(free)
+    assert plan.kv_per_token == PER_TOKEN
+    left = free // 2 - WEIGHTS - WORKING
+    assert config.num_blocks == left // (PER_TOKEN * 16)
+    assert plan.weights + plan.working + plan.kv_cache <= plan.budget
+    assert f"{config.num_blocks:,} blocks" in plan.lines()[1]
+
+
+def test_no_more_than_can_ever_be_used():
+    config, _ = settle(10**12)
+    assert config.num_blocks == 64 * 1024 // 16
+
+
+def test_a_given_cache_size_is_kept():
+    config, _ = settle(10**9, kv_cache_memory="1MiB")
+    assert config.num_blocks == 1024**2 // (PER_TOKEN * 16)
+
+
+def test_a_short_memory_shortens_the_context_and_says_so():
+    config, plan = settle(2 * (WEIGHTS + WORKING + 300 * PER_TOKEN))
+    assert config.max_model_len == config.num_blocks * 16 == 288
+    assert "288 tokens fit of the model's 1,024" in plan.lines()[-1]
+
+
+def test_a_wanted_context_that_does_not_fit_is_refused_with_the_one_that_does():
+    free = 2 * (WEIGHTS + WORKING + 300 * PER_TOKEN)
+    with pytest.raises(CapacityError) as refused:
+        settle(free, max_model_len=1000)
+    fits = int(re.search(r"--max-model-len (\d+)", str(refused.value))[1])
+    assert settle(free, max_model_len=fits)[0].max_model_len == fits
+    with pytest.raises(CapacityError):
+        settle(free, max_model_len=fits + 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"max_model_len": 2000}, ConfigError, "1024"),
+        ({"max_num_seqs": 100, "max_num_batched_tokens": 50}, ConfigError, "below max_num_seqs"),
+        ({"kv_cache_memory": "1TiB"}, CapacityError, "--kv-cache-memory"),
+        ({"cpu_memory_utilization": 0.01}, CapacityError, "--cpu-memory-utilization 0.01"),
+    ],
+)
+def test_contradictions(options, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        settle(10**9, **options)
+
+
+def test_every_sequence_has_room_for_a_token():
+    config, _ = settle(10**12, max_num_seqs=1000)
+    assert config.max_num_batched_tokens == 1000
+
+
+def test_sizes():
+    assert [parse_size(text) for text in ("1024", "2GiB", "1.5k", "3 MB", "1g")] == [
+        1024,
+        2 * 1024**3,
+        1500,
+        3_000_000,
+        10**9,
+    ]
+    assert [format_size(size) for size in (5, 2048, 3 * 1024**3)] == ["5 B", "2.00 KiB", "3.00 GiB"]
+    for wrong in ("", "x", "2 apples", "-1"):
+        with pytest.raises(ConfigError):
+            parse_size(wrong)
+
+
+def test_free_ram_is_what_a_machine_could_have():
+    assert 10**8 < free_ram() < 10**15
+
+
+def test_dtype_halves_the_cache():
+    assert MODEL.kv_bytes_per_token("bfloat16") * 2 == replace(MODEL).kv_bytes_per_token("float32")
