@@ -12,7 +12,7 @@ RETRY_SECONDS = 1  # after a full queue: a slot opens with every request that en
 RESTART_SECONDS = 10  # after a dead, loading or draining server
 
 
-class Refusal(OctavoError):
+class RefusedError(OctavoError):
     """A request that HTTP itself refuses, with its status."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
@@ -58,12 +58,12 @@ def failure_of(error: Exception) -> Failure:
             return Failure(503, str(error), "server_error", code="engine_unavailable", headers=headers)
         case ClientGoneError():
             return Failure(499, str(error), "invalid_request_error")
-        case Refusal():
+        case RefusedError():
             return _refused(error)
     return Failure(500, "an unexpected error in the server; its log says more", "server_error", code="internal_error")
 
 
-def _refused(error: Refusal) -> Failure:
+def _refused(error: RefusedError) -> Failure:
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     headers = {}
     if error.status == 503:

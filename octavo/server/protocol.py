@@ -5,9 +5,9 @@ empty list of tools, say); an unknown field is refused with the nearest known na
 """
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from octavo.errors import RequestError, nearest
 from octavo.sampling_params import SamplingParams
@@ -173,8 +173,7 @@ class ChatMessage(_Fields):
         if self.role not in _IN_ROLES:
             known = ", ".join(_IN_ROLES)
             raise RequestError(
-                f"{where}.role is {_short(self.role)}; it must be one of {known}."
-                f"{nearest(self.role, _IN_ROLES)}",
+                f"{where}.role is {_short(self.role)}; it must be one of {known}.{nearest(self.role, _IN_ROLES)}",
                 f"{where}.role",
             )
         # OpenAI renamed "system" to "developer"; templates know the old word.
@@ -228,7 +227,6 @@ class ChatRequest(SamplingFields, ChatTemplateFields):
 
     def check(self) -> None:
         super().check()
-        # Chat templates write their own special tokens; a prompt is never repeated in a chat's answer.
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
             raise RequestError("max_tokens and max_completion_tokens differ; set only one", "max_tokens")
@@ -249,13 +247,8 @@ class ChatRequest(SamplingFields, ChatTemplateFields):
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
 
-Prompt = Annotated[
-    str
-    | Annotated[list[int], FailFast()]
-    | Annotated[list[str], FailFast()]
-    | Annotated[list[Annotated[list[int], FailFast()]], FailFast()],
-    Field(union_mode="left_to_right"),
-]
+# In this order: the members of a union are tried one after the other.
+Prompt = Annotated[str | list[int] | list[str] | list[list[int]], Field(union_mode="left_to_right")]
 
 
 class CompletionRequest(SamplingFields):
@@ -270,11 +263,10 @@ class CompletionRequest(SamplingFields):
         """One entry for each prompt: its text, or its token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
         if not self.prompt:
             raise RequestError("prompt is an empty list; it needs at least one token or text", "prompt")
-        return list(self.prompt)  # type: ignore[arg-type]
+        texts: list[str | list[int]] = [item for item in self.prompt if not isinstance(item, int)]
+        return texts or [[item for item in self.prompt if isinstance(item, int)]]
 
 
 class TokenizeRequest(ChatTemplateFields):
@@ -285,7 +277,7 @@ class TokenizeRequest(ChatTemplateFields):
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
 
-    def check(self) -> Self:
+    def check(self) -> None:
         self.refuse_extras(_NOT_YET)
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", "prompt")
@@ -297,7 +289,6 @@ class TokenizeRequest(ChatTemplateFields):
         if self.prompt is not None:
             for name in self.model_fields_set & set(ChatTemplateFields.model_fields):
                 raise RequestError(f"{name} is for messages; a prompt has no chat template", name)
-        return self
 
 
 class DetokenizeRequest(_Fields):
@@ -352,6 +343,3 @@ def _place(loc: tuple[int | str, ...]) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-Role = Literal["assistant"]
