@@ -55,7 +55,7 @@ def build_app(service: Service) -> ASGIApp:
     app.add_exception_handler(OctavoError, tell)
     app.add_exception_handler(HTTPException, tell_http)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
-    return Front(app, service.options.api_key, OPEN_PATHS, frozenset(paths), service.metrics)
+    return Front(app, service, OPEN_PATHS, frozenset(paths))
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

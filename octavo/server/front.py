@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.log import logger
 from octavo.server.failure import Failure, RefusedError, failure_of
-from octavo.server.metrics import Metrics
+from octavo.server.service import Service
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -18,16 +18,16 @@ class Front:
     def __init__(
         self,
         app: ASGIApp,
-        api_key: str | None,
+        service: Service,
         open_paths: frozenset[str],
         known_paths: frozenset[str],
-        metrics: Metrics,
     ):
         self._app = app
+        self._service = service
+        api_key = service.options.api_key
         self._key = None if api_key is None else _digest(api_key.encode())
         self._open_paths = open_paths
         self._known_paths = known_paths
-        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,6 +41,7 @@ class Front:
                 status = message["status"]
             await send(message)
 
+        self._service.enter()
         try:
             self._check_key(scope)
             await self._app(scope, receive, counted)
@@ -51,8 +52,9 @@ class Front:
             if status == 0:
                 await _send_failure(failure, counted)
         finally:
+            self._service.leave()
             path = scope["path"] if scope["path"] in self._known_paths else "other"
-            self._metrics.http(scope["method"] if scope["method"] in _METHODS else "other", path, status or 499)
+            self._service.metrics.http(scope["method"] if scope["method"] in _METHODS else "other", path, status or 499)
 
     def _check_key(self, scope: Scope) -> None:
         """Takes the same time whatever key is given: digests are compared, and those in constant time."""

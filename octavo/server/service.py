@@ -1,7 +1,8 @@
 """What the endpoints share: the engine, the model's words, the options, and whether requests are taken now."""
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from octavo.config import ServerOptions
 from octavo.engine.limits import Limits
@@ -16,7 +17,10 @@ from octavo.server.model import ServedModel
 
 @dataclass(slots=True)
 class Service:
-    """`model` is None until it is loaded; `draining` says that the server takes nothing more."""
+    """`model` is None until it is loaded; `draining` says that the server takes nothing more.
+
+    `num_open` HTTP requests are being answered; `quiet` is set while there are none.
+    """
 
     engine: EngineClient
     options: ServerOptions
@@ -24,6 +28,18 @@ class Service:
     model: ServedModel | None = None
     loading: bool = False
     draining: bool = False
+    num_open: int = 0
+    quiet: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def enter(self) -> None:
+        """One more HTTP request is being answered."""
+        self.num_open += 1
+        self.quiet.clear()
+
+    def leave(self) -> None:
+        self.num_open -= 1
+        if not self.num_open:
+            self.quiet.set()
 
     def trouble(self) -> str | None:
         """Why the server is not healthy, or None."""
