@@ -98,8 +98,9 @@ class Stream:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            arrived, self._arrived = self._arrived, None
-            if arrived is not None:
+            # Again and again: more may come, even the end, while the reader is busy with a piece.
+            while self._arrived is not None:
+                arrived, self._arrived = self._arrived, None
                 yield arrived
             if self._error is not None:
                 raise self._error

@@ -44,6 +44,19 @@ def test_a_whole_stream_comes_in_one_piece():
     assert asyncio.run(read()) == [3]
 
 
+def test_what_comes_while_the_reader_is_busy_is_not_lost():
+    async def read() -> list[int]:
+        stream, tokens = stream_of(1), []
+        stream.take(("r", 0, 0, None, None, None))
+        async for arrived in stream:
+            tokens += [token[2] for token in arrived.tokens]
+            if len(tokens) == 1:
+                stream.take(("r", 0, 1, "length", None, None))  # the end, while this piece is being written
+        return tokens
+
+    assert asyncio.run(read()) == [0, 1]
+
+
 class OneRequest:
     """An engine whose only request never ends by itself."""
 
