@@ -53,6 +53,7 @@ def build_app(service: Service) -> ASGIApp:
         return _no_route(app, request, error)
 
     app.add_exception_handler(OctavoError, tell)
+    app.add_exception_handler(Exception, tell)
     app.add_exception_handler(HTTPException, tell_http)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     return Front(app, service, OPEN_PATHS, frozenset(paths))
@@ -112,7 +113,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
         asked.check()
         if asked.messages is not None:
             messages = plain_messages(asked.messages)
-            tokens = await model.encode_chat(messages, asked.add_generation_prompt, asked.template_variables())
+            tokens = await model.encode_chat(messages, asked.add_generation_prompt, asked.chat_template_kwargs or {})
         else:
             tokens = await model.encode(asked.prompt or "", asked.add_special_tokens is not False)
         return json_response({"count": len(tokens), "max_model_len": service.limits.max_model_len, "tokens": tokens})

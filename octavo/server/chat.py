@@ -19,7 +19,9 @@ async def start_chat(service: Service, asked: ChatRequest) -> "ChatReply":
     """Submits a chat; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
     model = service.model_named(asked.model)
     asked.check()
-    token_ids = await model.encode_chat(asked.plain_messages(), asked.add_generation_prompt, asked.template_variables())
+    token_ids = await model.encode_chat(
+        asked.plain_messages(), asked.add_generation_prompt, asked.chat_template_kwargs or {}
+    )
     limit = asked.limit
     if limit is None:
         # The answer may be as long as fits; a prompt that is too long is refused later, with the numbers.

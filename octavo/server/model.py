@@ -4,6 +4,7 @@ Encoding a long text takes the time of many steps, so it leaves the event loop; 
 """
 
 import asyncio
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 from octavo.checkpoint import open_checkpoint
 from octavo.config import EngineOptions, ServerOptions
+from octavo.errors import RequestError
 from octavo.request import Request
 from octavo.text.chat_template import encode_chat
 from octavo.text.output import RequestText, TextDelta, bad_words_to_ids
@@ -22,6 +24,8 @@ __all__ = ["RequestText", "ServedModel", "TextDelta", "load_model"]
 LONG_TEXT = 16_384  # characters; about 2 ms of encoding
 # Sampling defaults that a model's generation_config.json may set, as vLLM's users expect.
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# What `encode_chat` takes besides the template's variables.
+_RESERVED = frozenset(inspect.signature(encode_chat).parameters) - {"variables"}
 
 
 @dataclass(slots=True)
@@ -42,7 +46,13 @@ class ServedModel:
     async def encode_chat(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, variables: dict[str, Any]
     ) -> list[int]:
-        """Token ids of a chat, by the model's template; raises `RequestError` if it refuses."""
+        """Token ids of a chat, by the model's template; raises `RequestError` if it refuses.
+
+        `variables` are the client's own words to the template.
+        """
+        for name in variables.keys() & _RESERVED:
+            field = f"chat_template_kwargs.{name}"
+            raise RequestError(f"{field} cannot be set: it is not for clients, or has its own field", field)
 
         def encode() -> list[int]:
             return encode_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **variables)

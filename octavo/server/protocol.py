@@ -205,17 +205,6 @@ class ChatTemplateFields(_Fields):
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def template_variables(self) -> dict[str, Any]:
-        """The variables that the client hands to the chat template."""
-        variables = self.chat_template_kwargs or {}
-        for name in ("messages", "tools", "tokenizer", "add_generation_prompt"):
-            if name in variables:
-                raise RequestError(
-                    f"chat_template_kwargs cannot set {name}; it has its own place in the request",
-                    f"chat_template_kwargs.{name}",
-                )
-        return variables
-
 
 class ChatRequest(SamplingFields, ChatTemplateFields):
     """POST /v1/chat/completions."""
