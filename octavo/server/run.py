@@ -118,6 +118,8 @@ class HttpServer(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; raises `ConfigError` that says what to do. Port 0 is any free one."""
+    if not 0 <= port < 65536:
+        raise ConfigError(f"--port is {port}; it must be from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, OverflowError, UnicodeError) as error:
