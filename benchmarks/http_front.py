@@ -152,7 +152,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     pin(LOAD_CORE)
     try:
         asyncio.run(load(port, False, 8, 1.0))  # warm
-        runs = [(stream, n) for stream in (False, True) for n in arguments.connections]
+        runs = [(stream, n) for stream in arguments.modes for n in arguments.connections]
         return [asyncio.run(load(port, stream, n, arguments.seconds)) for stream, n in runs]
     finally:
         server.terminate()
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--model", help="known name, GGUF file or folder whose tokenizer and template are used")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each run")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 32, 256], help="open at once")
+    parser.add_argument("--modes", type=json.loads, default=[False, True], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="file for the JSON result")
     parser.add_argument("--profile", help="file for the server's cProfile statistics (slows it)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

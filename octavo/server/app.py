@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from octavo import __version__
@@ -143,10 +144,19 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
 
 def _post(app: FastAPI, path: str, kind: type[BaseModel]) -> Callable[[Handler], Handler]:
-    """Registers a POST endpoint; `kind` tells /openapi.json what the body holds, the endpoint parses it itself."""
+    """Registers a POST endpoint whose body is a `kind`, which the endpoint parses itself.
+
+    Twice: for FastAPI, so that /openapi.json knows it, and before that as a plain route, which is the one that is
+    called. FastAPI's own way to an endpoint took 40% of a short request's time.
+    """
     content = {"application/json": {"schema": kind.model_json_schema()}}
     extra = {"requestBody": {"required": True, "content": content}}
-    return app.post(path, openapi_extra=extra, response_class=Response)
+
+    def register(handler: Handler) -> Handler:
+        app.router.routes.insert(0, Route(path, handler, methods=["POST"]))
+        return app.post(path, openapi_extra=extra, response_class=Response)(handler)
+
+    return register
 
 
 async def _answered(reply: Reply, stream: bool | None, request: Request) -> Response:

@@ -100,6 +100,7 @@ class HttpServer(uvicorn.Server):
             access_log=False,
             lifespan="off",
             ws="none",
+            proxy_headers=False,
             date_header=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
