@@ -1,4 +1,4 @@
-"""How much the HTTP process alone can do: an engine that answers at once, one core for the server, another for the load.
+"""How much the HTTP process alone can do: an engine that answers at once, one core for the server, one for the load.
 
     python benchmarks/http_front.py [--model MODEL] [--seconds 5] [--out FILE] [--profile FILE]
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "server")]  # the engine double is the tests'
+sys.path.insert(0, str(ROOT))  # the engine double is the tests'
 
 ANSWER_TOKENS = 32
 SERVER_CORE, LOAD_CORE = 0, 1
@@ -36,14 +36,13 @@ def pin(core: int) -> None:
 def serve(model_path: str | None, profile: str | None) -> None:
     """The real server around an engine double; prints its URL."""
     pin(SERVER_CORE)
-    from double import EngineDouble, byte_tokenizer
-
     from octavo import log
     from octavo.config import ServerOptions
     from octavo.server.model import ServedModel
     from octavo.server.run import _loop_factory, listen
     from octavo.server.run import serve as serve_engine
     from octavo.text.tokenizer import Tokenizer
+    from tests.server.double import EngineDouble, byte_tokenizer
 
     log.setup()
     tokenizer = Tokenizer.load(model_path) if model_path else byte_tokenizer()
@@ -114,8 +113,8 @@ def request_bytes(stream: bool) -> bytes:
         "stream": stream,
     }
     body = json.dumps(asked).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    return head.encode() + b"\r\n\r\n" + body
+    lines = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", "", "")
+    return "\r\n".join(lines).encode() + body
 
 
 async def load(port: int, stream: bool, connections: int, seconds: float) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class RopeConfig:
 
     `scaling` names the rule for long contexts: `linear`, `llama3`, `yarn`, and `dynamic`, the last of which stretches
     the base by an NTK factor that is chosen once per sequence from its prompt's length (see `ntk_alpha`), so that a
-    cached key never depends on what came after it.
+    cached key never depends on what came after it. `freq_factors`, if given, divide the frequencies one by one, as
+    GGUF files have them. `rotary_dim` is the part of a head that rotates.
     """
 
     theta: float = 10000.0
@@ -68,6 +69,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    freq_factors: tuple[float, ...] = ()
 
     def ntk_alpha(self, prompt_len: int) -> float:
         """Factor on the base for a sequence whose prompt has `prompt_len` tokens; 1.0 but under `dynamic`."""
@@ -99,6 +101,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -57,6 +57,7 @@ class Sequence:
     # the blocks. The first `num_committed` blocks of the table have been offered to the prefix cache.
     block_hashes: list[bytes] = field(default_factory=list)
     num_committed: int = 0
+    num_borrowed: int = 0  # blocks of the table that somebody else held when it was given them
     fills: int = 0  # tokens up to which it fills blocks that its siblings already share and wait for
     row: int = -1  # place in the engine's row table while the sequence holds blocks
     finish_reason: FinishReason | None = None

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from octavo.checkpoint import hub
+
+# Tiny tensors gain nothing from threads, and spinning ones slow every other process of the machine down.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

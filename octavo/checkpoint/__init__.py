@@ -83,11 +83,9 @@ def open_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
 
 
 def open_tokenizer_data(source: str) -> TokenizerData:
-    """The tokenizer of `source`:
-
-    what `open_checkpoint` takes, or a folder that holds no more than a tokenizer.
-    """
-    path = _locate(source)
+    """Tokenizer of a model (see `open_checkpoint`), of a folder with a tokenizer.json, or of that file."""
+    path = Path(source).expanduser()
+    path = path.parent if path.name == "tokenizer.json" and path.is_file() else _locate(source)
     if path.is_dir():
         from octavo.checkpoint.folder import read_tokenizer_data
 
@@ -112,9 +110,7 @@ def _locate(model: str) -> Path:
     if path.is_file():
         if path.suffix == ".gguf":
             return path
-        raise CheckpointError(
-            f"{model} is a file but not a .gguf one; for safetensors, name the folder around it"
-        )
+        raise CheckpointError(f"{model} is a file but not a .gguf one; for safetensors, name the folder around it")
     known = ", ".join(hub.MODELS)
     raise CheckpointError(
         f"model {model!r} is neither a known name ({known}), nor a .gguf file, nor a folder with config.json."

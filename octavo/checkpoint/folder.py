@@ -51,17 +51,13 @@ def read_tokenizer_data(path: Path) -> TokenizerData:
     if not source.is_file():
         old = " (tokenizer.model alone is not read: save the model with transformers once)"
         has_old = (path / "tokenizer.model").exists()
-        raise CheckpointError(
-            f"{path} has no tokenizer.json{old if has_old else ''}; put it beside config.json"
-        )
+        raise CheckpointError(f"{path} has no tokenizer.json{old if has_old else ''}; put it beside config.json")
     settings = _read_json(path / "tokenizer_config.json") or {}
     return TokenizerData(
         path,
         json=_read_text(source),
         settings=settings,
-        generation_config=_read_json(path / "generation_config.json")
-        or _read_json(path / "config.json")
-        or {},
+        generation_config=_read_json(path / "generation_config.json") or _read_json(path / "config.json") or {},
         chat_templates=_chat_templates(path, settings),
     )
 
@@ -79,9 +75,7 @@ def _chat_templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         return {entry["name"]: entry["template"] for entry in given or ()}
     except (TypeError, KeyError):
         where = path / "tokenizer_config.json"
-        raise CheckpointError(
-            f"{where}: chat_template is neither a text nor a list of named templates"
-        ) from None
+        raise CheckpointError(f"{where}: chat_template is neither a text nor a list of named templates") from None
 
 
 def _open_files(path: Path) -> dict[str, SafetensorsFile]:
@@ -95,14 +89,8 @@ def _open_files(path: Path) -> dict[str, SafetensorsFile]:
         file = SafetensorsFile(found[0])
         return dict.fromkeys(file.tensors, file)
     if found:
-        raise CheckpointError(
-            f"{path} has {len(found)} safetensors files but no {_INDEX}; fetch that file too"
-        )
-    hint = (
-        "convert its .bin or .pth files to safetensors"
-        if any(path.glob("*.bin"))
-        else "fetch the weights too"
-    )
+        raise CheckpointError(f"{path} has {len(found)} safetensors files but no {_INDEX}; fetch that file too")
+    hint = "convert its .bin or .pth files to safetensors" if any(path.glob("*.bin")) else "fetch the weights too"
     raise CheckpointError(f"{path} has no safetensors files; {hint}, or name a .gguf file")
 
 
@@ -114,15 +102,11 @@ def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
     if outside := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{path / _INDEX} names {outside[0]!r}, which is not a file of its own folder")
     if missing := [name for name in names if not (path / name).is_file()]:
-        raise CheckpointError(
-            f"{path} lacks {', '.join(missing)} of its {len(names)} shards; fetch them again"
-        )
+        raise CheckpointError(f"{path} lacks {', '.join(missing)} of its {len(names)} shards; fetch them again")
     files = {name: SafetensorsFile(path / name) for name in names}
     for tensor, name in weight_map.items():
         if tensor not in files[name].tensors:
-            raise CheckpointError(
-                f"{path / name} lacks tensor {tensor!r}, which {_INDEX} places there; fetch it again"
-            )
+            raise CheckpointError(f"{path / name} lacks tensor {tensor!r}, which {_INDEX} places there; fetch it again")
     return {tensor: files[name] for tensor, name in weight_map.items()}
 
 

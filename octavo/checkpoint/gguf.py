@@ -87,9 +87,7 @@ class GgufFile:
         try:
             self._read_header(reader)
         except (struct.error, IndexError):
-            raise reader.broken(
-                "ends in the middle of its header; it was cut short: fetch it again"
-            ) from None
+            raise reader.broken("ends in the middle of its header; it was cut short: fetch it again") from None
         except UnicodeDecodeError as error:
             raise reader.broken(f"has a text in its header that is not UTF-8 ({error.reason})") from None
 
@@ -104,14 +102,15 @@ class GgufFile:
         num_tensors, num_keys = reader.scalar("Q"), reader.scalar("Q")
         # The smallest tensor entry and the smallest key take more than 13 bytes: a damaged count stops here.
         if (num_tensors + num_keys) * 13 > len(self.data):
-            raise reader.broken(f"claims {num_tensors} tensors and {num_keys} keys, more than fit into it")
+            raise reader.broken(
+                f"was cut short or is damaged: it claims {num_tensors} tensors and {num_keys} keys; fetch it again"
+            )
         for _ in range(num_keys):
             key = reader.string()
             self.metadata[key] = reader.value(reader.scalar("I"))
         if self.metadata.get("split.count", 0) > 1:
             raise reader.broken(
-                f"is one of {self.metadata['split.count']} parts; join them with `llama-gguf-split --merge` "
-                "first"
+                f"is one of {self.metadata['split.count']} parts; join them with `llama-gguf-split --merge` first"
             )
         table = [self._read_entry(reader) for _ in range(num_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
@@ -136,21 +135,16 @@ class GgufFile:
             )
         return name, dtype, shape, reader.scalar("Q")
 
-    def _place(
-        self, reader: "_Reader", name: str, dtype: str, shape: tuple[int, ...], start: int, offset: int
-    ) -> None:
+    def _place(self, reader: "_Reader", name: str, dtype: str, shape: tuple[int, ...], start: int, offset: int) -> None:
         block, block_bytes = BLOCK_SIZES[dtype]
         row = shape[-1] if shape else 1
         if row % block:
-            raise reader.broken(
-                f"gives tensor {name!r} rows of {row} elements; {dtype} takes multiples of {block}"
-            )
+            raise reader.broken(f"gives tensor {name!r} rows of {row} elements; {dtype} takes multiples of {block}")
         num_bytes = math.prod(shape) // block * block_bytes
         end = start + offset + num_bytes
         if end > len(self.data):
             raise reader.broken(
-                f"is cut short: tensor {name!r} ends at byte {end}, the file at {len(self.data)}; fetch it "
-                "again"
+                f"is cut short: tensor {name!r} ends at byte {end}, the file at {len(self.data)}; fetch it again"
             )
         if name in self.tensors:
             raise reader.broken(f"holds tensor {name!r} twice; convert the model again")

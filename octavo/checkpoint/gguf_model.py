@@ -85,13 +85,9 @@ class GgufCheckpoint:
         self._prefix = self._metadata.get("general.architecture", "")
         if self._prefix not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise CheckpointError(
-                f"{path} has architecture {self._prefix!r}; Octavo reads GGUF files of {known}"
-            )
+            raise CheckpointError(f"{path} has architecture {self._prefix!r}; Octavo reads GGUF files of {known}")
         self._architecture = ARCHITECTURES[self._prefix]
-        self._stored_names = {
-            self._translate(name): name for name in self._file.tensors if name != _ROPE_FACTORS
-        }
+        self._stored_names = {self._translate(name): name for name in self._file.tensors if name != _ROPE_FACTORS}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, tensor.dtype, tensor.shape, tensor.num_bytes)
             for name, stored in self._stored_names.items()
@@ -114,6 +110,10 @@ class GgufCheckpoint:
         # A head's rows lie as (pair, half); Hugging Face keeps (half, pair). Whole rows move, whatever their
         # type.
         num_rows = self.tensors[name].shape[0]
+        if not len(data) or num_rows % (2 * self.config[heads]):
+            raise CheckpointError(
+                f"{self.path} gives {stored} {num_rows} rows for {self.config[heads]} heads"
+            )
         rows = data.reshape(self.config[heads], -1, 2, len(data) // num_rows)
         return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
 
@@ -145,6 +145,11 @@ class GgufCheckpoint:
         if value is None or isinstance(value, list):
             what = "lacks" if value is None else "has different values a layer for"
             raise CheckpointError(f"{self.path} {what} {self._prefix}.{key}; convert the model again")
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise CheckpointError(
+                f"{self.path} gives {self._prefix}.{key} as {value!r}; it must be a positive number: "
+                "convert it again"
+            )
         return value
 
     def _read_config(self) -> dict[str, Any]:
@@ -173,9 +178,6 @@ class GgufCheckpoint:
         }
         if window := self._key("attention.sliding_window"):
             config["sliding_window"] = window
-        for heads_of in ("num_attention_heads", "num_key_value_heads"):
-            if config[heads_of] < 1:
-                raise CheckpointError(f"{self.path} gives {heads_of} as {config[heads_of]}; convert it again")
         return config
 
     def _rope_scaling(self, context_length: int) -> dict[str, Any] | None:
@@ -205,9 +207,7 @@ class GgufCheckpoint:
         scaling = {
             "rope_type": "yarn",
             "factor": factor,
-            "original_max_position_embeddings": self._key(
-                "rope.scaling.original_context_length", context_length
-            ),
+            "original_max_position_embeddings": self._key("rope.scaling.original_context_length", context_length),
             "beta_fast": self._key("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": self._key("rope.scaling.yarn_beta_slow", 1.0),
         }

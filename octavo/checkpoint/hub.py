@@ -62,9 +62,7 @@ def pull(name: str) -> Path:
     """The file of a known model, fetched if it is not in the cache yet. Raises `DownloadError`."""
     source = MODELS.get(name)
     if source is None:
-        raise DownloadError(
-            f"model {name!r} is not known; known: {', '.join(MODELS)}.{nearest(name, MODELS)}"
-        )
+        raise DownloadError(f"model {name!r} is not known; known: {', '.join(MODELS)}.{nearest(name, MODELS)}")
     folder = cache_home() / "models" / name.replace(":", "-")
     target = folder / Path(source.member).name
     # The size is enough here: a file gets this name only after its hash was right.

@@ -60,21 +60,16 @@ def parse_header(header: bytes, source: str, data_bytes: int | None = None) -> d
     try:
         entries = json.loads(header)
     except (ValueError, RecursionError):
-        raise CheckpointError(
-            f"{source} has a header that is not JSON; it is damaged: fetch it again"
-        ) from None
+        raise CheckpointError(f"{source} has a header that is not JSON; it is damaged: fetch it again") from None
     if not isinstance(entries, dict):
-        raise CheckpointError(
-            f"{source} has a header that is not a JSON object; it is damaged: fetch it again"
-        )
+        raise CheckpointError(f"{source} has a header that is not a JSON object; it is damaged: fetch it again")
     entries.pop("__metadata__", None)
     tensors = {name: _parse_entry(name, entry, source) for name, entry in entries.items()}
     position = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != position:
             raise CheckpointError(
-                f"{source} places tensor {name!r} at byte {tensor.start} where {position} follows; it is "
-                "damaged"
+                f"{source} places tensor {name!r} at byte {tensor.start} where {position} follows; it is damaged"
             )
         position = tensor.end
     if data_bytes is not None and position != data_bytes:
@@ -114,9 +109,7 @@ class SafetensorsFile:
         size = header_size(bytes(data[:PREFIX_BYTES]), str(path))
         begin = PREFIX_BYTES + size
         if begin > len(data):
-            raise CheckpointError(
-                f"{path} ends in the middle of its header; it was cut short: fetch it again"
-            )
+            raise CheckpointError(f"{path} ends in the middle of its header; it was cut short: fetch it again")
         self._data = data[begin:]
         self.tensors = parse_header(bytes(data[PREFIX_BYTES:begin]), str(path), len(self._data))
 

@@ -50,6 +50,10 @@ class BlockManager:
         """Blocks that `num_tokens` tokens fill."""
         return -(-num_tokens // self.block_size)
 
+    def count_owned(self, blocks: list[int]) -> int:
+        """How many of `blocks` somebody owns now."""
+        return sum(1 for block in blocks if self._ref_count[block])
+
     def computed_tokens(self, sequences: list[Sequence], *, exclusive: bool = False) -> int:
         """Tokens of `sequences` with K/V in blocks, each block counted once; `exclusive`: only what nobody else holds.
 
@@ -109,10 +113,11 @@ class BlockManager:
     def take(self, seq: Sequence, shared: list[int], num_tokens: int) -> bool:
         """Gives `seq` the blocks `shared` and new ones up to `num_tokens` tokens; False, and nothing, if short."""
         assert not seq.block_table, "take() is for a sequence without blocks"
-        idle = sum(1 for block in shared if self._ref_count[block] == 0)
+        idle = len(shared) - self.count_owned(shared)
         new = self.blocks_for(num_tokens) - len(shared)
         if idle + new > self.num_available:
             return False
+        seq.num_borrowed = len(shared) - idle
         for block in shared:
             self._own(block)
         seq.block_table = shared + [self._pop() for _ in range(new)]
@@ -161,6 +166,7 @@ class BlockManager:
         child.block_hashes = list(parent.block_hashes)
         child.num_computed = parent.num_computed
         child.num_committed = parent.num_committed
+        child.num_borrowed = len(child.block_table)
         for block in child.block_table:
             self._ref_count[block] += 1
 
@@ -169,7 +175,7 @@ class BlockManager:
         for block in reversed(seq.block_table):
             self._release(block)
         seq.block_table = []
-        seq.num_computed = seq.num_committed = seq.fills = 0
+        seq.num_computed = seq.num_committed = seq.num_borrowed = seq.fills = 0
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached content; owned blocks stay owned and lose their hashes."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from octavo.batch import Batch, LogprobColumns, StepResult
 from octavo.config import EngineConfig
 from octavo.engine.block_manager import BlockManager
+from octavo.engine.forecast import Forecast
 from octavo.engine.limits import Limits
 from octavo.engine.rows import FORK_STRIDE, RowTable
 from octavo.log import logger
@@ -76,6 +77,7 @@ class Scheduler:
         self._running: list[RequestState] = []
         self._steps: deque[Plan] = deque()
         self._started: list[tuple[str, float, int]] = []
+        self._forecast = Forecast()
         self._numbers = itertools.count()
         self._stats = EngineStats()
 
@@ -231,6 +233,8 @@ class Scheduler:
         leader, *siblings = state.sequences
         # A sequence that must show its prompt's logprobs has to compute all of it.
         hits = [] if _wants_prompt_logprobs(leader) else self.blocks.match_prefix(leader)
+        if self._running and not self._fits_ahead(state, self.blocks.count_owned(hits)):
+            return False
         taken = self.blocks.take(leader, hits, leader.num_tokens)
         # After a preemption the samples share their prompt's full blocks again; the first of them fills these.
         shared = leader.num_prompt // self._config.block_size if siblings else 0
@@ -249,6 +253,21 @@ class Scheduler:
         self._running.append(state)
         self._count_admission(state, shared)
         return True
+
+    def _fits_ahead(self, state: RequestState, owned_hits: int) -> bool:
+        """Whether the running requests will probably not have to give way soon if `state` joins them.
+
+        `owned_hits` blocks of its prompt are held by running requests already.
+        """
+        block = self._config.block_size
+        running = [(each, seq) for each in self._running for seq in each.sequences]
+        held = [(len(seq.block_table) - seq.num_borrowed) * block for _, seq in running]
+        shared = self.blocks.num_owned * block - sum(held)  # by sequences whose first owner has ended
+        new = [self.blocks.blocks_for(seq.num_tokens) * block for seq in state.sequences]
+        new[0] += shared - owned_hits * block
+        may_grow = [each.max_len - seq.num_tokens for each, seq in running]
+        may_grow += [state.max_len - seq.num_tokens for seq in state.sequences]
+        return self._forecast.peak(held + new, may_grow) <= self._config.num_blocks * block
 
     def _num_rows(self, state: RequestState) -> int:
         return len(state.sequences) if state.forked else state.request.params.n
@@ -288,6 +307,7 @@ class Scheduler:
                 logprobs = _logprobs_at(result.logprobs, i, seq.request.params.logprobs)
             output.tokens.append((seq.request.request_id, seq.index, tokens[i], reason, stop, logprobs))
             if reason is not None:
+                self._forecast.ended(seq.num_output)
                 self._end(state, seq, reason)
         self._stats.steps += 1
         self._stats.output_tokens += len(tokens)

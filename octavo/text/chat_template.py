@@ -53,13 +53,9 @@ class ChatTemplate:
                 | variables
             )
         except jinja2.TemplateError as error:
-            raise RequestError(
-                f"the model's chat template refuses these messages: {error}", "messages"
-            ) from None
+            raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from None
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
-            raise RequestError(
-                f"the model's chat template cannot use these messages: {error}", "messages"
-            ) from None
+            raise RequestError(f"the model's chat template cannot use these messages: {error}", "messages") from None
 
     def _template(self, name: str) -> jinja2.Template:
         if name not in self.sources:
@@ -74,8 +70,7 @@ class ChatTemplate:
                 self._compiled[name] = _environment().from_string(self.sources[name])
             except jinja2.TemplateError as error:
                 raise RequestError(
-                    f"the model's chat template is broken ({error}); give another with the chat template "
-                    "option",
+                    f"the model's chat template is broken ({error}); give another with the chat template option",
                     "messages",
                 ) from None
         return self._compiled[name]
@@ -100,8 +95,7 @@ def encode_chat(
     template = template or tokenizer.chat_template
     if template is None:
         raise RequestError(
-            "this model has no chat template: use completions, or give a template with the chat template "
-            "option",
+            "this model has no chat template: use completions, or give a template with the chat template option",
             "messages",
         )
     messages = plain_messages(messages)
@@ -132,9 +126,7 @@ def _plain_message(message: Message, index: int) -> dict[str, Any]:
     plain = dict(message)
     content = plain.get("content")
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-        plain["content"] = "".join(
-            _part_text(part, f"{where}.content[{i}]") for i, part in enumerate(content)
-        )
+        plain["content"] = "".join(_part_text(part, f"{where}.content[{i}]") for i, part in enumerate(content))
     elif content is not None and not isinstance(content, str):
         kind = type(content).__name__
         raise RequestError(f"{where}.content is of type {kind}; it must be a text or text parts", "messages")
@@ -185,9 +177,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes for HTML, which would put \u003c into a prompt.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

@@ -62,6 +62,11 @@ def build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     raises `CheckpointError` naming `path` when it is of another kind.
     """
     kind = metadata.get("tokenizer.ggml.model")
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    for name in ("bos", "eos", "unknown"):
+        index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if index is not None and not 0 <= index < len(tokens):
+            raise CheckpointError(f"{path} gives {name} as token {index} of {len(tokens)}; convert it again")
     if kind == "gpt2":
         tokenizer, bos = _byte_level(metadata, path)
     elif kind == "llama":
@@ -71,7 +76,7 @@ def build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     _add_special_tokens(tokenizer, metadata)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
     if metadata.get("tokenizer.ggml.add_bos_token", bos) and bos_id is not None:
-        text = metadata["tokenizer.ggml.tokens"][bos_id]
+        text = tokens[bos_id]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{text}:0 $A:0", special_tokens=[(text, bos_id)]
         )
@@ -83,8 +88,7 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, boo
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in SPLITS:
         raise CheckpointError(
-            f"{path} cuts text as {name!r} (tokenizer.ggml.pre), which Octavo does not know; known: "
-            f"{', '.join(SPLITS)}"
+            f"{path} cuts text as {name!r} (tokenizer.ggml.pre), which Octavo does not know; known: {', '.join(SPLITS)}"
         )
     split = SPLITS[name]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
@@ -93,9 +97,7 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, boo
     vocabulary = _vocabulary(metadata["tokenizer.ggml.tokens"])
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges)
-    except (
-        Exception
-    ) as error:  # The library raises plain Exception for a merge that is not in the vocabulary.
+    except Exception as error:  # The library raises plain Exception for a merge that is not in the vocabulary.
         raise CheckpointError(f"{path} has a tokenizer that does not fit together: {error}") from None
     tokenizer = Tokenizer(model)
     if split.nfc:
@@ -141,9 +143,7 @@ def _merges(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
 
     each way to cut a piece, best score first.
     """
-    ordinary = {
-        token: index for index, token in enumerate(tokens) if types[index] not in (UNKNOWN, CONTROL, BYTE)
-    }
+    ordinary = {token: index for index, token in enumerate(tokens) if types[index] not in (UNKNOWN, CONTROL, BYTE)}
     found: list[tuple[float, int, int, str, str]] = []
     for token, index in ordinary.items():
         for cut in range(1, len(token)):
@@ -168,7 +168,7 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _add_special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
-    """Control tokens become special ones, user defined tokens are matched in the text but are ordinary output."""
+    """Control tokens become special; user defined ones are matched in the text but are ordinary output."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types: list[int] = metadata.get("tokenizer.ggml.token_type") or []
     special, plain = [], []

@@ -72,9 +72,7 @@ class RequestText:
 
     def set_prompt_logprobs(self, entries: Sequence[TokenLogprobs | None]) -> None:
         """Take the prompt's logprobs, one entry a prompt token, None for the first."""
-        self.prompt_logprobs = [
-            None if entry is None else to_logprobs(self._tokenizer, entry) for entry in entries
-        ]
+        self.prompt_logprobs = [None if entry is None else to_logprobs(self._tokenizer, entry) for entry in entries]
 
     def result(self) -> RequestOutput:
         """The answer as far as it goes. The lists in it are this object's own and grow with it."""
@@ -105,9 +103,7 @@ class _SequenceText:
     def __init__(self, request: Request, tokenizer: Tokenizer, index: int):
         params = request.params
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(
-            tokenizer, params.skip_special_tokens, continued=bool(request.prompt_token_ids)
-        )
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, continued=bool(request.prompt_token_ids))
         self._stop_strings = StopStrings(params.stop)
         self._min_tokens = params.min_tokens
         self._with_stop = params.include_stop_str_in_output

@@ -24,6 +24,7 @@ class SpecialText:
             token[:cut] for token in tokens if not token[0].isalnum() for cut in range(1, len(token))
         )
         self._longest = max(map(len, tokens), default=0)
+        self._last = frozenset(beginning[-1] for beginning in self._beginnings)
 
     def genuine(self, mark: str) -> re.Pattern[str]:
         """Matches what no mark breaks; the group makes `split` keep the tokens."""
@@ -31,6 +32,8 @@ class SpecialText:
 
     def ends_with_beginning(self, text: str) -> bool:
         """Whether the text that follows could complete a special token."""
+        if not text or text[-1] not in self._last:
+            return False
         return any(text[-cut:] in self._beginnings for cut in range(1, min(self._longest, len(text) + 1)))
 
     def touches(self, text: str) -> bool:

@@ -34,7 +34,7 @@ class StopStrings:
         """
         if not text:
             return ""
-        if not self._stops:
+        if not self._held and self._first.isdisjoint(text):
             return text
         text = self._held + text
         if count and (match := self._find(text)) is not None:

@@ -42,6 +42,7 @@ class Tokenizer:
 
     `vocab_size` counts all tokens, added ones too; `special_ids` are those that a person does not read;
     `strips_space` is true when decoding drops one leading space (SentencePiece's mark of a text's beginning);
+    `library` is the tokenizer of the `tokenizers` package underneath (the grammar needs it);
     `by_bytes` is false for the rare decoder whose tokens have no bytes of their own: then `token_bytes` is
     only a guess, and text is made by decoding windows of tokens.
     """
@@ -54,7 +55,7 @@ class Tokenizer:
         eos_token_ids: Sequence[int] = (),
         chat_template: ChatTemplate | None = None,
     ):
-        self._library = library
+        self.library = library
         self._plain: dict[bool, Library] = {}
         self._plain_lock = threading.Lock()
         self.bos_token_id = bos_token_id
@@ -102,7 +103,7 @@ class Tokenizer:
         self, texts: Sequence[str], *, parse_special: bool = True, add_bos: bool = True
     ) -> list[list[int]]:
         """Token ids of each text, several at a time; arguments as for `encode`."""
-        library = self._library if parse_special else self._plain_library(first=True)
+        library = self.library if parse_special else self._plain_library(first=True)
         return _encode(library, texts, add_bos)
 
     def encode_piece(self, text: str, *, first: bool) -> list[int]:
@@ -112,11 +113,19 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         if not self.by_bytes:
-            return self._library.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            return self.library.decode(list(ids), skip_special_tokens=skip_special_tokens)
         skipped = self.special_ids if skip_special_tokens else frozenset()
         pieces = b"".join([self.token_bytes(index) for index in ids if index not in skipped])
         text = pieces.decode("utf-8", "replace")
         return text[1:] if self.strips_space and text.startswith(" ") else text
+
+    def make_template(self, source: str) -> ChatTemplate:
+        """A template that a user gives in place of the model's own, with this model's BOS and EOS texts."""
+        bos, eos = (
+            "" if index is None else self.token_text(index)
+            for index in (self.bos_token_id, next(iter(self.eos_token_ids), None))
+        )
+        return ChatTemplate(source, bos_token=bos, eos_token=eos)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text; empty for an id outside the vocabulary."""
@@ -131,12 +140,12 @@ class Tokenizer:
 
     def token_id(self, text: str) -> int | None:
         """Id of the token that is written exactly so in the vocabulary; None if there is none."""
-        return self._library.token_to_id(text)
+        return self.library.token_to_id(text)
 
     def _to_bytes(self, token_id: int) -> bytes:
         if (added := self._added.get(token_id)) is not None:
             return added.content.encode()
-        token = self._library.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        token = self.library.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
         if token is None:
             return b""
         if self._decoder == "byte_level":
@@ -161,7 +170,7 @@ class Tokenizer:
             return self._plain[first]
 
     def _make_plain(self, first: bool) -> Library:
-        library = self._library
+        library = self.library
         if not first and (description := _without_first_space(library)) is not None:
             plain = Library.from_str(description)
         else:
@@ -206,11 +215,7 @@ def _decoder_kind(library: Library) -> tuple[str, bool]:
         0,
     )
     replaces = kinds[0] == "Replace" and (steps[0]["pattern"], steps[0]["content"]) == ({"String": "▁"}, " ")
-    if (
-        replaces
-        and kinds[1:3] == ["ByteFallback", "Fuse"]
-        and (len(kinds) == 3 or (strips and len(kinds) == 4))
-    ):
+    if replaces and kinds[1:3] == ["ByteFallback", "Fuse"] and (len(kinds) == 3 or (strips and len(kinds) == 4)):
         return "byte_fallback", strips
     return "other", False
 
@@ -235,9 +240,7 @@ def _from_json(data: TokenizerData) -> Tokenizer:
     # Requests of any length are encoded whole: the engine says which are too long.
     library.no_truncation()
     library.no_padding()
-    for index, entry in sorted(
-        data.settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])
-    ):
+    for index, entry in sorted(data.settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
         token = AddedToken(**entry)
         if library.id_to_token(int(index)) != token.content:
             continue
@@ -262,11 +265,6 @@ def _from_ggml(data: TokenizerData) -> Tokenizer:
     library = gguf_vocabulary.build(metadata, data.path)
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    for name, index in (("bos", bos), ("eos", eos)):
-        if index is not None and not 0 <= index < len(tokens):
-            raise CheckpointError(
-                f"{data.path} gives {name} as token {index} of {len(tokens)}; convert it again"
-            )
     templates = dict(data.chat_templates)
     for key, value in metadata.items():
         prefix, _, name = key.partition("tokenizer.chat_template")
@@ -276,9 +274,7 @@ def _from_ggml(data: TokenizerData) -> Tokenizer:
         library,
         bos_token_id=bos,
         eos_token_ids=_as_ids(data.generation_config.get("eos_token_id")),
-        chat_template=_template(
-            templates, None if bos is None else tokens[bos], None if eos is None else tokens[eos]
-        ),
+        chat_template=_template(templates, None if bos is None else tokens[bos], None if eos is None else tokens[eos]),
     )
 
 

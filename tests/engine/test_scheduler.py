@@ -18,9 +18,11 @@ from octavo.sampling_params import SamplingParams
 class Bench:
     """A scheduler and an oracle, stepped by hand, with every invariant checked after every step."""
 
-    def __init__(self, **changes):
+    def __init__(self, *, eager=False, **changes):
         self.config = engine_config(**changes)
         self.scheduler = Scheduler(self.config)
+        if eager:  # admit whatever fits this moment, so that preemption is certain
+            self.scheduler._fits_ahead = lambda state, owned_hits: True
         self.oracle = PagedOracle(self.config.num_blocks, self.config.block_size)
         self.answers = defaultdict(list)
         self.reasons = {}
@@ -157,7 +159,7 @@ def test_samples_share_the_prompt_and_copy_its_last_block():
 
 
 def test_preemption_changes_no_answer_and_is_counted():
-    bench = Bench(num_blocks=30, max_model_len=100)
+    bench = Bench(eager=True, num_blocks=30, max_model_len=100)
     prompts = {f"r{i}": prompt_of(9 + i, seed=i) for i in range(8)}
     for name, prompt in prompts.items():
         bench.add(name, prompt, max_tokens=40)
@@ -169,8 +171,29 @@ def test_preemption_changes_no_answer_and_is_counted():
         assert bench.answers[name, 0] == expected(prompt, 40, 1)
 
 
+def test_admission_looks_ahead_and_shared_blocks_count_once():
+    lost = {}
+    for eager in (True, False):
+        bench = Bench(eager=eager, num_blocks=100, max_num_seqs=64)
+        for i in range(40):
+            bench.add(f"r{i}", prompt_of(9 + i % 7, seed=i), max_tokens=60)
+        bench.run()
+        lost[eager] = bench.scheduler.stats().wasted_tokens
+    assert lost[False] < lost[True] / 2
+    bench = Bench(num_blocks=64, max_num_seqs=64)
+    bench.add("first", prompt_of(160), max_tokens=4)
+    bench.step()
+    for i in range(12):
+        bench.add(f"r{i}", [*prompt_of(160), i], max_tokens=4)
+    for _ in range(3):
+        bench.step()
+    # Each prompt fills 41 of the 64 blocks; counted alone, one request would run at a time.
+    assert bench.scheduler.stats().running >= 8
+    bench.run()
+
+
 def test_preempted_samples_share_their_prompt_again():
-    bench = Bench(num_blocks=28, max_model_len=80, max_num_batched_tokens=16)
+    bench = Bench(eager=True, num_blocks=28, max_model_len=80, max_num_batched_tokens=16)
     bench.add("n", prompt_of(33), n=3, max_tokens=20, priority=1)
     for _ in range(6):
         bench.step()
@@ -183,7 +206,7 @@ def test_preempted_samples_share_their_prompt_again():
 
 
 def test_the_victim_is_the_least_important_and_the_cheapest():
-    bench = Bench(num_blocks=24, max_model_len=90)
+    bench = Bench(eager=True, num_blocks=24, max_model_len=90)
     bench.add("important", prompt_of(10, 1), max_tokens=60, priority=-1)
     bench.add("dear", prompt_of(40, 2), max_tokens=30)
     bench.add("cheap", prompt_of(12, 3), max_tokens=30)
@@ -293,6 +316,7 @@ def test_the_advice_of_a_refusal_works():
 def test_any_traffic_ends_with_the_right_answers(data):
     block_size = data.draw(st.sampled_from([1, 2, 4, 8]))
     bench = Bench(
+        eager=data.draw(st.booleans()),
         block_size=block_size,
         num_blocks=data.draw(st.integers(64 // block_size, 160 // block_size)),
         max_model_len=64,

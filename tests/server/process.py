@@ -9,9 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from double import EngineDouble, byte_tokenizer
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from octavo import log
 from octavo.config import ServerOptions
@@ -19,6 +17,7 @@ from octavo.errors import OctavoError
 from octavo.request import Request
 from octavo.server.model import ServedModel
 from octavo.server.run import listen, serve
+from tests.server.double import EngineDouble, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token_ids[0]

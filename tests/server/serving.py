@@ -1,12 +1,12 @@
 """A server in the test's own event loop: an engine that answers at once, and a client without sockets."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-from double import EngineDouble, byte_tokenizer
 
 from octavo.config import ServerOptions
 from octavo.request import Request
@@ -14,6 +14,7 @@ from octavo.server.app import build_app
 from octavo.server.metrics import Metrics
 from octavo.server.model import ServedModel
 from octavo.server.service import Service
+from tests.server.double import EngineDouble, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token_ids[0]
@@ -22,6 +23,13 @@ EOS = TOKENIZER.eos_token_ids[0]
 def says(text: str) -> Callable[[Request, int], list[int]]:
     """A script whose every sample is `text` and its own number after it, but for the first."""
     return lambda request, index: [*TOKENIZER.encode(text + (f" {index}" if index else "")), EOS]
+
+
+def events(body: str) -> list[dict[str, Any]]:
+    """The chunks of a stream that ended well."""
+    lines = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
 
 
 class Server:

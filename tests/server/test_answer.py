@@ -2,10 +2,9 @@
 
 import asyncio
 
-from serving import TOKENIZER, serving
-
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
+from tests.server.serving import TOKENIZER, serving
 
 
 def requests(count: int, **params) -> list[Request]:

@@ -4,10 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serving import TOKENIZER, Server, run
-
 import octavo
 from octavo.server.model import name_of
+from tests.server.serving import TOKENIZER, Server, run
 
 
 @run

@@ -1,17 +1,8 @@
 """Chat completions, whole and streamed: the same words."""
 
-import json
-
-from serving import Server, run
+from tests.server.serving import Server, events, run
 
 TEXT = "Hi, wörld 🙂!"
-
-
-def events(body: str) -> list[dict]:
-    """The chunks of a stream that ended well."""
-    lines = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def streamed_text(chunks: list[dict], index: int = 0) -> str:

@@ -1,7 +1,6 @@
 """Completions: every form of prompt, echo, and logprobs in the older shape."""
 
-from serving import EOS, TOKENIZER, Server, run
-from test_chat import events
+from tests.server.serving import EOS, TOKENIZER, Server, events, run
 
 TEXT = "Hi, wörld 🙂!"
 

@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
-from serving import Server, run, serving
 
 from octavo.config import ServerOptions
+from tests.server.serving import Server, run, serving
 
 
 def error_of(answer, status: int) -> dict:

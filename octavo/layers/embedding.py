@@ -1,0 +1,16 @@
+"""Token embedding. Shapes: T tokens, V vocabulary, D model width."""
+
+import torch
+
+from octavo.layers.context import ForwardContext
+
+
+class Embedding:
+    """One row of `weight_VD` a token."""
+
+    def __init__(self, weight_VD: torch.Tensor):
+        self.weight_VD = weight_VD
+
+    def __call__(self, ctx: ForwardContext) -> torch.Tensor:
+        """[T, D] of the step's tokens."""
+        return ctx.ops.embedding(ctx.token_ids_T, self.weight_VD)

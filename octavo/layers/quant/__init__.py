@@ -1,0 +1,1 @@
+"""Weights stored in fewer bits, and how to read them."""

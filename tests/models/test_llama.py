@@ -1,0 +1,139 @@
+"""Llama against `transformers` on the same weights: logits in fp32, greedy tokens, chunks, batches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from octavo import ops
+from octavo.layers.context import ForwardContext
+from octavo.runner.model_runner import ModelRunner
+from tests.steps import Row, Steps
+from tests.tiny_models import FolderCheckpoint, runner_for, save_llama
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "odd": {
+        "hidden_size": 96,
+        "num_attention_heads": 6,
+        "head_dim": 16,
+        "intermediate_size": 100,
+        "vocab_size": 77,
+    },
+    "wide heads": {"head_dim": 24},
+    "one head each": {"num_key_value_heads": 4, "rope_theta": 500000.0, "rms_norm_eps": 1e-5},
+}
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 48,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn, all": {
+        "rope_type": "yarn",
+        "factor": 3.0,
+        "original_max_position_embeddings": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+    },
+    "yarn, factor given": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "attention_factor": 0.8,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+}
+CASES = SHAPES | {name: {"rope_parameters": {"rope_theta": 10000.0, **rope}} for name, rope in ROPES.items()}
+CASES["dynamic"]["max_position_embeddings"] = 40
+
+Models = Callable[[str], tuple[Path, transformers.LlamaForCausalLM]]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    made: dict[str, tuple[Path, transformers.LlamaForCausalLM]] = {}
+
+    def model(name: str) -> tuple[Path, transformers.LlamaForCausalLM]:
+        if name not in made:
+            path = save_llama(tmp_path_factory.mktemp("llama"), **CASES[name])
+            made[name] = path, transformers.LlamaForCausalLM.from_pretrained(path).eval()
+        return made[name]
+
+    return model
+
+
+def prompt(length: int, seed: int, vocab_size: int = 77) -> list[int]:
+    return np.random.default_rng(seed).integers(3, vocab_size, length).tolist()
+
+
+def all_logits(runner: ModelRunner, row: Row) -> torch.Tensor:
+    batch = Steps(runner).batch([(row, len(row.token_ids))])
+    with torch.inference_mode():
+        ctx = ForwardContext.build(
+            batch, runner.kv_cache.layers, runner.model.rope, ops.for_device(runner.device), runner.device
+        )
+        return runner.model.logits(runner.model.forward(ctx), ctx)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("length", [1, 37, 100])
+def test_logits_equal(models: Models, name: str, length: int) -> None:
+    path, reference = models(name)
+    runner = runner_for(FolderCheckpoint(path))
+    tokens = prompt(length, seed=length)
+    row = Row(tokens, ntk_alpha=runner.model.config.rope.ntk_alpha(length))
+    with torch.inference_mode():
+        expected = reference(torch.tensor([tokens])).logits[0]
+    assert expected.std() > 0.5, "the model must say something"
+    assert (all_logits(runner, row) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "dynamic"])
+def test_greedy_tokens_equal_in_a_mixed_batch(models: Models, name: str) -> None:
+    path, reference = models(name)
+    prompts = [prompt(length, seed=length) for length in (1, 5, 23, 60)]
+    answers = Steps(runner_for(FolderCheckpoint(path))).generate([Row(p) for p in prompts], 12, chunk=10)
+    for tokens, answer in zip(prompts, answers, strict=True):
+        assert answer == greedy(reference, tokens, answer)
+
+
+def greedy(model: transformers.LlamaForCausalLM, tokens: list[int], answer: list[int]) -> list[int]:
+    """What the reference says after each beginning of `tokens + answer`: the answer, if that is greedy."""
+    with torch.inference_mode():
+        said = model(torch.tensor([tokens + answer])).logits[0].argmax(-1).tolist()
+    return said[len(tokens) - 1 : -1]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 16, 32])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_any_blocks_and_chunks_give_the_same_tokens(models: Models, block_size: int, chunk: int) -> None:
+    path, _ = models("plain")
+    prompts = [prompt(length, seed=length) for length in (2, 31, 33, 70)]
+    whole = Steps(runner_for(FolderCheckpoint(path))).generate([Row(p) for p in prompts], 8)
+    runner = runner_for(FolderCheckpoint(path), block_size)
+    assert Steps(runner, seed=1).generate([Row(p) for p in prompts], 8, chunk) == whole
+
+
+def test_dynamic_rope_differs_by_row(models: Models) -> None:
+    path, reference = models("dynamic")
+    runner = runner_for(FolderCheckpoint(path))
+    rows = [Row(prompt(n, seed=n), runner.model.config.rope.ntk_alpha(n)) for n in (20, 90)]
+    assert rows[0].ntk_alpha == 1.0 < rows[1].ntk_alpha
+    together = Steps(runner).generate(rows, 1, chunk=9)
+    with torch.inference_mode():
+        alone = [int(reference(torch.tensor([r.token_ids[:-1]])).logits[0, -1].argmax()) for r in rows]
+    assert [answer[0] for answer in together] == alone

@@ -1,0 +1,112 @@
+"""Hand-built steps for tests of everything below the engine: sequences, scattered blocks, flat batches."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from octavo.batch import Batch, PromptLogprobs, SamplingColumns, StepResult
+from octavo.runner.model_runner import ModelRunner
+
+
+def columns(num_samples: int, **given: object) -> SamplingColumns:
+    """Greedy sampling columns; a keyword sets a column, from a number or a list."""
+    defaults: dict[str, tuple[object, type]] = {
+        "temperature": (0.0, np.float32),
+        "top_k": (0, np.int32),
+        "top_p": (1.0, np.float32),
+        "min_p": (0.0, np.float32),
+        "seed": (0, np.uint64),
+        "counter": (0, np.int32),
+        "num_logprobs": (-1, np.int32),
+    }
+    made = {
+        name: np.ascontiguousarray(np.broadcast_to(np.asarray(given.pop(name, value), dtype), (num_samples,)))
+        for name, (value, dtype) in defaults.items()
+    }
+    floats = ("bias_value", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    more = {
+        name: np.asarray(value, np.float32 if name in floats else np.int32) for name, value in given.items()
+    }
+    return SamplingColumns(**made, **more)
+
+
+@dataclass
+class Row:
+    """A sequence under test."""
+
+    token_ids: list[int]
+    ntk_alpha: float = 1.0
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    num_prompt: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.token_ids)
+        self.num_prompt = len(self.token_ids)
+
+
+class Steps:
+    """Runs rows step by step over a runner's cache, handing out its blocks in a shuffled order."""
+
+    def __init__(self, runner: ModelRunner, seed: int = 0):
+        self.runner = runner
+        num_blocks, self.block_size = runner.kv_cache.layers[0].k_PBKH.shape[:2]
+        self.free = np.random.default_rng(seed).permutation(num_blocks).tolist()
+
+    def batch(self, work: list[tuple[Row, int]], sampling: SamplingColumns | None = None) -> Batch:
+        """`work` is (row, how many more tokens to compute); rows that become complete draw a sample."""
+        tokens, positions, slots, starts, samples = [], [], [], [0], []
+        for row, count in work:
+            end = row.num_computed + count
+            while len(row.block_table) * self.block_size < end:
+                row.block_table.append(self.free.pop())
+            for position in range(row.num_computed, end):
+                tokens.append(row.token_ids[position])
+                positions.append(position)
+                block = row.block_table[position // self.block_size]
+                slots.append(block * self.block_size + position % self.block_size)
+            row.num_computed = end
+            starts.append(len(tokens))
+            if end == len(row.token_ids):
+                samples.append(len(tokens) - 1)
+        tables = np.zeros((len(work), max(len(row.block_table) for row, _ in work)), np.int32)
+        for i, (row, _) in enumerate(work):
+            tables[i, : len(row.block_table)] = row.block_table
+        return Batch(
+            token_ids=np.array(tokens, np.int32),
+            positions=np.array(positions, np.int32),
+            slots=np.array(slots, np.int32),
+            query_start=np.array(starts, np.int32),
+            seq_lens=np.array([row.num_computed for row, _ in work], np.int32),
+            block_tables=tables,
+            ntk_alpha=np.array([row.ntk_alpha for row, _ in work], np.float32),
+            sample_index=np.array(samples, np.int32),
+            sampling=sampling or columns(len(samples)),
+            block_copies=np.zeros((0, 2), np.int32),
+        )
+
+    def run(self, work: list[tuple[Row, int]], sampling: SamplingColumns | None = None) -> StepResult:
+        """One step; drawn tokens are appended to their rows."""
+        complete = [row for row, count in work if row.num_computed + count == len(row.token_ids)]
+        result = self.runner.run(self.batch(work, sampling))
+        for row, token in zip(complete, result.token_ids.tolist(), strict=True):
+            row.token_ids.append(token)
+        return result
+
+    def generate(self, rows: list[Row], num_tokens: int, chunk: int = 10**9) -> list[list[int]]:
+        """Greedy answers of `num_tokens`, all rows together, prompts in chunks of at most `chunk`."""
+        while waiting := [row for row in rows if len(row.token_ids) < row.num_prompt + num_tokens]:
+            self.run([(row, min(chunk, len(row.token_ids) - row.num_computed)) for row in waiting])
+        return [row.token_ids[row.num_prompt :] for row in rows]
+
+    def prompt_logprobs(self, row: Row, count: int, k: int) -> StepResult:
+        """A step over `count` more of the row's tokens; asks for log probabilities of what follows each."""
+        start = row.num_computed
+        batch = self.batch([(row, count)])
+        follow = row.token_ids[start + 1 : start + count + 1]
+        batch.prompt_logprobs = PromptLogprobs(
+            token_index=np.arange(len(follow), dtype=np.int32),
+            target=np.array(follow, np.int32),
+            num_logprobs=np.full(len(follow), k, np.int32),
+        )
+        return self.runner.run(batch)
