@@ -106,6 +106,16 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    def num_parameters(self) -> int:
+        """Weights in elements, biases and norms among them; a tied head counts once."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        width, mlp = self.hidden_size, self.intermediate_size
+        layer = width * (2 * q + 2 * kv) + 3 * width * mlp + 2 * width
+        layer += self.qkv_bias * (q + 2 * kv) + self.o_bias * width + self.mlp_bias * (2 * mlp + width)
+        layer += self.qk_norm * 2 * self.head_dim
+        tables = 1 if self.tie_word_embeddings else 2
+        return self.num_layers * layer + tables * self.vocab_size * width + width
+
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of K and V that one token keeps in the cache, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]

@@ -24,9 +24,7 @@ def columns(num_samples: int, **given: object) -> SamplingColumns:
         for name, (value, dtype) in defaults.items()
     }
     floats = ("bias_value", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    more = {
-        name: np.asarray(value, np.float32 if name in floats else np.int32) for name, value in given.items()
-    }
+    more = {name: np.asarray(value, np.float32 if name in floats else np.int32) for name, value in given.items()}
     return SamplingColumns(**made, **more)
 
 

@@ -16,8 +16,8 @@ import octavo
 ROOT = Path(octavo.__file__).parent
 FLOORS = [
     {"config", "memory", "sampling_params", "request", "batch", "metrics", "errors", "log"},
-    {"checkpoint", "text", "grammar", "distributed", "ops"},
-    {"layers"},
+    {"checkpoint", "distributed", "ops"},
+    {"text", "grammar", "layers"},
     {"models"},
     {"runner"},
     {"engine"},

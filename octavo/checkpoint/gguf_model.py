@@ -111,9 +111,7 @@ class GgufCheckpoint:
         # type.
         num_rows = self.tensors[name].shape[0]
         if not len(data) or num_rows % (2 * self.config[heads]):
-            raise CheckpointError(
-                f"{self.path} gives {stored} {num_rows} rows for {self.config[heads]} heads"
-            )
+            raise CheckpointError(f"{self.path} gives {stored} {num_rows} rows for {self.config[heads]} heads")
         rows = data.reshape(self.config[heads], -1, 2, len(data) // num_rows)
         return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
 
@@ -147,8 +145,7 @@ class GgufCheckpoint:
             raise CheckpointError(f"{self.path} {what} {self._prefix}.{key}; convert the model again")
         if not isinstance(value, (int, float)) or not value > 0:
             raise CheckpointError(
-                f"{self.path} gives {self._prefix}.{key} as {value!r}; it must be a positive number: "
-                "convert it again"
+                f"{self.path} gives {self._prefix}.{key} as {value!r}; it must be a positive number: convert it again"
             )
         return value
 

@@ -8,7 +8,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from octavo.errors import ConfigError, nearest
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         hint = nearest(flag, [f for f in self._option_string_actions if f.startswith("--")]) if flag else ""
         self.exit(2, f"{self.prog}: error: {message}{hint or f'  ({self.prog} --help lists what there is)'}\n")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         return super().parse_args([_dashed(word) for word in words], namespace)
 

@@ -114,9 +114,7 @@ class HFConfig:
         part = scaling.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
         rotary_dim = int(head_dim * part)
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-            raise wrong(
-                "partial_rotary_factor", part, f"such that an even part of head_dim {head_dim} rotates"
-            )
+            raise wrong("partial_rotary_factor", part, f"such that an even part of head_dim {head_dim} rotates")
         if kind == "freq_factors":
             factors = _freq_factors(scaling, rotary_dim)
             return RopeConfig(theta=theta, rotary_dim=rotary_dim, freq_factors=factors), max_position
@@ -139,9 +137,7 @@ class HFConfig:
         return found
 
 
-def _scaled(
-    fields: HFConfig, kind: str, theta: float, rotary_dim: int, max_position: int
-) -> tuple[RopeConfig, int]:
+def _scaled(fields: HFConfig, kind: str, theta: float, rotary_dim: int, max_position: int) -> tuple[RopeConfig, int]:
     if kind in ("default", "none"):
         return RopeConfig(theta=theta, rotary_dim=rotary_dim), max_position
     if kind == "yarn":

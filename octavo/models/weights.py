@@ -55,8 +55,7 @@ class Weights:
         if len(stored) == 1:
             parts = (sum(parts),)
         tensors = [
-            self.source.tensor(f"{name}.{kind}", (size, *rest))
-            for name, size in zip(stored, parts, strict=True)
+            self.source.tensor(f"{name}.{kind}", (size, *rest)) for name, size in zip(stored, parts, strict=True)
         ]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 

@@ -22,9 +22,7 @@ class Ops(Protocol):
     def embedding(self, token_ids_T: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
         """Rows of `weight_VD`, one a token: [T, D]."""
 
-    def linear(
-        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def linear(self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         """`x W^T + b`, [T, O], in x's dtype."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -38,9 +38,7 @@ class LocalExecutor:
         """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
         device = torch.device(config.device)
         model = load_model(checkpoint, config.model, getattr(torch, config.dtype), device, load_format)
-        cache = KVCache(
-            config.model, config.num_blocks, config.block_size, getattr(torch, config.kv_dtype), device
-        )
+        cache = KVCache(config.model, config.num_blocks, config.block_size, getattr(torch, config.kv_dtype), device)
         return cls(ModelRunner(model, cache))
 
     def submit(self, batch: Batch) -> None:

@@ -46,9 +46,7 @@ class ModelRunner:
             result.token_ids = tokens_S.int().cpu().numpy()
         return result
 
-    def _prompt_logprobs(
-        self, hidden_TD: torch.Tensor, asked: PromptLogprobs, ctx: ForwardContext
-    ) -> LogprobColumns:
+    def _prompt_logprobs(self, hidden_TD: torch.Tensor, asked: PromptLogprobs, ctx: ForwardContext) -> LogprobColumns:
         k = int(asked.num_logprobs.max())
         parts = []
         for start in range(0, len(asked.target), _PROMPT_LOGPROBS_AT_ONCE):

@@ -92,9 +92,7 @@ def _draw(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
     rows_F = _index(drawn, logits_SV)
     scaled_FV = logits_SV if everyone else logits_SV[rows_F]
     # Relative to the likeliest token, so that a tiny temperature cannot overflow.
-    scaled_FV = (scaled_FV - scaled_FV.amax(dim=-1, keepdim=True)) / _column(
-        columns.temperature[drawn], logits_SV
-    )
+    scaled_FV = (scaled_FV - scaled_FV.amax(dim=-1, keepdim=True)) / _column(columns.temperature[drawn], logits_SV)
     _filter(scaled_FV, columns.top_k[drawn], columns.top_p[drawn], columns.min_p[drawn])
     keys_F2 = on_device(noise.keys(columns.seed[drawn], columns.counter[drawn]), logits_SV.device)
     tokens_F = scaled_FV.add_(noise.gumbel(keys_F2, logits_SV.shape[1])).argmax(dim=-1)

@@ -70,9 +70,12 @@ class RequestText:
         """
         return self._sequences[index].finish(reason)
 
-    def set_prompt_logprobs(self, entries: Sequence[TokenLogprobs | None]) -> None:
-        """Take the prompt's logprobs, one entry a prompt token, None for the first."""
-        self.prompt_logprobs = [None if entry is None else to_logprobs(self._tokenizer, entry) for entry in entries]
+    def put_prompt_logprobs(self, start: int, entries: Sequence[TokenLogprobs]) -> None:
+        """Take the logprobs of the prompt tokens that follow positions `start` and on; the first token has none."""
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = [None] * len(self.request.prompt_token_ids)
+        for position, entry in enumerate(entries, start + 1):
+            self.prompt_logprobs[position] = to_logprobs(self._tokenizer, entry)
 
     def result(self) -> RequestOutput:
         """The answer as far as it goes. The lists in it are this object's own and grow with it."""

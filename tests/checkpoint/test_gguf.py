@@ -236,9 +236,7 @@ def test_numbers_that_cannot_be_are_named(tmp_path: Path) -> None:
     write_model(path)
     whole = path.read_bytes()
     place = whole.index(b"llama.attention.head_count") + len(b"llama.attention.head_count") + 4
-    assert "llama.attention.head_count as 0" in damage(
-        path, lambda _: whole[:place] + b"\0\0\0\0" + whole[place + 4 :]
-    )
+    assert "llama.attention.head_count as 0" in damage(path, lambda _: whole[:place] + b"\0\0\0\0" + whole[place + 4 :])
     path.write_bytes(whole[:place] + b"\x03" + whole[place + 1 :])
     with pytest.raises(CheckpointError, match=r"attn_q\.weight 64 rows for 3 heads"):
         GgufCheckpoint(path).read("model.layers.0.self_attn.q_proj.weight")

@@ -38,8 +38,6 @@ def test_alpha_stretches_the_base_of_its_rows_only() -> None:
 
 @pytest.mark.parametrize(("given", "expected"), [(None, 0.1 * math.log(4) + 1), (0.5, 0.5)])
 def test_yarn_magnitude(given: float | None, expected: float) -> None:
-    config = RopeConfig(
-        rotary_dim=8, scaling="yarn", factor=4.0, original_max_position=32, attention_factor=given
-    )
+    config = RopeConfig(rotary_dim=8, scaling="yarn", factor=4.0, original_max_position=32, attention_factor=given)
     cos, sin = Rope(config, CPU).cos_sin(torch.tensor([7]))
     torch.testing.assert_close(cos**2 + sin**2, torch.full((1, 4), expected**2))

@@ -36,18 +36,14 @@ TINY: dict[str, Any] = {
 @pytest.mark.parametrize(("family", "trait"), [("Qwen3", "qk_norm"), ("Qwen2", "qkv_bias")])
 def test_traits_of_other_families(tmp_path: Path, family: str, trait: str) -> None:
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(
-        getattr(transformers, f"{family}Config")(**TINY)
-    ).eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**TINY)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(tmp_path)
     checkpoint = FolderCheckpoint(tmp_path)
-    config = replace(
-        Llama.config({**checkpoint.config, "architectures": ["LlamaForCausalLM"]}), **{trait: True}
-    )
+    config = replace(Llama.config({**checkpoint.config, "architectures": ["LlamaForCausalLM"]}), **{trait: True})
     decoder = load_model(checkpoint, config, torch.float32, CPU)
     runner = ModelRunner(decoder, KVCache(config, 32, 4, torch.float32, CPU))
     with torch.inference_mode():

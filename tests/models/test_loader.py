@@ -35,9 +35,7 @@ def weight(layer: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_dtype_from_every_dtype(
-    checkpoint: FolderCheckpoint, stored: torch.dtype, dtype: torch.dtype
-) -> None:
+def test_every_dtype_from_every_dtype(checkpoint: FolderCheckpoint, stored: torch.dtype, dtype: torch.dtype) -> None:
     original = torch.from_numpy(checkpoint.read(DOWN).copy()).view(torch.float32).to(stored)
     checkpoint.put(DOWN, original.view(64, 112))
     model = load_model(checkpoint, read_config(checkpoint.config), dtype, CPU)
@@ -79,26 +77,20 @@ def test_tied_embeddings_share_one_tensor(tmp_path: Path) -> None:
 
 def test_missing_tensor(checkpoint: FolderCheckpoint) -> None:
     checkpoint.drop(Q)
-    with pytest.raises(
-        CheckpointError, match=r"tensor model\.layers\.1\.self_attn\.q_proj\.weight is missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.1\.self_attn\.q_proj\.weight is missing"):
         load_model(checkpoint, read_config(checkpoint.config), torch.float32, CPU)
 
 
 def test_wrong_shape(checkpoint: FolderCheckpoint) -> None:
     config = replace(read_config(checkpoint.config), intermediate_size=120)
-    with pytest.raises(
-        CheckpointError, match=r"gate_proj\.weight has shape \[112, 64\].* makes it \[120, 64\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight has shape \[112, 64\].* makes it \[120, 64\]"):
         load_model(checkpoint, config, torch.float32, CPU)
 
 
 def test_left_over_tensors(checkpoint: FolderCheckpoint) -> None:
     checkpoint.put("model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(8))
     load_model(checkpoint, read_config(checkpoint.config), torch.float32, CPU)
-    with pytest.raises(
-        CheckpointError, match=r"no place for 9 tensors: model\.layers\.1\.input_layernorm.* 6 more"
-    ):
+    with pytest.raises(CheckpointError, match=r"no place for 9 tensors: model\.layers\.1\.input_layernorm.* 6 more"):
         load_model(checkpoint, replace(read_config(checkpoint.config), num_layers=1), torch.float32, CPU)
 
 

@@ -36,9 +36,7 @@ def test_rope_turns_pairs_and_writes_slots(rotary: int) -> None:
         y = x.clone()
         half = rotary // 2
         for i in range(half):
-            pair = torch.complex(x[..., i], x[..., i + half]) * torch.polar(
-                torch.ones(3, 1), angles[:, i : i + 1]
-            )
+            pair = torch.complex(x[..., i], x[..., i + half]) * torch.polar(torch.ones(3, 1), angles[:, i : i + 1])
             y[..., i], y[..., i + half] = pair.real, pair.imag
         return y
 
@@ -62,9 +60,7 @@ def plain_attention(q, keys, values, position, scale, window, cap):  # type: ign
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (9, 3), (4, 1)])
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (5, 0.0), (1, 0.0), (0, 2.0), (7, 0.5)])
 @pytest.mark.parametrize("tile", [2**24, 200])
-def test_attention(
-    heads: tuple[int, int], window: int, cap: float, tile: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention(heads: tuple[int, int], window: int, cap: float, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_TILE", tile)
     torch.manual_seed(0)
     N, K = heads

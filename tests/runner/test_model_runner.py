@@ -61,9 +61,7 @@ def test_prompt_logprobs_in_any_chunks(
 
 
 def test_n_samples_of_one_token(runner: ModelRunner) -> None:
-    sampling = columns(
-        4, temperature=[0, 1, 1, 0], seed=[0, 1, 2, 0], bias_sample=[3], bias_token=[9], bias_value=[99]
-    )
+    sampling = columns(4, temperature=[0, 1, 1, 0], seed=[0, 1, 2, 0], bias_sample=[3], bias_token=[9], bias_value=[99])
     batch = Steps(runner).batch([(Row(PROMPT), 30)], sampling)
     batch.sample_index = np.full(4, 29, np.int32)
     greedy, first, second, biased = runner.run(batch).token_ids.tolist()

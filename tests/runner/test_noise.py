@@ -59,11 +59,7 @@ def test_the_largest_hash_is_finite_too() -> None:
 
 
 def test_neighbours_are_independent() -> None:
-    u = (
-        noise.hash32(keys([5] * 50 + list(range(100, 150)), list(range(50)) + [0] * 50), 4000)
-        .numpy()
-        .view(np.uint32)
-    )
+    u = noise.hash32(keys([5] * 50 + list(range(100, 150)), list(range(50)) + [0] * 50), 4000).numpy().view(np.uint32)
     correlations = np.corrcoef(u / 2.0**32) - np.eye(100)
     assert np.abs(correlations).max() < 0.08
     assert abs(np.corrcoef(u[:, 1:].ravel(), u[:, :-1].ravel())[0, 1]) < 0.01

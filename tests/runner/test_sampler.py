@@ -19,9 +19,7 @@ def draw(logits: torch.Tensor, **given: Any) -> list[int]:
 
 def support(logits: torch.Tensor, draws: int = 3000, **given: Any) -> dict[int, float]:
     """Share of each token that is ever drawn from one row of logits."""
-    tokens = draw(
-        logits.expand(draws, -1), temperature=given.pop("temperature", 1.0), seed=range(draws), **given
-    )
+    tokens = draw(logits.expand(draws, -1), temperature=given.pop("temperature", 1.0), seed=range(draws), **given)
     return {token: tokens.count(token) / draws for token in sorted(set(tokens))}
 
 

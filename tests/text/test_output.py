@@ -156,7 +156,7 @@ def test_logprobs_have_words(smollm2: Tokenizer) -> None:
     assert output.logprobs == [expected, {b: Logprob(-0.25, 1, "b"), a: Logprob(-2.0, 2, "a")}]
     assert list(output.logprobs[0]) == [a, b, c]
     assert output.cumulative_logprob == -3.25
-    text.set_prompt_logprobs([None, ([a], [-1.0], 3)])
+    text.put_prompt_logprobs(0, [([a], [-1.0], 3)])
     assert text.result().prompt_logprobs == [None, {a: Logprob(-1.0, 3, "a")}]
 
 

@@ -18,9 +18,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 2**15
 
 
-def dequantize(
-    data: torch.Tensor, dtype: str, shape: tuple[int, ...], to: torch.dtype = torch.float32
-) -> torch.Tensor:
+def dequantize(data: torch.Tensor, dtype: str, shape: tuple[int, ...], to: torch.dtype = torch.float32) -> torch.Tensor:
     """The tensor of `shape` in the flat uint8 `data` of GGUF's `dtype`: computed in fp32, rounded to `to`.
 
     Raises `CheckpointError` for an unknown dtype, or if the bytes are not those of so many weights.

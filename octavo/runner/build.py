@@ -1,0 +1,94 @@
+"""From options to an executor: opens the model, settles every choice, plans the memory, loads.
+
+The order is that of the cost of finding out: what is wrong with an option or with the memory shows before weights are
+read.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+
+from octavo.checkpoint import Checkpoint, open_checkpoint
+from octavo.config import DTYPE_BYTES, EngineConfig, EngineOptions, ModelConfig
+from octavo.errors import ConfigError
+from octavo.memory import MemoryPlan, free_ram, resolve
+from octavo.models import read_config
+from octavo.runner.executor import Executor, LocalExecutor
+
+Timeline = list[tuple[str, float]]
+
+
+def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, MemoryPlan, Timeline]:
+    """The executor for `options`, what was settled, where the memory goes, and the (phase, seconds) it took.
+
+    Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`.
+    """
+    timeline: Timeline = []
+    began = time.monotonic()
+
+    def mark(phase: str) -> None:
+        nonlocal began
+        timeline.append((phase, time.monotonic() - began))
+        began = time.monotonic()
+
+    device = choose_device(options.device)
+    checkpoint = open_checkpoint(options.model, weights=options.load_format != "dummy")
+    model = model_config(checkpoint)
+    mark("open model")
+    dtype = choose_dtype(options.dtype, model, device)
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_ram()
+    weights = weight_bytes(checkpoint, model, dtype)
+    config, plan = resolve(options, model, weights, device=device, dtype=dtype, free=free)
+    executor = LocalExecutor.load(checkpoint, config, options.load_format)
+    mark("load weights")
+    return executor, config, plan, timeline
+
+
+def model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The model's configuration, with every token that ends an answer: generation_config.json may name more."""
+    model = read_config(checkpoint.config)
+    ends = _as_ids(checkpoint.generation_config, "eos_token_id")
+    return replace(model, eos_token_ids=tuple(dict.fromkeys((*model.eos_token_ids, *ends))))
+
+
+def _as_ids(config: Mapping[str, Any], field: str) -> list[int]:
+    value = config.get(field)
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def choose_device(wanted: str) -> str:
+    """`wanted`, or the best device there is for `auto`; `ConfigError` for a device that is not there."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        built = "was built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
+        raise ConfigError(
+            f"device is cuda, but torch {torch.__version__} {built}; use --device cpu or install a CUDA torch"
+        )
+    return wanted
+
+
+def choose_dtype(wanted: str, model: ModelConfig, device: str) -> str:
+    """`wanted`, or for `auto`: on a GPU the model's own 16-bit type, on a CPU float32.
+
+    On a CPU float32 is the one type in which plain torch gives a row the same tokens alone and in a batch.
+    """
+    if wanted != "auto":
+        return wanted
+    if device == "cpu":
+        return "float32"
+    if model.dtype == "float16" or not torch.cuda.is_bf16_supported():
+        return "float16"
+    return "bfloat16"
+
+
+def weight_bytes(checkpoint: Checkpoint, model: ModelConfig, dtype: str) -> int:
+    """Bytes of all weights in `dtype`; a checkpoint without tensors (dummy weights) is counted from its shape."""
+    stored = sum(prod(info.shape) for info in checkpoint.tensors.values())
+    return (stored or model.num_parameters()) * DTYPE_BYTES[dtype]
