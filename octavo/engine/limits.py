@@ -37,6 +37,15 @@ class Limits:
         wanted = request.params.max_tokens
         return room if wanted is None else min(wanted, room)
 
+    def room(self, num_prompt: int, n: int) -> int:
+        """The most tokens that each of `n` samples may have after a prompt of `num_prompt`; 0 or less if none fits.
+
+        The samples share the prompt's full blocks; all together must fit the context and the cache.
+        """
+        shared = num_prompt // self.block_size
+        cached = ((self.num_blocks - shared) // n + shared) * self.block_size
+        return min(self.max_model_len, cached) - num_prompt
+
     def check(self, request: Request) -> None:
         """Raises `RequestError` if `request` could never run here, naming the numbers."""
         prompt, params = request.prompt_token_ids, request.params
@@ -72,7 +81,7 @@ class Limits:
         each = -(-(prompt + self.max_tokens(request)) // self.block_size) - shared
         if shared + n * each <= self.num_blocks:
             return
-        room = ((self.num_blocks - shared) // n + shared) * self.block_size - prompt
+        room = self.room(prompt, n)
         fix = f"set max_tokens to {room} or less" if room > 0 else "lower n or shorten the prompt"
         raise RequestError(
             f"{n} samples of up to {prompt + self.max_tokens(request)} tokens need {shared + n * each} KV blocks of"

@@ -50,12 +50,18 @@ class Arrived:
 
 
 class Stream:
-    """The outputs of one request, in pieces; ends when all its sequences have."""
+    """The outputs of one request, in pieces; ends when all its sequences have.
 
-    def __init__(self, request: Request):
+    `open` holds the indices of the sequences that have not ended; `first_token` is when the first token came, in
+    seconds of `time.monotonic`. With `whole` the reader is woken only at the end, or by an error.
+    """
+
+    def __init__(self, request: Request, whole: bool = False):
         self.request = request
         self.started = False
-        self._open = request.params.n
+        self.open = set(range(request.params.n))
+        self.first_token: float | None = None
+        self._whole = whole
         self._arrived: Arrived | None = None
         self._error: OctavoError | None = None
         self._wake = asyncio.Event()
@@ -64,13 +70,25 @@ class Stream:
         """Where the next piece gathers; the reader is woken."""
         if self._arrived is None:
             self._arrived = Arrived()
-        self._wake.set()
+        if not self._whole:
+            self._wake.set()
         return self._arrived
 
-    def end_sequence(self) -> bool:
-        """Notes that one more sequence has ended; True if it was the last."""
-        self._open -= 1
-        return self._open <= 0
+    def take(self, token: TokenOutput) -> bool:
+        """Gathers `token`, unless its sequence has ended here already; True if it ends the last sequence."""
+        if token[1] not in self.open:
+            return False
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        self.pending().tokens.append(token)
+        return token[3] is not None and self.end_sequence(token[1])
+
+    def end_sequence(self, index: int) -> bool:
+        """Notes that sequence `index` has ended; True if it was the last."""
+        self.open.discard(index)
+        if not self.open:
+            self._wake.set()
+        return not self.open
 
     def fail(self, error: OctavoError) -> None:
         self._error = error
@@ -80,12 +98,13 @@ class Stream:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            arrived, self._arrived = self._arrived, None
-            if arrived is not None:
+            # Again and again: more may come, even the end, while the reader is busy with a piece.
+            while self._arrived is not None:
+                arrived, self._arrived = self._arrived, None
                 yield arrived
             if self._error is not None:
                 raise self._error
-            if self._open <= 0:
+            if not self.open:
                 return
 
 
@@ -123,8 +142,11 @@ class EngineClient:
         self.info = await self._ready
         return self.info
 
-    def submit(self, request: Request) -> Stream:
-        """Queues `request`. Raises `RequestError`, `QueueFullError` or `EngineDeadError` at once if it cannot run."""
+    def submit(self, request: Request, *, whole: bool = False) -> Stream:
+        """Queues `request`. Raises `RequestError`, `QueueFullError` or `EngineDeadError` at once if it cannot run.
+
+        `whole`: the caller wants the stream in one piece, at its end.
+        """
         if self.info is None or self._connection is None:
             raise EngineDeadError(f"the engine is not running{_because(self._last_words)}")
         self.info.limits.check(request)
@@ -132,7 +154,7 @@ class EngineClient:
             raise QueueFullError(
                 f"{self._queued} requests are waiting, the most that --max-queued-requests allows; try again later"
             )
-        stream = self._streams[request.request_id] = Stream(request)
+        stream = self._streams[request.request_id] = Stream(request, whole)
         self._queued += 1
         self._send(("add", request))
         return stream
@@ -140,9 +162,9 @@ class EngineClient:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or its sample `index`; nothing happens if it has ended already."""
         stream = self._streams.get(request_id)
-        if stream is None:
+        if stream is None or (index is not None and index not in stream.open):
             return
-        if index is None or stream.end_sequence():
+        if index is None or stream.end_sequence(index):
             self._forget(stream)
         self._send(("abort", request_id, index))
 
@@ -215,10 +237,9 @@ class EngineClient:
             if stream := self._streams.get(request_id):
                 stream.pending().prompt_logprobs.append((start, entries))
         for token in output.tokens:
-            if stream := self._streams.get(token[0]):
-                stream.pending().tokens.append(token)
-                if token[3] is not None and stream.end_sequence():
-                    self._forget(stream)
+            stream = self._streams.get(token[0])
+            if stream is not None and stream.take(token):
+                self._forget(stream)
 
     def _forget(self, stream: Stream) -> None:
         if self._streams.pop(stream.request.request_id, None) and not stream.started:
@@ -300,6 +321,8 @@ def _serve(engine: Any, connection: Connection, inbox: "queue.SimpleQueue[tuple[
                 return
             if kind == "abort":
                 engine.abort(*values)
+                if not engine.has_work():  # no step will tell that the blocks are back
+                    connection.send(("step", StepOutput(tokens=[]), engine.stats()))
             elif kind == "add":
                 try:
                     engine.add(values[0])

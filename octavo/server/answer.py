@@ -1,0 +1,178 @@
+"""One HTTP request's answer: the engine's streams of its prompts, read as text.
+
+Whole answers are streamed ones that were collected. Deltas that gathered while the client was slow are merged, one a
+sequence. Whatever ends the reading early must `close` the answer, so that its blocks come back. Knows no JSON.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from octavo.engine.process import Arrived, EngineClient, Stream
+from octavo.errors import OctavoError, RequestError
+from octavo.request import Request, RequestOutput
+from octavo.server.failure import ClientGoneError
+from octavo.server.metrics import Metrics
+from octavo.server.model import RequestText, ServedModel, TextDelta
+
+
+@dataclass(slots=True)
+class Part:
+    """One prompt of the request; its n sequences are the choices from `first_choice` on."""
+
+    request: Request
+    text: RequestText
+    stream: Stream
+    first_choice: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens, over all prompts and choices."""
+
+    prompt: int
+    cached: int
+    completion: int
+
+
+class Answer:
+    """Submits `requests` and reads their deltas. `prompts` are their texts, where these are known.
+
+    `whole`: nobody reads deltas as they come. Raises what `EngineClient.submit` raises, and then leaves none behind.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        model: ServedModel,
+        metrics: Metrics,
+        requests: Sequence[Request],
+        prompts: Sequence[str | None],
+        whole: bool,
+    ):
+        if len(requests) > engine.max_queued_requests:
+            raise RequestError(
+                f"prompt holds {len(requests)} prompts; the queue takes {engine.max_queued_requests}"
+                " (--max-queued-requests)",
+                "prompt",
+            )
+        self.model = model
+        self.parts: list[Part] = []
+        self._engine = engine
+        self._metrics = metrics
+        self._pumps: list[asyncio.Task[None]] = []
+        try:
+            for request, prompt in zip(requests, prompts, strict=True):
+                # A stop string must be seen at once, to end the sequence in the engine.
+                stream = engine.submit(request, whole=whole and not request.params.stop)
+                text = model.text_of(request, prompt)
+                self.parts.append(Part(request, text, stream, len(self.parts) * request.params.n))
+        except BaseException:
+            self.close()
+            raise
+
+    async def deltas(self) -> AsyncIterator[list[TextDelta]]:
+        """Pieces of the answer, at most one delta for each choice; `index` is the choice's.
+
+        Raises `EngineDeadError`, or `ClientGoneError` after `client_gone`.
+        """
+        if len(self.parts) == 1:
+            async for arrived in self.parts[0].stream:
+                if deltas := self._take(self.parts[0], arrived):
+                    yield deltas
+            self._measure(self.parts[0])
+            return
+        async for part, piece in self._merged():
+            if piece is None:
+                self._measure(part)
+            elif deltas := self._take(part, piece):
+                yield deltas
+
+    def results(self) -> list[RequestOutput]:
+        """What has come, one entry for each prompt."""
+        return [part.text.result() for part in self.parts]
+
+    def usage(self) -> Usage:
+        results = self.results()
+        return Usage(
+            prompt=sum(len(result.prompt_token_ids) for result in results),
+            cached=sum(result.num_cached_tokens for result in results),
+            completion=sum(len(output.token_ids) for result in results for output in result.outputs),
+        )
+
+    def client_gone(self) -> None:
+        """Ends everything now; whoever reads `deltas` gets a `ClientGoneError`."""
+        self.close()
+        for part in self.parts:
+            part.stream.fail(ClientGoneError())
+
+    def close(self) -> None:
+        """Aborts in the engine what has not ended."""
+        for part in self.parts:
+            if part.stream.open:
+                self._engine.abort(part.request.request_id)
+        for pump in self._pumps:
+            pump.cancel()
+
+    async def _merged(self) -> AsyncIterator[tuple[Part, Arrived | None]]:
+        """The parts' pieces as they come, each with its part; None ends a part."""
+        # One place: while the reader is busy, pieces gather in their streams and merge there.
+        pieces: asyncio.Queue[tuple[Part, Arrived | OctavoError | None]] = asyncio.Queue(maxsize=1)
+
+        async def pump(part: Part) -> None:
+            try:
+                async for arrived in part.stream:
+                    await pieces.put((part, arrived))
+                await pieces.put((part, None))
+            except OctavoError as error:
+                await pieces.put((part, error))
+
+        self._pumps = [asyncio.create_task(pump(part)) for part in self.parts]
+        left = len(self.parts)
+        while left:
+            part, piece = await pieces.get()
+            if isinstance(piece, OctavoError):
+                raise piece
+            left -= piece is None
+            yield part, piece
+
+    def _take(self, part: Part, arrived: Arrived) -> list[TextDelta]:
+        if arrived.queue_seconds is not None:
+            self._metrics.queued.observe(arrived.queue_seconds)
+            part.text.num_cached_tokens = arrived.cached_tokens
+        for start, entries in arrived.prompt_logprobs:
+            part.text.put_prompt_logprobs(start, entries)
+        merged: dict[int, TextDelta] = {}
+        for token in arrived.tokens:
+            delta = part.text.push(token)
+            if delta.abort:
+                self._engine.abort(part.request.request_id, delta.index)
+            if delta.finish_reason is not None:
+                self._metrics.finished(delta.finish_reason)
+            delta.index += part.first_choice
+            if (first := merged.get(delta.index)) is None:
+                merged[delta.index] = delta
+            else:
+                _join(first, delta)
+        return list(merged.values())
+
+    def _measure(self, part: Part) -> None:
+        now, first = time.monotonic(), part.stream.first_token
+        self._metrics.whole.observe(now - part.request.arrival)
+        if first is None:
+            return
+        self._metrics.first_token.observe(first - part.request.arrival)
+        longest = max(len(output.token_ids) for output in part.text.result().outputs)
+        if longest > 1:
+            self._metrics.per_token.observe((now - first) / (longest - 1))
+
+
+def _join(first: TextDelta, then: TextDelta) -> None:
+    """Appends `then` to `first`."""
+    first.text += then.text
+    first.token_ids += then.token_ids
+    if then.logprobs:
+        first.logprobs = (first.logprobs or []) + then.logprobs
+    first.finish_reason = first.finish_reason or then.finish_reason
+    first.stop_reason = then.stop_reason if first.stop_reason is None else first.stop_reason

@@ -1,0 +1,131 @@
+"""Completions: prompts as text or token ids, and an answer in the shapes of OpenAI's older endpoint.
+
+Several prompts are several requests to the engine; choice p * n + i is sample i of prompt p.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+
+from octavo.request import Logprob, Request
+from octavo.sampling_params import SamplingParams
+from octavo.server.answer import Answer, Part
+from octavo.server.logprobs import finite, most_likely, prompt_logprobs_json
+from octavo.server.model import ServedModel, TextDelta
+from octavo.server.protocol import CompletionRequest
+from octavo.server.service import Service
+from octavo.server.stream import Json, usage_json
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+async def start_completion(service: Service, asked: CompletionRequest) -> "CompletionReply":
+    """Submits the prompts; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
+    model = service.model_named(asked.model)
+    asked.check()
+    limit = DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
+    params = asked.sampling(model.sampling_defaults, max_tokens=limit, logprobs=asked.logprobs)
+    if asked.echo and asked.logprobs is not None and params.prompt_logprobs is None:
+        params.prompt_logprobs = asked.logprobs
+    bad_words = model.bad_words(params.bad_words)
+    answer_id = f"cmpl-{uuid.uuid4().hex}"
+    requests: list[Request] = []
+    prompts: list[str | None] = []
+    for place, prompt in enumerate(asked.prompts()):
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = await model.encode(prompt, asked.add_special_tokens) if isinstance(prompt, str) else prompt
+        requests.append(Request(f"{answer_id}-{place}", token_ids, params, asked.priority, asked.cache_salt, bad_words))
+        prompts.append(text)
+    answer = service.answer(requests, prompts, whole=not asked.stream)
+    return CompletionReply(answer, answer_id, model, asked, params)
+
+
+class CompletionReply:
+    """`answer` in the shape of text_completion."""
+
+    def __init__(
+        self, answer: Answer, answer_id: str, model: ServedModel, asked: CompletionRequest, params: SamplingParams
+    ):
+        self.answer = answer
+        self.include_usage = asked.include_usage
+        self._id = answer_id
+        self._model = model
+        self._created = int(time.time())
+        self._echo = asked.echo
+        self._show_prompt_logprobs = asked.prompt_logprobs is not None
+        self._num_logprobs = asked.logprobs
+        self._params = params
+        self._offsets: dict[int, int] = {}  # characters of each choice whose logprobs were told
+
+    def envelope(self) -> Json:
+        return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._model.name}
+
+    def choices(self, deltas: list[TextDelta]) -> Iterator[Json]:
+        for delta in deltas:
+            if delta.index not in self._offsets:
+                self._offsets[delta.index] = 0
+                if self._echo:
+                    yield self._choice(delta.index, *self._echoed(delta.index))
+            logprobs = self._logprobs(delta.index, delta.token_ids, delta.logprobs)
+            if delta.text or logprobs or delta.finish_reason is not None:
+                choice = self._choice(delta.index, delta.text, logprobs)
+                yield choice | {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+
+    def whole(self) -> Json:
+        choices = []
+        for part in self.answer.parts:
+            result = part.text.result()
+            for output in result.outputs:
+                index = part.first_choice + output.index
+                text, before = self._echoed(index) if self._echo else ("", None)
+                logprobs = _joined(before, self._logprobs(index, output.token_ids, output.logprobs))
+                choice = self._choice(index, text + output.text, logprobs)
+                choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+                if self._show_prompt_logprobs:
+                    choice["prompt_logprobs"] = prompt_logprobs_json(result.prompt_logprobs or [None])
+                choices.append(choice)
+        return self.envelope() | {"choices": choices, "usage": usage_json(self.answer)}
+
+    def _choice(self, index: int, text: str, logprobs: Json | None) -> Json:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
+    def _echoed(self, index: int) -> tuple[str, Json | None]:
+        """The prompt of choice `index`, as text and with its logprobs if these were asked for."""
+        part: Part = self.answer.parts[index // self._params.n]
+        token_ids = part.request.prompt_token_ids
+        text = part.text.prompt
+        if text is None:
+            text = self._model.decode(token_ids, self._params.skip_special_tokens)
+        if self._num_logprobs is None:
+            return text, None
+        return text, self._logprobs(index, token_ids, part.text.prompt_logprobs or [None])
+
+    def _logprobs(
+        self, index: int, token_ids: Sequence[int], entries: Sequence[dict[int, Logprob] | None] | None
+    ) -> Json | None:
+        """Four lists with an entry for each token; `text_offset` counts characters of the choice's text."""
+        if self._num_logprobs is None or entries is None:
+            return None
+        offset = self._offsets.get(index, 0)
+        shape: dict[str, list[object]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        for token_id, entry in zip(token_ids, entries, strict=True):
+            shape["text_offset"].append(offset)
+            shape["tokens"].append(self._model.tokenizer.token_text(token_id))
+            shape["token_logprobs"].append(entry and finite(entry[token_id].logprob))
+            shape["top_logprobs"].append(entry and self._top(token_id, entry))
+            offset += self._model.num_characters(token_id, self._params.skip_special_tokens)
+        self._offsets[index] = offset
+        return shape
+
+    def _top(self, token_id: int, entry: dict[int, Logprob]) -> dict[str, float]:
+        """The most likely tokens, and the drawn one even if it is none of them, as OpenAI does."""
+        tokens = most_likely(entry, self._num_logprobs or 0)
+        if token_id not in tokens:
+            tokens.append(token_id)
+        return {entry[token].decoded_token or "": finite(entry[token].logprob) for token in tokens}
+
+
+def _joined(first: Json | None, then: Json | None) -> Json | None:
+    if first is None or then is None:
+        return then
+    return {name: first[name] + then[name] for name in first}

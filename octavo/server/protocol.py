@@ -1,0 +1,334 @@
+"""What clients may send: OpenAI's requests and the sampling fields that vLLM adds, as pydantic models.
+
+Nothing is accepted and ignored. A field that Octavo cannot honour is refused unless its value asks for nothing (an
+empty list of tools, say); an unknown field is refused with the nearest known name. Knows nothing of tokens or engines.
+"""
+
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from octavo.errors import RequestError, nearest
+from octavo.sampling_params import SamplingParams
+
+# Fields of OpenAI and vLLM that Octavo knows but cannot honour, with the values that ask for nothing.
+_NEVER: tuple[Any, ...] = (None,)
+_NOT_YET: dict[str, tuple[Any, ...]] = {
+    "audio": _NEVER,
+    "best_of": (None, 1),
+    "chat_template": _NEVER,
+    "continue_final_message": (None, False),
+    "detokenize": (None, True),
+    "documents": (None, []),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "guided_choice": _NEVER,
+    "guided_grammar": _NEVER,
+    "guided_json": _NEVER,
+    "guided_regex": _NEVER,
+    "include_reasoning": (None, True),
+    "length_penalty": (None, 1.0),
+    "metadata": (None, {}),
+    "min_new_tokens": _NEVER,
+    "mm_processor_kwargs": _NEVER,
+    "modalities": (None, ["text"]),
+    "moderation": _NEVER,
+    "parallel_tool_calls": (None, False, True),
+    "prediction": _NEVER,
+    "prompt_embeds": _NEVER,
+    "prompt_cache_retention": _NEVER,
+    "reasoning_effort": (None, "none"),
+    "request_id": _NEVER,
+    "response_format": (None, {"type": "text"}),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "service_tier": (None, "auto", "default"),
+    "spaces_between_special_tokens": (None, True),
+    "store": (None, False),
+    "structured_outputs": _NEVER,
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "truncate_prompt_tokens": _NEVER,
+    "use_beam_search": (None, False),
+    "verbosity": (None, "medium"),
+    "web_search_options": _NEVER,
+}
+_MESSAGE_NOT_YET: dict[str, tuple[Any, ...]] = {
+    "annotations": (None, []),
+    "audio": _NEVER,
+    "function_call": _NEVER,
+    "reasoning_content": (None, ""),
+    "refusal": _NEVER,
+    "tool_call_id": _NEVER,
+    "tool_calls": (None, []),
+}
+
+# Fields of several types, in words: pydantic would report each type that did not match.
+_WANTED = {
+    "prompt": "a string, a list of strings, a list of token ids or a list of such lists",
+    "stop": "a string or a list of strings",
+    "content": "a string or a list of text parts",
+}
+
+_IN_ROLES = ("system", "developer", "user", "assistant")
+
+
+class _Fields(BaseModel):
+    # Extra fields are gathered by pydantic, then refused by `refuse_extras` in our own words.
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+    def refuse_extras(self, not_yet: dict[str, tuple[Any, ...]], where: str = "") -> None:
+        """Raises `RequestError` for the first field that is unknown, or known and not supported yet."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in not_yet:
+                near = nearest(name, [*type(self).model_fields, *not_yet])
+                raise RequestError(f"unknown field {_short(where + name)}.{near}", where + name)
+            if value not in not_yet[name]:
+                raise RequestError(
+                    f"{where}{name} is not supported yet (its value is {_short(value)}); leave it out", where + name
+                )
+
+
+class StreamOptions(_Fields):
+    include_usage: bool = False
+
+
+class SamplingFields(_Fields):
+    """The fields that chat and completions share. `None` is the default of each.
+
+    `user`, `safety_identifier` and `prompt_cache_key` name the caller to OpenAI; here they are accepted so that
+    clients carry over, are not stored, and by their meaning never change a token.
+    """
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check(self) -> None:
+        """Raises `RequestError` for what types cannot say."""
+        self.refuse_extras(_NOT_YET)
+        if self.stream_options is not None:
+            self.stream_options.refuse_extras({"include_obfuscation": (None, False)}, "stream_options.")
+            if not self.stream:
+                raise RequestError("stream_options needs stream to be true", "stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs come with whole answers only; set stream to false", "prompt_logprobs")
+
+    def sampling(self, defaults: dict[str, Any], **chosen: Any) -> SamplingParams:
+        """Sampling parameters: `chosen`, then what the client set, then `defaults`, then OpenAI's own."""
+        given = dict(defaults)
+        for name in self.model_fields_set & _SAMPLING_NAMES:
+            if (value := getattr(self, name)) is not None:
+                given[name] = value
+        return SamplingParams(**given | chosen)
+
+
+_SAMPLING_NAMES = frozenset(f.name for f in fields(SamplingParams)) - {"logprobs", "max_tokens"}
+
+
+class TextPart(_Fields):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(_Fields):
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    def plain(self, where: str) -> dict[str, Any]:
+        """The message as chat templates know it: role and content as text. `where` names it in errors."""
+        self.refuse_extras(_MESSAGE_NOT_YET, f"{where}.")
+        if self.role not in _IN_ROLES:
+            known = ", ".join(_IN_ROLES)
+            raise RequestError(
+                f"{where}.role is {_short(self.role)}; it must be one of {known}.{nearest(self.role, _IN_ROLES)}",
+                f"{where}.role",
+            )
+        # OpenAI renamed "system" to "developer"; templates know the old word.
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": self._text(where)}
+        if self.name is not None:
+            message["name"] = self.name
+        return message
+
+    def _text(self, where: str) -> str:
+        if self.content is None:
+            raise RequestError(f"{where}.content is missing; it must be {_WANTED['content']}", f"{where}.content")
+        if isinstance(self.content, str):
+            return self.content
+        for i, part in enumerate(self.content):
+            if part.type != "text":
+                field = f"{where}.content.{i}.type"
+                raise RequestError(f"{field} is {_short(part.type)}; only text is supported yet", field)
+            part.refuse_extras({}, f"{where}.content.{i}.")
+            if part.text is None:
+                field = f"{where}.content.{i}.text"
+                raise RequestError(f"{field} is missing; it must be a string", field)
+        return "".join(part.text or "" for part in self.content)
+
+
+class ChatTemplateFields(_Fields):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatRequest(SamplingFields, ChatTemplateFields):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        both = self.max_tokens is not None and self.max_completion_tokens is not None
+        if both and self.max_tokens != self.max_completion_tokens:
+            raise RequestError("max_tokens and max_completion_tokens differ; set only one", "max_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+
+    def plain_messages(self) -> list[dict[str, Any]]:
+        """The messages as chat templates know them."""
+        return plain_messages(self.messages)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def limit(self) -> int | None:
+        """The client's limit on the answer's tokens, by either name."""
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+
+# In this order: the members of a union are tried one after the other.
+Prompt = Annotated[str | list[int] | list[str] | list[list[int]], Field(union_mode="left_to_right")]
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    echo: bool = False
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry for each prompt: its text, or its token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise RequestError("prompt is an empty list; it needs at least one token or text", "prompt")
+        texts: list[str | list[int]] = [item for item in self.prompt if not isinstance(item, int)]
+        return texts or [[item for item in self.prompt if isinstance(item, int)]]
+
+
+class TokenizeRequest(ChatTemplateFields):
+    """POST /tokenize: `prompt` or `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+
+    def check(self) -> None:
+        self.refuse_extras(_NOT_YET)
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either prompt or messages", "prompt")
+        if self.messages is not None and self.add_special_tokens:
+            raise RequestError(
+                "add_special_tokens is for prompt; a chat template writes its own special tokens",
+                "add_special_tokens",
+            )
+        if self.prompt is not None:
+            for name in self.model_fields_set & set(ChatTemplateFields.model_fields):
+                raise RequestError(f"{name} is for messages; a prompt has no chat template", name)
+
+
+class DetokenizeRequest(_Fields):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+    skip_special_tokens: bool = False
+
+    def check(self) -> None:
+        self.refuse_extras({})
+
+
+def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """`messages` as chat templates know them; raises `RequestError` naming the message's place."""
+    if not messages:
+        raise RequestError("messages is empty; it needs at least one message", "messages")
+    return [message.plain(f"messages.{i}") for i, message in enumerate(messages)]
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(kind: type[Model], body: bytes) -> Model:
+    """`body` as a `kind`; raises `RequestError` that names the field at fault."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        raise RequestError(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if not first["loc"]:
+        raise RequestError("the body must be a JSON object")
+    place = _place(first["loc"])
+    if first["type"] == "missing":
+        raise RequestError(f"{place} is missing", place)
+    wanted = _WANTED.get(place.rsplit(".", 1)[-1])
+    said = f"it must be {wanted}" if wanted else first["msg"].replace("Input should be", "it must be")
+    raise RequestError(f"{place} is {_short(first['input'])}; {said}", place)
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """A field's path, such as `messages.0.content`; what pydantic adds to tell a union's members apart is left out."""
+    names = [str(loc[0])]
+    for step in loc[1:]:
+        if names[-1] in _WANTED:
+            break
+        names.append(str(step))
+    return ".".join(names)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,187 @@
+"""`octavo serve`: the HTTP process from its first line to its exit code.
+
+The port is taken first, because it is cheap to find it taken; the engine's process starts before the web framework is
+imported, because its start is the longest.
+"""
+
+import asyncio
+import contextlib
+import errno
+import json
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from octavo.checkpoint import open_checkpoint
+from octavo.config import EngineOptions, ServerOptions
+from octavo.engine.process import EngineClient
+from octavo.errors import ConfigError
+from octavo.log import logger
+from octavo.server.metrics import Metrics
+from octavo.server.model import ServedModel, load_model
+from octavo.server.service import Service
+from octavo.server.supervisor import Supervisor
+
+KEEP_ALIVE_SECONDS = 60  # longer than most clients' own limit: who closes last avoids the race
+CLOSING_SECONDS = 2  # for sending what is written, once the engine has ended
+
+
+def run_server(options: EngineOptions, server_options: ServerOptions, *, verbose: bool = False) -> int:
+    """Serves until a signal; returns the exit code. Raises an `OctavoError` if the server cannot start or go on."""
+    began = time.monotonic()
+    with listen(server_options.host, server_options.port) as listener:
+        # Fetches a model that is not here yet, before two processes look for it.
+        open_checkpoint(options.model, weights=False)
+        files = time.monotonic() - began
+
+        async def serve_model() -> int:
+            engine = EngineClient(options, max_queued_requests=server_options.max_queued_requests, verbose=verbose)
+            return await serve(
+                engine, lambda: load_model(options, server_options), server_options, listener, [("files", files)]
+            )
+
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(serve_model())
+
+
+async def serve(
+    engine: EngineClient,
+    load: Callable[[], ServedModel],
+    options: ServerOptions,
+    listener: socket.socket,
+    timeline: list[tuple[str, float]],
+) -> int:
+    """Serves `engine` on `listener` until a signal or the engine's end; `timeline` holds the phases so far."""
+    began = time.monotonic()
+    service = Service(engine, options, Metrics(lambda: engine.stats))
+    supervisor = Supervisor(service, load)
+    supervisor.timeline += timeline
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, supervisor.signalled)
+    loading = asyncio.ensure_future(supervisor.load())
+    await asyncio.sleep(0)  # the engine's process is on its way now
+    http = HttpServer(service)
+    supervisor.timeline.append(("http", time.monotonic() - began))
+    serving = asyncio.ensure_future(http.serve(sockets=[listener]))
+    stopping = asyncio.ensure_future(supervisor.stopped.wait())
+    try:
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            _announce(service, supervisor.timeline, listener, time.monotonic() - began)
+            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        loading.cancel()
+        stopping.cancel()
+        await supervisor.close()
+        http.stop.set()
+        await serving
+    if supervisor.error is not None:
+        raise supervisor.error
+    return 0
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, but for its signal handlers, which are the supervisor's, and its clock, which ticks ten times a second
+    to write a Date header: an idle server sleeps."""
+
+    def __init__(self, service: Service):
+        from octavo.server.app import build_app
+
+        config = uvicorn.Config(
+            build_app(service),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            proxy_headers=False,
+            date_header=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=CLOSING_SECONDS,
+        )
+        super().__init__(config)
+        self.stop = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def main_loop(self) -> None:
+        await self.stop.wait()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; raises `ConfigError` that says what to do. Port 0 is any free one."""
+    if not 0 <= port < 65536:
+        raise ConfigError(f"--port is {port}; it must be from 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, OverflowError, UnicodeError) as error:
+        raise ConfigError(f"--host {host} and --port {port} are no address to listen on: {error}") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(_cannot_listen(host, port, error)) from None
+    listener.setblocking(False)
+    return listener
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> str:
+    code = getattr(error, "errno", None)
+    if code == errno.EADDRINUSE:
+        return f"port {port} is in use by another program; stop it, or choose another port with --port"
+    if code == errno.EACCES:
+        return f"port {port} needs more rights than this user has; choose one above 1023 with --port"
+    if code == errno.EADDRNOTAVAIL:
+        return f"{host} is no address of this machine; choose another with --host (0.0.0.0 for all)"
+    return f"cannot listen on {host} port {port}: {error}"
+
+
+def _announce(service: Service, timeline: list[tuple[str, float]], listener: socket.socket, seconds: float) -> None:
+    """The lines that a person waits for: what took how long, and what to try."""
+    phases = ", ".join(f"{phase} {took:.2f} s" for phase, took in timeline)
+    logger.info("ready after %.2f s: %s", seconds, phases)
+    model = service.ready_model()
+    url = url_of(listener)
+    print(f"{model.name} is served at {url}\nTry it:\n  {curl_line(model, url, service.options)}", flush=True)
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a client on this machine reaches `listener`."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def curl_line(model: ServedModel, url: str, options: ServerOptions) -> str:
+    """A command that asks the model something."""
+    question = "What is the capital of France?"
+    chat = model.tokenizer.chat_template is not None
+    path = "chat/completions" if chat else "completions"
+    asked: dict[str, object] = {"model": model.name}
+    asked |= {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": question}
+    body = shlex.quote(json.dumps(asked, ensure_ascii=False))
+    key = "" if options.api_key is None else " -H 'Authorization: Bearer YOUR_API_KEY'"
+    return f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {body}"
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where it is installed; it is about a third faster."""
+    if sys.platform == "win32":
+        return None
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

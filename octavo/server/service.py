@@ -1,0 +1,85 @@
+"""What the endpoints share: the engine, the model's words, the options, and whether requests are taken now."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from octavo.config import ServerOptions
+from octavo.engine.limits import Limits
+from octavo.engine.process import EngineClient
+from octavo.errors import EngineDeadError, nearest
+from octavo.request import Request
+from octavo.server.answer import Answer
+from octavo.server.failure import RefusedError
+from octavo.server.metrics import Metrics
+from octavo.server.model import ServedModel
+
+
+@dataclass(slots=True)
+class Service:
+    """`model` is None until it is loaded; `draining` says that the server takes nothing more.
+
+    `num_open` HTTP requests are being answered; `quiet` is set while there are none.
+    """
+
+    engine: EngineClient
+    options: ServerOptions
+    metrics: Metrics
+    model: ServedModel | None = None
+    loading: bool = False
+    draining: bool = False
+    num_open: int = 0
+    quiet: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def enter(self) -> None:
+        """One more HTTP request is being answered."""
+        self.num_open += 1
+        self.quiet.clear()
+
+    def leave(self) -> None:
+        self.num_open -= 1
+        if not self.num_open:
+            self.quiet.set()
+
+    def trouble(self) -> str | None:
+        """Why the server is not healthy, or None."""
+        if self.loading:
+            return "the model is loading"
+        return self.engine.trouble(self.options.watchdog_seconds)
+
+    def unready(self) -> str | None:
+        """Why no request is taken now, or None."""
+        if self.draining:
+            return "the server is shutting down"
+        if self.model is None or self.loading:
+            return "the model is loading"
+        return None
+
+    def ready_model(self) -> ServedModel:
+        """The model, if requests are taken now; a `RefusedError` otherwise."""
+        if (reason := self.unready()) is not None:
+            raise RefusedError(503, f"{reason}; try again later", code="not_ready")
+        assert self.model is not None, "unready says so"
+        return self.model
+
+    def model_named(self, name: str | None) -> ServedModel:
+        """The model that a client calls `name`; None is whatever is served."""
+        model = self.ready_model()
+        if name is not None and name != model.name:
+            raise RefusedError(
+                404,
+                f"the model {name!r} is not served here, but {model.name!r} is.{nearest(name, [model.name])}",
+                param="model",
+                code="model_not_found",
+            )
+        return model
+
+    @property
+    def limits(self) -> Limits:
+        if self.engine.info is None:
+            raise EngineDeadError(self.trouble() or "the engine is not running")
+        return self.engine.info.limits
+
+    def answer(self, requests: Sequence[Request], prompts: Sequence[str | None], whole: bool) -> Answer:
+        """Submits `requests`; raises what `Answer` does."""
+        return Answer(self.engine, self.ready_model(), self.metrics, requests, prompts, whole)
