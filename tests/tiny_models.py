@@ -114,7 +114,7 @@ QWEN_V1: dict[str, Any] = {
     "use_flash_attn": "auto",
 }
 # What a tiny vocabulary learns its merges from.
-_PRIMER = """The quick brown fox jumps over the lazy dog. You are a helpful assistant. Who are you, and where is Beijing?
+_PRIMER = """The quick brown fox jumps over the lazy dog. You are a helpful assistant. Who are you? Where is Beijing?
 def main():\n    return [i for i in range(100)]  # the first hundred\n<|im_start|> user assistant system hello world
 浙江的省会在哪里？这有什么好吃的？你好，我是一个人工智能助手。很高兴认识你！北京是中国的首都。"""
 
@@ -125,7 +125,7 @@ def train_ranks(text: str = _PRIMER, num_merges: int = 100) -> list[bytes]:
     words = [[bytes([byte]) for byte in word.encode()] for word in text.replace(" ", "\0 ").split("\0")]
     for _ in range(num_merges):
         pairs = Counter(pair for word in words for pair in pairwise(word))
-        (left, right), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
+        (left, right), _ = max(pairs.items(), key=lambda item: (item[1], -len(b"".join(item[0])), item[0]))
         ranks.append(left + right)
         for word in words:
             for i in range(len(word) - 2, -1, -1):
