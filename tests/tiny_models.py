@@ -53,9 +53,16 @@ class FolderCheckpoint:
 
 
 def save_llama(path: Path, seed: int = 0, **changes: Any) -> Path:
-    """A Llama of 2 layers, width 64, 4 heads on 2, with weights large enough that every part matters."""
+    return save_model(path, "Llama", seed, **changes)
+
+
+def save_model(path: Path, family: str, seed: int = 0, **changes: Any) -> Path:
+    """A model of 2 layers, width 64, 4 heads on 2, with weights large enough that every part matters.
+
+    `family` is how `transformers` begins its class names.
+    """
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         **{
             "vocab_size": 160,
             "hidden_size": 64,
@@ -71,7 +78,7 @@ def save_llama(path: Path, seed: int = 0, **changes: Any) -> Path:
             **changes,
         }
     )
-    model = transformers.LlamaForCausalLM(config)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

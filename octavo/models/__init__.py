@@ -1,5 +1,4 @@
-"""Which model families there are, and what a model's config.json means: `read_config`,
-and `read_model` with what stands in its other files.
+"""Which model families there are, and what a model's files mean: `read_model`, or config.json alone: `read_config`.
 
 Architecture names map to families in one dictionary. A family's module says only what sets it apart and loads
 no torch, so that a configuration can be read anywhere; decoders are built in `octavo.models.loader`.

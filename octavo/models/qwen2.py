@@ -26,7 +26,7 @@ def windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     window = fields.whole("sliding_window")
     kinds = hf.get("layer_types")
     if kinds is None:
-        first = hf.get("max_window_layers", 28)
+        first = fields.count("max_window_layers", 28)
         return tuple(window if layer >= first else 0 for layer in range(num_layers))
     if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
         raise wrong("layer_types", kinds, f"a list of {num_layers} times full_attention or sliding_attention")
