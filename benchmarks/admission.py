@@ -98,7 +98,8 @@ def simulate(rule: type[Scheduler], load: str, num_blocks: int, seed: int) -> di
     while (batch := scheduler.schedule()) is not None:
         steps, tokens, rows = steps + 1, tokens + batch.num_tokens, rows + batch.num_rows
         drawn = [
-            EOS if seq.num_output + 1 >= lengths[seq.request.request_id] else 0 for seq, _ in scheduler._steps[0].samples
+            EOS if seq.num_output + 1 >= lengths[seq.request.request_id] else 0
+            for seq, _ in scheduler._steps[0].samples
         ]
         scheduler.update(StepResult(np.array(drawn, np.int32)))
     stats = scheduler.stats()
