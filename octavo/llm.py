@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequenc
 from dataclasses import fields
 from typing import Any
 
+from octavo.checkpoint import open_tokenizer_data
 from octavo.config import EngineOptions
 from octavo.engine.engine import Engine
 from octavo.engine.process import Arrived, EngineClient
@@ -33,9 +34,22 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any):
-        self.options = _engine_options(model, options)
-        self.engine = Engine.build(self.options)
-        self.tokenizer = Tokenizer.load(self.options.tokenizer or self.options.model)
+        self._open(_engine_options(model, options))
+
+    @classmethod
+    def from_options(cls, options: EngineOptions) -> "LLM":
+        """An LLM with all options in one object."""
+        llm = cls.__new__(cls)
+        llm._open(options)
+        return llm
+
+    def _open(self, options: EngineOptions) -> None:
+        self.options = options
+        self.engine = Engine.build(options)
+        data = open_tokenizer_data(options.tokenizer or options.model)
+        self.tokenizer = Tokenizer.from_data(data)
+        # What the model's makers advise for sampling (generation_config.json); empty if they say nothing.
+        self.generation_config: dict[str, Any] = dict(data.generation_config)
         self._numbers = itertools.count()
         self._texts: dict[str, RequestText] = {}
 
@@ -103,6 +117,41 @@ class LLM:
                         self._drop_finished(request_id)
         finally:
             self._abort(order)
+
+    def generate_iter(
+        self, work: Iterable[tuple[Prompt, SamplingParams]], *, max_open: int | None = None
+    ) -> Iterator[tuple[int, RequestOutput | RequestError]]:
+        """Answers any number of (prompt, sampling_params), yielding (index, output) as each is finished.
+
+        `work` is read only as far as `max_open` unfinished requests (twice max_num_seqs by default). A request that
+        cannot run yields its error in the output's place, and the rest goes on.
+        """
+        limit = max_open or 2 * self.engine.config.max_num_seqs
+        numbered = enumerate(work)
+        open_texts: dict[str, tuple[int, RequestText]] = {}
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(open_texts) < limit:
+                    index, item = next(numbered, (-1, None))
+                    if item is None:
+                        exhausted = True
+                        break
+                    try:
+                        (text,) = self._requests([item[0]], item[1], None)
+                    except RequestError as error:
+                        yield index, error
+                        continue
+                    self._add([text])
+                    open_texts[text.request.request_id] = (index, text)
+                if not open_texts:
+                    return
+                for request_id in self._step():
+                    if request_id in open_texts and self._drop_finished(request_id):
+                        index, text = open_texts.pop(request_id)
+                        yield index, text.result()
+        finally:
+            self._abort(open_texts)
 
     def encode_chat(self, messages: Messages, **variables: Any) -> list[int]:
         """Token ids of a conversation as the model's chat template renders it, ready for `generate` or `stream`."""

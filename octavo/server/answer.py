@@ -7,11 +7,11 @@ sequence. Whatever ends the reading early must `close` the answer, so that its b
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from octavo.engine.process import Arrived, EngineClient, Stream
 from octavo.errors import OctavoError, RequestError
-from octavo.request import Request, RequestOutput, TokenLogprobs
+from octavo.request import Request, RequestOutput
 from octavo.server.failure import ClientGoneError
 from octavo.server.metrics import Metrics
 from octavo.server.model import RequestText, ServedModel, TextDelta
@@ -25,7 +25,6 @@ class Part:
     text: RequestText
     stream: Stream
     first_choice: int
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +141,8 @@ class Answer:
         if arrived.queue_seconds is not None:
             self._metrics.queued.observe(arrived.queue_seconds)
             part.text.num_cached_tokens = arrived.cached_tokens
-        if arrived.prompt_logprobs:
-            self._take_prompt_logprobs(part, arrived.prompt_logprobs)
+        for start, entries in arrived.prompt_logprobs:
+            part.text.put_prompt_logprobs(start, entries)
         merged: dict[int, TextDelta] = {}
         for token in arrived.tokens:
             delta = part.text.push(token)
@@ -157,14 +156,6 @@ class Answer:
             else:
                 _join(first, delta)
         return list(merged.values())
-
-    def _take_prompt_logprobs(self, part: Part, spans: list[tuple[int, list[TokenLogprobs]]]) -> None:
-        """Position p of a span tells the logprob of the prompt's token p + 1; nothing precedes the first."""
-        if not part.prompt_logprobs:
-            part.prompt_logprobs = [None] * len(part.request.prompt_token_ids)
-        for start, entries in spans:
-            part.prompt_logprobs[start + 1 : start + 1 + len(entries)] = entries
-        part.text.set_prompt_logprobs(part.prompt_logprobs)
 
     def _measure(self, part: Part) -> None:
         now, first = time.monotonic(), part.stream.first_token

@@ -1,0 +1,169 @@
+"""`octavo bench serve`: a load of streamed requests on a running server, at a rate or with a number of open ones.
+
+Speaks HTTP/1.1 by itself, since a client library would cost more of a small machine than the server does.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from octavo.cli.bench import percentiles, print_json, print_table
+from octavo.cli.bench.workloads import WORKLOADS, fixed, workload
+from octavo.errors import ConfigError, OctavoError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)")
+    group.add_argument("--model", metavar="NAME", help="name of the model (default: the first that the server lists)")
+    group.add_argument("--api-key", metavar="KEY", help="the server's key (default: OPENAI_API_KEY)")
+    group = parser.add_argument_group("workload")
+    group.add_argument("--work", metavar="NAME", help=f"one of {', '.join(WORKLOADS)}, in place of a shape")
+    group.add_argument("--input-len", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
+    group.add_argument("--output-len", type=int, default=64, metavar="N", help="tokens to generate (default: 64)")
+    group.add_argument("--num-prompts", type=int, default=64, metavar="N", help="requests (default: 64)")
+    group.add_argument("--concurrency", type=int, default=32, metavar="N", help="open requests at most (default: 32)")
+    group.add_argument(
+        "--request-rate", type=float, metavar="X", help="requests a second, arriving at random (Poisson)"
+    )
+
+
+@dataclass(slots=True)
+class Measured:
+    """One request: seconds to the first token, between tokens, and in all; tokens received."""
+
+    first: float = 0.0
+    between: list[float] = field(default_factory=list)
+    whole: float = 0.0
+    tokens: int = 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return asyncio.run(_bench(arguments))
+
+
+async def _bench(arguments: argparse.Namespace) -> int:
+    server = _Server(arguments.url, arguments.api_key or os.environ.get("OPENAI_API_KEY"))
+    model = arguments.model or await server.first_model()
+    shape = (arguments.num_prompts, arguments.input_len, arguments.output_len)
+    prompts, lengths = workload(arguments.work) if arguments.work else fixed(*shape, high=1000)
+    gate = asyncio.Semaphore(arguments.concurrency)
+    arrivals = random.Random(0)
+
+    async def one(prompt: list[int], length: int) -> Measured:
+        async with gate:
+            body = {"model": model, "prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True}
+            return await server.stream(body | {"stream": True, "stream_options": {"include_usage": True}})
+
+    began = time.perf_counter()
+    tasks = []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        tasks.append(asyncio.create_task(one(prompt, length)))
+        if arguments.request_rate:
+            await asyncio.sleep(arrivals.expovariate(arguments.request_rate))
+    done = await asyncio.gather(*tasks)
+    seconds = time.perf_counter() - began
+    _report(done, seconds, model, arguments)
+    return 0
+
+
+def _report(done: list[Measured], seconds: float, model: str, arguments: argparse.Namespace) -> None:
+    tokens = sum(each.tokens for each in done)
+    per_token = [(each.whole - each.first) / (each.tokens - 1) for each in done if each.tokens > 1]
+    figures = {
+        "time to first token": [each.first for each in done],
+        "time per output token": per_token,
+        "between deltas": [gap for each in done for gap in each.between],
+        "whole request": [each.whole for each in done],
+    }
+    rows: list[dict[str, Any]] = [{"what": name, **percentiles(times)} for name, times in figures.items() if times]
+    print_table(rows)
+    print(
+        f"{len(done)} requests in {seconds:.2f} s: {len(done) / seconds:.2f} requests/s,"
+        f" {tokens / seconds:,.1f} tokens/s"
+    )
+    totals = {
+        "benchmark": "serve",
+        "model": model,
+        "concurrency": arguments.concurrency,
+        "request_rate": arguments.request_rate,
+        "requests": len(done),
+        "seconds": round(seconds, 3),
+        "requests_s": round(len(done) / seconds, 2),
+        "out_tok_s": round(tokens / seconds, 1),
+    }
+    print_json(totals | {"rows": rows})
+
+
+class _Server:
+    """Just enough of an HTTP client: one connection a request, server-sent events."""
+
+    def __init__(self, url: str, api_key: str | None):
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ConfigError(f"url is {url!r}; write it as http://HOST:PORT")
+        self.url, self.host, self.port = url, parts.hostname, parts.port or 80
+        self.key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+
+    async def first_model(self) -> str:
+        lines = [line async for line in self._lines("GET", "/v1/models", b"")]
+        name: str = json.loads("".join(lines))["data"][0]["id"]
+        return name
+
+    async def stream(self, body: dict[str, Any]) -> Measured:
+        measured, began, last = Measured(), time.perf_counter(), 0.0
+        async for line in self._lines("POST", "/v1/completions", json.dumps(body).encode()):
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event, now = json.loads(line[6:]), time.perf_counter()
+            if "error" in event:
+                raise OctavoError(f"{self.url} answered: {event['error']['message']}")
+            if event.get("usage"):
+                measured.tokens = event["usage"]["completion_tokens"]
+            if not event.get("choices"):
+                continue
+            if measured.first:
+                measured.between.append(now - last)
+            else:
+                measured.first = now - began
+            measured.whole, last = now - began, now
+        return measured
+
+    async def _lines(self, method: str, path: str, body: bytes) -> Any:
+        try:
+            reader, writer = await asyncio.open_connection(self.host, self.port, limit=2**24)
+        except OSError as error:
+            raise OctavoError(f"no server answers at {self.url} ({error}); start one with octavo serve") from None
+        head = (
+            f"{method} {path} HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n{self.key}"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        status = (await reader.readline()).decode()
+        chunked = False
+        while (header := (await reader.readline()).decode().strip().lower()) != "":
+            chunked = chunked or header == "transfer-encoding: chunked"
+        if " 200 " not in status:
+            raise OctavoError(f"{self.url}{path} answered {status.strip()}: {(await reader.read()).decode()[:500]}")
+        async for line in _chunked_lines(reader) if chunked else reader:
+            yield line.decode().rstrip()
+        writer.close()
+
+
+async def _chunked_lines(reader: asyncio.StreamReader) -> Any:
+    """Lines of a body in chunked encoding."""
+    rest = b""
+    while size := int((await reader.readline()).strip() or b"0", 16):
+        rest += await reader.readexactly(size)
+        await reader.readline()
+        *lines, rest = rest.split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
