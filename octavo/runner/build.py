@@ -5,10 +5,7 @@ read.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 
@@ -16,7 +13,7 @@ from octavo.checkpoint import Checkpoint, open_checkpoint
 from octavo.config import DTYPE_BYTES, EngineConfig, EngineOptions, ModelConfig
 from octavo.errors import ConfigError
 from octavo.memory import MemoryPlan, free_ram, resolve
-from octavo.models import read_config
+from octavo.models import read_model
 from octavo.runner.executor import Executor, LocalExecutor
 
 Timeline = list[tuple[str, float]]
@@ -37,7 +34,7 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
 
     device = choose_device(options.device)
     checkpoint = open_checkpoint(options.model, weights=options.load_format != "dummy")
-    model = model_config(checkpoint)
+    model = read_model(checkpoint)
     mark("open model")
     dtype = choose_dtype(options.dtype, model, device)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_ram()
@@ -46,20 +43,6 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
     executor = LocalExecutor.load(checkpoint, config, options.load_format)
     mark("load weights")
     return executor, config, plan, timeline
-
-
-def model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The model's configuration, with every token that ends an answer: generation_config.json may name more."""
-    model = read_config(checkpoint.config)
-    ends = _as_ids(checkpoint.generation_config, "eos_token_id")
-    return replace(model, eos_token_ids=tuple(dict.fromkeys((*model.eos_token_ids, *ends))))
-
-
-def _as_ids(config: Mapping[str, Any], field: str) -> list[int]:
-    value = config.get(field)
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def choose_device(wanted: str) -> str:
