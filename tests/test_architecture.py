@@ -21,7 +21,7 @@ FLOORS = [
     {"models"},
     {"runner"},
     {"engine"},
-    {"llm", "server"},
+    {"llm", "parity", "server"},
     {"swift"},
     {"cli", "__main__", "__init__"},
 ]

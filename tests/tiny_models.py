@@ -133,7 +133,8 @@ def train_ranks(text: str = _PRIMER, num_merges: int = 100) -> list[bytes]:
     for _ in range(num_merges):
         pairs = Counter(pair for word in words for pair in pairwise(word))
         (left, right), _ = max(pairs.items(), key=lambda item: (item[1], -len(b"".join(item[0])), item[0]))
-        ranks.append(left + right)
+        if left + right not in ranks:
+            ranks.append(left + right)
         for word in words:
             for i in range(len(word) - 2, -1, -1):
                 if word[i : i + 2] == [left, right]:

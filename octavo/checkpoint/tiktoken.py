@@ -21,6 +21,15 @@ def is_chat(generation_config: Mapping[str, Any]) -> bool:
     return generation_config.get("chat_format") == "chatml"
 
 
+def end_ids(num_ranks: int, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """What ends an answer, most usual first.
+
+    generation_config.json names endoftext alone; that im_end and im_start end a chat model's turn stands only in the
+    model's own code.
+    """
+    return (num_ranks + 2, num_ranks + 1, num_ranks) if is_chat(generation_config) else (num_ranks,)
+
+
 def read_ranks(path: Path) -> list[bytes]:
     """The tokens' bytes by rank; raises `CheckpointError` if a line is damaged or a rank is missing."""
     try:
@@ -38,6 +47,8 @@ def read_ranks(path: Path) -> list[bytes]:
         if not in_order:
             raise CheckpointError(f"{path}: line {len(ranks) + 1} does not hold token {len(ranks)}; fetch it again")
         ranks.append(token)
+    if len(set(ranks)) < len(ranks):
+        raise CheckpointError(f"{path} gives the same token twice; fetch it again")
     if missing := set(map(bytes, zip(range(256)))) - set(ranks):
         raise CheckpointError(f"{path} lacks tokens for {len(missing)} of the 256 bytes; fetch it again")
     return ranks

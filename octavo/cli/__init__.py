@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "chat with a model in the terminal, or answer a piped prompt",
     "generate": "answer a file of prompts",
     "pull": "fetch a model",
+    "parity": "compare a model's logits and greedy tokens with transformers",
     "bench": "measure throughput, latency or a running server",
 }
 

@@ -74,10 +74,7 @@ class Qwen(Family):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelConfig:
-        """Besides the configuration: which ids stand for tokens, and what ends the turn of a chat model.
-
-        generation_config.json names endoftext alone; im_end and im_start end a turn by the model's own code.
-        """
+        """Besides the configuration: which ids stand for tokens, and which of them end an answer."""
         model = super().of(checkpoint)
         ranks = checkpoint.path / tiktoken.FILE_NAME
         if not ranks.is_file():
@@ -89,6 +86,5 @@ class Qwen(Family):
                 f"{ranks} and the special tokens have {num_tokens} ids, but config.json gives vocab_size"
                 f" {model.vocab_size}; one of the two belongs to another model"
             )
-        turn_ends = (end + 2, end + 1) if tiktoken.is_chat(checkpoint.generation_config) else ()
-        stops = dict.fromkeys((*turn_ends, end, *model.eos_token_ids))
-        return replace(model, num_tokens=num_tokens, eos_token_ids=tuple(stops))
+        ends = tiktoken.end_ids(end, checkpoint.generation_config)
+        return replace(model, num_tokens=num_tokens, eos_token_ids=tuple(dict.fromkeys((*ends, *model.eos_token_ids))))
