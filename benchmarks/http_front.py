@@ -10,6 +10,7 @@ tokenizer is one of bytes. Prints a table and, as the last line, one JSON object
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import subprocess
@@ -117,11 +118,21 @@ def request_bytes(stream: bool) -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
-async def load(port: int, stream: bool, connections: int, seconds: float) -> dict[str, Any]:
+def processor_seconds(pid: int) -> float:
+    """Processor time that a process has used; unlike the clock, it hardly sees what else the machine does."""
+    path = Path(f"/proc/{pid}/stat")
+    if not path.exists():
+        return math.nan
+    user, system = path.read_text().rsplit(")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+async def load(pid: int, port: int, stream: bool, connections: int, seconds: float) -> dict[str, Any]:
     """Keeps `connections` busy for `seconds`."""
     end = b"0\r\n\r\n" if stream else b'"cached_tokens":0}}}'
     latencies: list[float] = []
     loop, began, used = asyncio.get_running_loop(), time.perf_counter(), time.process_time()
+    server_used = processor_seconds(pid)
     clients = []
     for _ in range(connections):
         client = Client(request_bytes(stream), end, latencies, began + seconds)
@@ -135,6 +146,7 @@ async def load(port: int, stream: bool, connections: int, seconds: float) -> dic
         "connections": connections,
         "requests_per_second": round(len(latencies) / took, 1),
         "tokens_per_second": round(len(latencies) * ANSWER_TOKENS / took),
+        "server_ms_per_request": round((processor_seconds(pid) - server_used) / len(latencies) * 1000, 3),
         "p50_ms": round(latencies[len(latencies) // 2] * 1000, 2),
         "p99_ms": round(latencies[len(latencies) * 99 // 100] * 1000, 2),
         "load_core_percent": round((time.process_time() - used) / took * 100),
@@ -150,9 +162,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     port = int(server.stdout.readline().rsplit(":", 1)[-1])
     pin(LOAD_CORE)
     try:
-        asyncio.run(load(port, False, 8, 1.0))  # warm
+        asyncio.run(load(server.pid, port, False, 8, 1.0))  # warm
         runs = [(stream, n) for stream in arguments.modes for n in arguments.connections]
-        return [asyncio.run(load(port, stream, n, arguments.seconds)) for stream, n in runs]
+        return [asyncio.run(load(server.pid, port, stream, n, arguments.seconds)) for stream, n in runs]
     finally:
         server.terminate()
         server.wait()
@@ -182,9 +194,9 @@ def main() -> None:
         return
     rows = measure(arguments)
     columns = list(rows[0])
-    print("  ".join(f"{name:>19}" for name in columns))
+    print("  ".join(f"{name:>21}" for name in columns))
     for row in rows:
-        print("  ".join(f"{row[name]:>19}" for name in columns))
+        print("  ".join(f"{row[name]:>21}" for name in columns))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     result = {
         "benchmark": "http_front",

@@ -6,6 +6,7 @@ Nothing polls: the engine sleeps while it has no work, and a dead engine shows a
 """
 
 import asyncio
+import atexit
 import contextlib
 import gc
 import multiprocessing
@@ -135,6 +136,7 @@ class EngineClient:
         arguments = (theirs, self._step_began, self.options, self._verbose)
         self._process = context.Process(target=run_engine, args=arguments, name="octavo-engine", daemon=True)
         self._process.start()
+        atexit.register(self._process.kill)  # for a parent that ends without `close`
         theirs.close()
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
@@ -190,6 +192,9 @@ class EngineClient:
             self._disconnect()
         if self._process is not None:
             process, self._process = self._process, None
+            atexit.unregister(process.kill)
+            if self.info is None:  # it is still loading, and hears nothing
+                process.terminate()
             await asyncio.to_thread(process.join, 5)
             if process.is_alive():
                 process.kill()
@@ -250,6 +255,7 @@ class EngineClient:
         self._disconnect()
         process, self._process, self.info = self._process, None, None
         if process is not None:
+            atexit.unregister(process.kill)
             process.join(1)
             code = process.exitcode
             if not self._last_words and code is not None and code < 0:
@@ -288,6 +294,9 @@ def run_engine(connection: Connection, step_began: Any, options: EngineOptions, 
         from octavo.engine.engine import Engine
 
         engine = Engine.build(options)
+        # Who stops a process group stops the parent too, which may let requests finish first. It says when to stop,
+        # and its end is the pipe's end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         connection.send(("ready", engine.info()))
         threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
         gc.collect()

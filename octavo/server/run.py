@@ -169,7 +169,7 @@ def curl_line(model: ServedModel, url: str, options: ServerOptions) -> str:
     question = "What is the capital of France?"
     chat = model.tokenizer.chat_template is not None
     path = "chat/completions" if chat else "completions"
-    asked: dict[str, object] = {"model": model.name}
+    asked: dict[str, object] = {"model": model.name, "temperature": 0}
     asked |= {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": question}
     body = shlex.quote(json.dumps(asked, ensure_ascii=False))
     key = "" if options.api_key is None else " -H 'Authorization: Bearer YOUR_API_KEY'"

@@ -69,7 +69,8 @@ class Supervisor:
     def _now_ready(self) -> None:
         self._ready_since = time.monotonic()
         self.service.loading = False
-        _calm_garbage_collection()
+        gc.collect()
+        gc.freeze()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -122,14 +123,3 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         await self.service.engine.close()
-
-
-def _calm_garbage_collection() -> None:
-    """Collects less often, and never again what the start has made.
-
-    Hundreds of open streams are young objects that live for long: at the usual threshold each collection would walk
-    them all and find nothing (a third of the time at 256 streams; docs/decisions/0031).
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
