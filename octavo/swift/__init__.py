@@ -15,6 +15,16 @@ _NAMES_OF = {
     "generation_config": ("LmdeployGenerationConfig", "VllmGenerationConfig"),
     "engine": ("LoRARequest", "get_vllm_engine"),
     "inference": ("inference_stream_vllm", "inference_vllm"),
+    "messages": ("history_to_messages", "messages_to_history"),
+    "infer_engine": ("VllmEngine",),
+    "protocol": (
+        *("ChatCompletionResponse", "ChatCompletionStreamResponse", "InferRequest", "InferStats", "RequestConfig"),
+        *("CompletionResponse", "CompletionStreamResponse", "ModelList", "UsageInfo"),
+    ),
+    "client": (
+        *("InferClient", "get_model_list_client", "get_model_list_client_async"),
+        *("inference_client", "inference_client_async"),
+    ),
 }
 _HOME_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 # Other backends' names for the same thing: Octavo is the backend of all.
@@ -22,6 +32,11 @@ _ALIASES = {
     "get_lmdeploy_engine": "get_vllm_engine",
     "inference_lmdeploy": "inference_vllm",
     "inference_stream_lmdeploy": "inference_stream_vllm",
+    "XRequestConfig": "RequestConfig",
+    "LmdeployEngine": "VllmEngine",
+    "PtEngine": "VllmEngine",
+    "SglangEngine": "VllmEngine",
+    "TransformersEngine": "VllmEngine",
     "inference": "inference_vllm",
     "inference_stream": "inference_stream_vllm",
 }

@@ -79,19 +79,23 @@ def uses_hf() -> bool:
     return os.environ.get("USE_HF", "").lower() in ("1", "true", "yes", "on")
 
 
-def locate(model_type: str | None, model_id_or_path: str | None, revision: str | None = None) -> str:
+def locate(
+    model_type: str | None, model_id_or_path: str | None, revision: str | None = None, *, use_hf: bool | None = None
+) -> str:
     """What to open for a model: a file or folder that is on this machine, or a name that Octavo knows.
 
+    `use_hf` decides which hub's ids and cache go first; None leaves it to the environment (`USE_HF`).
     Raises `DownloadError` that says where the model was looked for, `ConfigError` for an unknown model type.
     """
-    ids = [model_id_or_path] if model_id_or_path else _ids(model_type)
+    hf_first = uses_hf() if use_hf is None else use_hf
+    ids = [model_id_or_path] if model_id_or_path else _ids(model_type, hf_first)
     for name in ids:
         if name in hub.MODELS:
             return name
         path = Path(name).expanduser()
         if path.exists():
             return str(path)
-    hubs = ("hf", "modelscope") if uses_hf() else ("modelscope", "hf")
+    hubs = ("hf", "modelscope") if hf_first else ("modelscope", "hf")
     repositories = [name for name in ids if name.count("/") == 1 and not name.startswith((".", "/", "~"))]
     for name in hubs:
         for repository in repositories:
@@ -100,12 +104,12 @@ def locate(model_type: str | None, model_id_or_path: str | None, revision: str |
     raise DownloadError(_not_found(ids, repositories))
 
 
-def _ids(model_type: str | None) -> list[str]:
+def _ids(model_type: str | None, hf_first: bool) -> list[str]:
     if model_type is None:
         raise ConfigError("neither a model type nor model_id_or_path is given; name one of them")
     info = model_info(model_type)
     ids = [info["model_id_or_path"], info["hf_model_id"]]
-    return [name for name in (reversed(ids) if uses_hf() else ids) if name]
+    return [name for name in (reversed(ids) if hf_first else ids) if name]
 
 
 def _not_found(ids: list[str], repositories: list[str]) -> str:
