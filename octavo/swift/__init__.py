@@ -14,7 +14,9 @@ _NAMES_OF = {
     "tokenizer": ("HfTokenizer",),
     "generation_config": ("LmdeployGenerationConfig", "VllmGenerationConfig"),
     "engine": ("LoRARequest", "get_vllm_engine"),
-    "inference": ("inference_stream_vllm", "inference_vllm"),
+    "inference": ("add_vllm_request", "inference_stream_vllm", "inference_vllm"),
+    "arguments": ("DeployArguments", "InferArguments"),
+    "commands": ("deploy_main", "infer_main", "prepare_vllm_engine_template"),
     "messages": ("history_to_messages", "messages_to_history"),
     "infer_engine": ("VllmEngine",),
     "protocol": (
@@ -32,6 +34,7 @@ _ALIASES = {
     "get_lmdeploy_engine": "get_vllm_engine",
     "inference_lmdeploy": "inference_vllm",
     "inference_stream_lmdeploy": "inference_stream_vllm",
+    "prepare_lmdeploy_engine_template": "prepare_vllm_engine_template",
     "XRequestConfig": "RequestConfig",
     "LmdeployEngine": "VllmEngine",
     "PtEngine": "VllmEngine",

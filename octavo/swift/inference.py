@@ -133,6 +133,20 @@ def inference_stream_vllm(
         job.close()
 
 
+def add_vllm_request(
+    llm_engine: SwiftEngine,
+    inputs: dict[str, Any],
+    *,
+    request_id: str,
+    generation_config: VllmGenerationConfig,
+    lora_request: LoRARequest | None = None,
+) -> None:
+    """Queues what `Template.encode` gave; `llm_engine.step()` then moves it. The config's own stops count only."""
+    refuse_lora(lora_request)
+    params = generation_config.sampling_params([], [])
+    llm_engine.add_request(request_id, {"prompt_token_ids": inputs["input_ids"]}, params)
+
+
 @dataclass(slots=True)
 class _Answer:
     """One request's answer in the making."""
