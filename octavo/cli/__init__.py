@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         subcommands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     arguments: argparse.Namespace = parser.parse_args(words)
-    log.setup(arguments.verbose)
+    log.setup(getattr(arguments, "verbose", False))
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
