@@ -134,7 +134,7 @@ def _compare(
     difference = 0.0
     for start, ours_TV in _prompt_logits(runner, prompt):
         theirs_TV = reference.lm_head(hidden_TD[start : start + len(ours_TV)])
-        difference = max(difference, float((ours_TV - theirs_TV).abs().max()))
+        difference = float(np.maximum(difference, float((ours_TV - theirs_TV).abs().max())))  # NaN stays NaN
     # A greedy answer is one whose every token is the likeliest after what stands before it.
     theirs_AV = reference.lm_head(hidden_TD[len(prompt) - 1 :])
     for i, (ours, theirs) in enumerate(zip(answer, theirs_AV.argmax(-1).tolist(), strict=True)):

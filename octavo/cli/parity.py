@@ -1,6 +1,7 @@
 """`octavo parity`: Octavo beside transformers on this machine, with the user's own weights."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,17 +45,18 @@ def run(arguments: argparse.Namespace) -> int:
     options.gpu_memory_utilization = 0.4  # the other model needs room as well
     prompts = PROMPTS if arguments.prompts is None else _read_prompts(arguments.prompts)
     width = max(map(len, prompts))
-    print(f"{'prompt':<{width}}  tokens  max |difference|  equal greedy tokens", flush=True)
     found: list[PromptParity] = []
     for row in compare(options, prompts, arguments.max_tokens):
+        if not found:
+            print(f"{'prompt':<{width}}  tokens  max |difference|  equal greedy tokens")
         found.append(row)
         print(f"{row.name:<{width}}  {row.num_prompt:>6}  {row.max_difference:>16.1e}  {_tokens(row)}", flush=True)
-    worst = max(row.max_difference for row in found)
-    equal = all(row.first_difference is None for row in found)
-    good = equal and worst <= arguments.tolerance
+    equal = sum(row.first_difference is None for row in found)
+    good = equal == len(found) and all(row.max_difference <= arguments.tolerance for row in found)
+    worst = max((row.max_difference for row in found), key=lambda x: math.inf if math.isnan(x) else x)
     print(
         f"{'equal' if good else 'DIFFERENT'}: logits within {worst:.1e} (tolerance {arguments.tolerance:.0e}),"
-        f" {sum(row.first_difference is None for row in found)} of {len(found)} answers have the same greedy tokens"
+        f" {equal} of {len(found)} answers have the same greedy tokens"
     )
     return 0 if good else 1
 

@@ -11,6 +11,7 @@ from octavo.checkpoint import open_checkpoint
 from octavo.config import EngineOptions
 from octavo.engine.engine import Engine
 from octavo.errors import CheckpointError, ConfigError, RequestError
+from octavo.llm import LLM
 from octavo.models import read_config, read_model
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
@@ -196,3 +197,21 @@ def test_files_of_two_models(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(ConfigError, match="hidden_size is missing"):
         read_config({name: value for name, value in config.items() if name != "hidden_size"})
+
+
+def test_a_chat_from_words_to_words(path: Path, reference: QwenV1) -> None:
+    """Through `LLM`: the template of ChatML, the turn's end by <|im_end|>, text of tokens of ranks."""
+    end = len(train_ranks())
+    llm = LLM(str(path), kv_cache_memory="4MiB", device="cpu", dtype="float32")
+    messages = [{"role": "user", "content": "浙江的省会在哪里？<|im_end|>"}]
+    prompt_ids = llm.encode_chat(messages)
+    assert [token for token in prompt_ids if token >= end] == [end + 1, end + 2] * 2 + [end + 1]
+    free = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    said = greedy(reference, prompt_ids, 12)
+    (whole,) = llm.chat(messages, free, use_tqdm=False)
+    assert whole.outputs[0].token_ids == said
+    assert whole.outputs[0].text == llm.tokenizer.decode(said)
+    for stop in (end, end + 1, end + 2):
+        forced = SamplingParams(temperature=0.0, max_tokens=12, logit_bias={stop: 100.0})
+        (cut,) = llm.chat(messages, forced, use_tqdm=False)
+        assert (cut.outputs[0].token_ids, cut.outputs[0].finish_reason, cut.outputs[0].text) == ([stop], "stop", "")
