@@ -161,6 +161,25 @@ class LLM:
         """Frees the model; the object is of no more use."""
         self.engine.shutdown()
 
+    # ---- step by step, for a caller with a loop of its own ------------------------------------------------
+
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> str:
+        """Queues one prompt and returns its request id; `advance` then moves it. Raises `RequestError`."""
+        (text,) = self._requests([prompt], sampling_params, None)
+        self._add([text])
+        return text.request.request_id
+
+    def advance(self) -> list[RequestOutput]:
+        """Runs one step of everything that is queued; the outputs so far of the requests that moved."""
+        moved = [self._texts[request_id].result() for request_id in self._step()]
+        for output in moved:
+            self._drop_finished(output.request_id)
+        return moved
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Ends those of the requests that still run."""
+        self._abort(request_ids)
+
     # ---- from prompts to results --------------------------------------------------------------------------
 
     def _requests(
@@ -187,7 +206,7 @@ class LLM:
         self._add(texts)
         ids = [text.request.request_id for text in texts]
         try:
-            with _Progress(len(texts), show) as progress:
+            with Progress(len(texts), show) as progress:
                 while any(request_id in self._texts for request_id in ids):
                     for request_id, deltas in self._step().items():
                         progress.tokens += sum(len(delta.token_ids) for delta in deltas)
@@ -365,7 +384,7 @@ def _delta_output(text: RequestText, deltas: list[TextDelta]) -> RequestOutput:
     return whole
 
 
-class _Progress:
+class Progress:
     """A line on the terminal while a batch runs: requests done, tokens a second. Silent when it is not a terminal."""
 
     def __init__(self, total: int, show: bool):
@@ -376,7 +395,7 @@ class _Progress:
         self._began = time.monotonic()
         self._shown = 0.0
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,12 +21,13 @@ FLOORS = [
     {"models"},
     {"runner"},
     {"engine"},
-    {"llm", "parity", "swift", "server"},
+    {"llm", "parity", "server"},
+    {"swift"},
     {"cli", "__main__", "__init__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = [
-    *("octavo", "octavo.cli", "octavo.checkpoint", "octavo.text", "octavo.server"),
+    *("octavo", "octavo.cli", "octavo.checkpoint", "octavo.text", "octavo.server", "octavo.swift"),
     *(f"octavo.{name}" for name in sorted(FLOORS[0])),
     *("octavo.engine.scheduler", "octavo.engine.block_manager", "octavo.engine.process", "octavo.engine.engine"),
 ]

@@ -20,6 +20,8 @@ COMMANDS = {
     "chat": "chat with a model in the terminal, or answer a piped prompt",
     "generate": "answer a file of prompts",
     "pull": "fetch a model",
+    "infer": "chat with a model by ms-swift's flags, or answer a data set",
+    "deploy": "serve a model by ms-swift's flags",
     "parity": "compare a model's logits and greedy tokens with transformers",
     "bench": "measure throughput, latency or a running server",
 }
@@ -37,7 +39,8 @@ class _Subcommand(Parser):
             self.module = import_module(f"octavo.cli.{self.prog.split()[-1]}")
             self.module.add_arguments(self)
             self.set_defaults(run=self.module.run)
-            self.add_argument("--verbose", action="store_true", help="say more while working")
+            if "--verbose" not in self._option_string_actions:
+                self.add_argument("--verbose", action="store_true", help="say more while working")
         return super().parse_known_args(args, namespace)
 
 
@@ -52,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     arguments: argparse.Namespace = parser.parse_args(words)
-    log.setup(arguments.verbose)
+    log.setup(getattr(arguments, "verbose", False))
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()

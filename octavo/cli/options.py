@@ -73,14 +73,20 @@ def _add_option(group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]",
     meta = field.metadata
     flag = "--" + field.name.replace("_", "-")
     text = meta["help"].replace("%", "%%")
-    if field.default not in (None, "auto") and not isinstance(field.default, bool):
+    if field.default not in (None, "auto", dataclasses.MISSING) and not isinstance(field.default, bool):
         text += f" (default: {field.default})"
     if meta.get("positional"):
         group.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, metavar=meta["metavar"], help=text)
         return
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
     hint = _without_none(hint)
-    if hint is bool:
+    if typing.get_origin(hint) is list:
+        settings |= {"nargs": "*", "metavar": meta.get("metavar", "TEXT")}
+    elif hint is bool and "parse" in meta:
+        # In words, as `--stream false`; the flag alone is true.
+        settings |= {"nargs": "?", "const": True, "type": _reader(meta["parse"]), "metavar": "true|false"}
+        settings["help"] += f" (default: {str(field.default).lower()})"
+    elif hint is bool:
         settings["action"] = argparse.BooleanOptionalAction
         settings["help"] += f" (default: {'on' if field.default else 'off'})"
     elif typing.get_origin(hint) is typing.Literal:
@@ -88,7 +94,7 @@ def _add_option(group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]",
     else:
         settings["type"] = _reader(meta.get("parse", hint))
         settings["metavar"] = meta.get("metavar", {int: "N", float: "X"}.get(hint, "TEXT"))
-    group.add_argument(flag, **settings)
+    group.add_argument(flag, *meta.get("also", ()), **settings)
 
 
 def _reader(parse: Any) -> Any:

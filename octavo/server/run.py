@@ -31,8 +31,17 @@ KEEP_ALIVE_SECONDS = 60  # longer than most clients' own limit: who closes last 
 CLOSING_SECONDS = 2  # for sending what is written, once the engine has ended
 
 
-def run_server(options: EngineOptions, server_options: ServerOptions, *, verbose: bool = False) -> int:
-    """Serves until a signal; returns the exit code. Raises an `OctavoError` if the server cannot start or go on."""
+def run_server(
+    options: EngineOptions,
+    server_options: ServerOptions,
+    *,
+    verbose: bool = False,
+    load: Callable[[], ServedModel] | None = None,
+) -> int:
+    """Serves until a signal; returns the exit code. Raises an `OctavoError` if the server cannot start or go on.
+
+    `load` makes what the front knows of the model; by default that is what the model's own files say.
+    """
     began = time.monotonic()
     with listen(server_options.host, server_options.port) as listener:
         # Fetches a model that is not here yet, before two processes look for it.
@@ -41,9 +50,8 @@ def run_server(options: EngineOptions, server_options: ServerOptions, *, verbose
 
         async def serve_model() -> int:
             engine = EngineClient(options, max_queued_requests=server_options.max_queued_requests, verbose=verbose)
-            return await serve(
-                engine, lambda: load_model(options, server_options), server_options, listener, [("files", files)]
-            )
+            reader = load or (lambda: load_model(options, server_options))
+            return await serve(engine, reader, server_options, listener, [("files", files)])
 
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(serve_model())
