@@ -45,6 +45,11 @@ def test_rope_turns_pairs_and_writes_slots(rotary: int) -> None:
         torch.testing.assert_close(caches[0, slot // 4, slot % 4], turned(k)[token])
         assert torch.equal(caches[1, slot // 4, slot % 4], v[token])
     assert int((caches[1] != 0).any(-1).any(-1).sum()) == 3
+    keys = caches[0].clone()
+    scale = torch.tensor([1.0, 1.25, 3.0])
+    scaled = ops.rope_and_cache(q, k, v, angles.cos(), angles.sin(), caches[0], caches[1], slots, scale)
+    torch.testing.assert_close(scaled, turned(q) * scale[:, None, None])
+    assert torch.equal(caches[0], keys), "keys are not scaled"
 
 
 def plain_attention(q, keys, values, position, scale, window, cap):  # type: ignore[no-untyped-def]
