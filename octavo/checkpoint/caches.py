@@ -1,0 +1,64 @@
+"""Models of hubs that are on this machine already, in the caches that the hubs' own clients keep.
+
+Looks only; fetches nothing, and reads none of the side files (ModelScope's `.msc` is a pickle). Layouts:
+
+    ModelScope, old     {root}/[hub/][models/]{owner}/{name, '.' written '___'}/
+    ModelScope, new     {root}/models/{owner}--{name}/snapshots/{revision}/
+    Hugging Face        {root}/hub/models--{owner}--{name}/refs/{revision} -> snapshots/{commit}/
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# A folder counts as a model if one of these is in it.
+_SIGNS = ("config.json", "*.gguf")
+HUBS = ("modelscope", "hf")
+
+
+def find_cached(repo_id: str, hub: str, revision: str | None = None) -> Path | None:
+    """The folder of `repo_id` ("owner/name") in the cache of `hub` ("modelscope" or "hf"); None if it is not there."""
+    return next((path for path in places_of(repo_id, hub, revision) if _is_model(path)), None)
+
+
+def places_of(repo_id: str, hub: str, revision: str | None = None) -> Iterator[Path]:
+    """The folders in which `repo_id` may lie, likeliest first; they need not exist."""
+    owner, _, name = repo_id.partition("/")
+    assert name and hub in HUBS, f"{repo_id!r} of {hub!r} is no repository of a hub"
+    if hub == "hf":
+        yield from _snapshots(hf_cache() / f"models--{owner}--{name}", revision or "main")
+        return
+    for root in modelscope_roots():
+        for between in ("", "models", "hub", "hub/models"):
+            for written in dict.fromkeys((name.replace(".", "___"), name)):
+                yield root / between / owner / written
+        yield from _snapshots(root / "models" / f"{owner}--{name}", revision or "master")
+
+
+def modelscope_roots() -> list[Path]:
+    """Folders of ModelScope's cache: `MODELSCOPE_CACHE`, and the usual one where it is not set."""
+    named = os.environ.get("MODELSCOPE_CACHE")
+    home = Path.home() / ".cache" / "modelscope"
+    return [Path(named).expanduser()] if named else [home / "hub", home]
+
+
+def hf_cache() -> Path:
+    """Folder of Hugging Face's cache: `HF_HUB_CACHE`, or `hub` under `HF_HOME`."""
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    return Path(named or Path(home) / "hub").expanduser()
+
+
+def _snapshots(folder: Path, revision: str) -> Iterator[Path]:
+    """The snapshot of `revision` in a folder of the layout with snapshots, then any other."""
+    reference = folder / "refs" / revision
+    if reference.is_file():
+        yield folder / "snapshots" / reference.read_text("utf-8").strip()
+    yield folder / "snapshots" / revision
+    others = folder / "snapshots"
+    if others.is_dir():
+        yield from sorted(others.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _is_model(folder: Path) -> bool:
+    return folder.is_dir() and any(next(folder.glob(sign), None) is not None for sign in _SIGNS)
