@@ -36,7 +36,9 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
         began = time.monotonic()
 
     device = choose_device(options.device)
-    checkpoint = open_checkpoint(options.model, weights=options.load_format != "dummy")
+    checkpoint = open_checkpoint(
+        options.model, hub=options.hub, revision=options.revision, weights=options.load_format != "dummy"
+    )
     model = model_config(checkpoint)
     mark("open model")
     dtype = choose_dtype(options.dtype, model, device)
