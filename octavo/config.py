@@ -133,18 +133,25 @@ class EngineOptions:
     )
     revision: str | None = option(None, "branch, tag or commit of the model on its hub")
     tokenizer: str | None = option(None, "folder or file to take the tokenizer from, if not from the model")
-    dtype: Dtype = option("auto", "type of weights and activations")
-    device: Device = option("auto", "where to run")
+    dtype: Dtype = option("auto", "type of weights and activations; auto: float32 on a CPU, 16 bits on a GPU")
+    device: Device = option("auto", "where to run; auto: a GPU if there is one")
     load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights of the model's real shape")
-    max_model_len: int | None = option(None, "longest context (prompt and answer) in tokens")
+    max_model_len: int | None = option(
+        None, "longest context, prompt and answer, in tokens (default: the model's, or what fits)"
+    )
     block_size: int = option(16, "tokens in one block of the KV cache")
     kv_cache_memory: int | None = option(
-        None, "memory for the KV cache, such as 2GiB", metavar="SIZE", parse=parse_size
+        None,
+        "memory for the KV cache, such as 2GiB (default: what is left of the share below)",
+        metavar="SIZE",
+        parse=parse_size,
     )
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory that Octavo may take in all")
     cpu_memory_utilization: float = option(0.5, "share of the free memory that weights and KV cache may take")
-    max_num_seqs: int | None = option(None, "most sequences in one step")
-    max_num_batched_tokens: int | None = option(None, "most tokens in one step; long prompts go in chunks")
+    max_num_seqs: int | None = option(None, "most sequences in one step (default: 64 on a CPU, 256 on a GPU)")
+    max_num_batched_tokens: int | None = option(
+        None, "most tokens in one step, longer prompts go in chunks (default: 512 on a CPU, 8192 on a GPU)"
+    )
     enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt beginnings")
     seed: int = option(0, "seed of the requests that bring none")
 

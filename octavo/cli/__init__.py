@@ -47,6 +47,9 @@ def main(words: Sequence[str] | None = None) -> int:
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Subcommand, required=True)
     for name, text in COMMANDS.items():
         subcommands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    if not (sys.argv[1:] if words is None else words):
+        parser.print_help()
+        return 2
     arguments: argparse.Namespace = parser.parse_args(words)
     log.setup(arguments.verbose)
     try:

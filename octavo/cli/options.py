@@ -5,6 +5,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 import types
 import typing
@@ -23,9 +24,23 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        flag = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
-        hint = nearest(flag, [f for f in self._option_string_actions if f.startswith("--")]) if flag else ""
-        self.exit(2, f"{self.prog}: error: {message}{hint or f'  ({self.prog} --help lists what there is)'}\n")
+        self.exit(2, f"{self.prog}: error: {message}{self._hint(message)}\n")
+
+    def _hint(self, message: str) -> str:
+        """The nearest flag or choice to what was typed, or where to look."""
+        if found := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        elif found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            known = [choice.strip("' ") for choice in found[2].split(",")]
+        hint = nearest(found[1], known) if found else ""
+        return hint or f" ({self.prog} --help tells more)"
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # A subcommand's unknown flags are told by the subcommand, which knows its flags.
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)

@@ -81,6 +81,28 @@ def test_every_command_has_help(command):
     assert "| torch" not in shown.stderr, "--help loads torch"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["serve", "--max-modl-len", "5"], "Did you mean '--max-model-len'?"),
+        (["bench", "latency", "--batch-sise", "5"], "Did you mean '--batch-size'?"),
+        (["serv"], "Did you mean 'serve'?"),
+        (["serve", "--dtype", "bfloat61"], "Did you mean 'bfloat16'?"),
+        (["generate"], "octavo generate --help"),
+    ],
+)
+def test_mistakes_in_subcommands(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 2
+    assert "serve a model" in capsys.readouterr().out
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -178,12 +179,15 @@ def test_the_server_answers_32_streams_as_it_answers_each_alone(smollm2_path, tm
         assert process.wait(20) == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_a_killed_engine_comes_back(smollm2_path, tmp_path):
     with served(smollm2_path, tmp_path) as (url, process):
-        children = subprocess.run(
-            ["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True
-        )
-        (engine,) = [line.split()[0] for line in children.stdout.splitlines() if "spawn_main" in line]
+        (engine,) = [
+            path.name
+            for path in Path("/proc").glob("[0-9]*")
+            if f"PPid:\t{process.pid}\n" in (path / "status").read_text()
+            and b"spawn_main" in (path / "cmdline").read_bytes()
+        ]
         os.kill(int(engine), signal.SIGKILL)
         deadline = time.monotonic() + 60
         seen = set()

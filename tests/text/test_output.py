@@ -147,7 +147,7 @@ def test_samples_are_apart(smollm2: Tokenizer) -> None:
 
 def test_logprobs_have_words(smollm2: Tokenizer) -> None:
     a, b, c = (smollm2.encode(x)[0] for x in "abc")
-    text = RequestText(Request("r", [1], SamplingParams(logprobs=2)), smollm2)
+    text = RequestText(Request("r", [1, a], SamplingParams(logprobs=2)), smollm2)
     delta = text.push(("r", 0, a, None, None, ([a, b, c], [-3.0, -0.5, -1.0], 7)))
     expected = {a: Logprob(-3.0, 7, "a"), b: Logprob(-0.5, 1, "b"), c: Logprob(-1.0, 2, "c")}
     assert delta.logprobs == [expected]
