@@ -24,7 +24,8 @@ def find_cached(repo_id: str, hub: str, revision: str | None = None) -> Path | N
 def places_of(repo_id: str, hub: str, revision: str | None = None) -> Iterator[Path]:
     """The folders in which `repo_id` may lie, likeliest first; they need not exist."""
     owner, _, name = repo_id.partition("/")
-    assert name and hub in HUBS, f"{repo_id!r} of {hub!r} is no repository of a hub"
+    assert name, f"{repo_id!r} is no repository: it has no owner and name"
+    assert hub in HUBS, f"{hub!r} is none of the hubs {HUBS}"
     if hub == "hf":
         yield from _snapshots(hf_cache() / f"models--{owner}--{name}", revision or "main")
         return

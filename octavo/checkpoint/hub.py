@@ -61,9 +61,8 @@ def pull(name: str) -> Path:
     source = MODELS.get(name)
     if source is None:
         raise DownloadError(f"model {name!r} is not known; known: {', '.join(MODELS)}.{nearest(name, MODELS)}")
-    folder = cache_home() / "models" / name.replace(":", "-")
-    target = folder / Path(source.member).name
-    # The size is enough here: a file gets this name only after its hash was right.
+    target = _target(name)
+    folder = target.parent
     if _is_whole(target, source):
         return target
     try:
@@ -78,7 +77,18 @@ def pull(name: str) -> Path:
     return target
 
 
+def cached(name: str) -> Path | None:
+    """The file of a known model, if it is here."""
+    target = _target(name)
+    return target if _is_whole(target, MODELS[name]) else None
+
+
+def _target(name: str) -> Path:
+    return cache_home() / "models" / name.replace(":", "-") / Path(MODELS[name].member).name
+
+
 def _is_whole(target: Path, source: WheelSource) -> bool:
+    # The size is enough here: a file gets this name only after its hash was right.
     return target.is_file() and target.stat().st_size == source.num_bytes
 
 

@@ -1,7 +1,7 @@
 """ModelScope's hub over its REST interface, by the standard library alone (decision 0060).
 
 A file is fetched into a `.part` beside its place, continued where a broken connection left it, hashed on the way and
-renamed; the snapshot's folder gets its files when all are there. The layout is the one of ModelScope's own newer client.
+renamed; the snapshot's folder gets its files when all are there. The layout is ModelScope's newer client's.
 """
 
 import hashlib

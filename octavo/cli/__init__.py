@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "chat with a model in the terminal, or answer a piped prompt",
     "generate": "answer a file of prompts",
     "pull": "fetch a model",
+    "plan": "say what a model needs and what fits here, before it is fetched",
     "bench": "measure throughput, latency or a running server",
 }
 

@@ -118,6 +118,7 @@ class Answer(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         self.wfile.write(content[start:end])
+        return None
 
     def refuse(self, code: int, word: str = "") -> None:
         self.send_response(code)
