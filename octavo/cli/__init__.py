@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "answer a file of prompts",
     "pull": "fetch a model",
     "plan": "say what a model needs and what fits here, before it is fetched",
+    "doctor": "look for what is wrong with this machine, and say the fix",
     "bench": "measure throughput, latency or a running server",
 }
 
