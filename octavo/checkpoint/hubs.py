@@ -5,6 +5,7 @@ is used in place, whatever the hub would be, and asks nobody.
 """
 
 import os
+import re
 from pathlib import Path
 
 from octavo.checkpoint import repository
@@ -30,8 +31,15 @@ def choose(hub: str) -> Hub:
     return _HUBS[hub]()
 
 
+def _check_revision(revision: str | None) -> None:
+    """A revision becomes part of a path."""
+    if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
+        raise ConfigError(f"revision is {revision!r}; it must be the name of a branch or tag, or a commit")
+
+
 def find(name: RepositoryName, hub: str, revision: str | None) -> Path | None:
     """The model in a cache on this machine: of the hub that was named, or under `auto` of either."""
+    _check_revision(revision)
     first = choose(hub).name
     others = [other for other in _HUBS if other != first] if hub == "auto" else []
     for place in (first, *others):
@@ -42,4 +50,5 @@ def find(name: RepositoryName, hub: str, revision: str | None) -> Path | None:
 
 def pull(name: RepositoryName, hub: str, revision: str | None) -> Path:
     """Fetches what is missing, or has changed on the hub since."""
+    _check_revision(revision)
     return repository.pull(name, choose(hub), revision)

@@ -5,6 +5,7 @@ The client keeps its cache, resumes, and knows HF_TOKEN; endpoint and folder are
 """
 
 import hashlib
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,9 +38,7 @@ class HuggingFace:
             RepositoryFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else "")
             for entry in info.siblings or ()
         )
-        # The client notes what a name meant when it fetches by that name; it fetches by commit here.
-        self._note_reference(repo_id, revision or "main", info.sha)
-        return Listing(repo_id, info.sha, files)
+        return Listing(repo_id, revision or "main", info.sha, files)
 
     def folder(self, listing: Listing) -> Path:
         return self._home(listing.repo_id) / "snapshots" / listing.revision
@@ -54,7 +53,7 @@ class HuggingFace:
                     revision=listing.revision,
                     cache_dir=hf_cache(),
                     endpoint=self.endpoint,
-                    tqdm_class=_counting(progress),
+                    **_bar_settings(client, progress),
                 )
             _check(Path(path), file)
 
@@ -68,14 +67,15 @@ class HuggingFace:
             content: bytes = answer.content
         return content[: end - start] if answer.status_code == 206 else content[start:end]
 
+    def settle(self, listing: Listing) -> None:
+        # The client notes what a name meant when it fetches by that name; it fetches by commit here.
+        if listing.asked != listing.revision:
+            reference = self._home(listing.repo_id) / "refs" / listing.asked
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(listing.revision, "utf-8")
+
     def _home(self, repo_id: str) -> Path:
         return hf_cache() / f"models--{repo_id.replace('/', '--')}"
-
-    def _note_reference(self, repo_id: str, revision: str, commit: str) -> None:
-        if revision != commit:
-            reference = self._home(repo_id) / "refs" / revision
-            reference.parent.mkdir(parents=True, exist_ok=True)
-            reference.write_text(commit, "utf-8")
 
 
 def _client(repo_id: str) -> Any:
@@ -111,7 +111,7 @@ def _translated(repo_id: str, revision: str | None, endpoint: str) -> Iterator[N
         raise DownloadError(f"{repo_id} has no revision {revision!r}; name a branch, tag or commit of it") from None
     except errors.RepositoryNotFoundError:
         raise DownloadError(
-            f"{repo_id} is not on {endpoint}, or it is private: check the name, or set HF_TOKEN to a token that may"
+            f"{repo_id} is neither a folder here nor on {endpoint}, or it is private: check the name, or set HF_TOKEN to a token that may"
             " read it (--hub modelscope looks on ModelScope)"
         ) from None
     except errors.HfHubHTTPError as error:
@@ -135,9 +135,15 @@ def _translated(repo_id: str, revision: str | None, endpoint: str) -> Iterator[N
 def _unreachable(repo_id: str, endpoint: str, error: Exception) -> str:
     said = str(error).strip().splitlines() or [type(error).__name__]
     return (
-        f"{repo_id} could not be fetched from {endpoint}: {said[0]} -- check network and proxy and run the command"
+        f"{repo_id} is not on this machine and could not be fetched from {endpoint}: {said[0]} -- check network and proxy and run the command"
         " again (it goes on where it stopped), set HF_ENDPOINT to a mirror, or use --hub modelscope"
     )
+
+
+def _bar_settings(client: Any, progress: FetchProgress) -> dict[str, Any]:
+    """Lets the client count into `progress`; an older one, which cannot, shows its own bars."""
+    known = inspect.signature(client.hf_hub_download).parameters
+    return {"tqdm_class": _counting(progress)} if "tqdm_class" in known else {}
 
 
 def _counting(progress: FetchProgress) -> type[Any]:

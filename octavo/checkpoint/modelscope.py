@@ -59,26 +59,24 @@ class ModelScope:
             ) from None
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(repo_id, error) from None
-        return Listing(repo_id, revision, files)
+        return Listing(repo_id, revision, revision, files)
 
     def folder(self, listing: Listing) -> Path:
         return self._home(listing) / "snapshots" / listing.revision
 
     def fetch(self, listing: Listing, files: Sequence[RepositoryFile], progress: FetchProgress) -> None:
         target, staging = self.folder(listing), self._home(listing) / "fetching" / listing.revision
-        try:
-            staging.mkdir(parents=True, exist_ok=True)
-            with locked(self._home(listing), listing.repo_id):
-                for file in files:
-                    if not (staging / file.path).is_file():
-                        self._fetch_file(listing, file, staging / file.path, progress)
-                for file in files:
-                    (target / file.path).parent.mkdir(parents=True, exist_ok=True)
-                    (staging / file.path).replace(target / file.path)
-        except OSError as error:
-            raise DownloadError(
-                f"cannot write to {target}: {error.strerror or error}; set MODELSCOPE_CACHE to another folder"
-            ) from None
+        staging.mkdir(parents=True, exist_ok=True)
+        with locked(self._home(listing), listing.repo_id):
+            for file in files:
+                if not (staging / file.path).is_file():
+                    self._fetch_file(listing, file, staging / file.path, progress)
+            for file in files:
+                (target / file.path).parent.mkdir(parents=True, exist_ok=True)
+                (staging / file.path).replace(target / file.path)
+
+    def settle(self, listing: Listing) -> None:
+        """Nothing to note: a snapshot's folder has the revision's name."""
 
     def read_range(self, listing: Listing, file: RepositoryFile, start: int, end: int) -> bytes:
         try:
@@ -186,7 +184,7 @@ class ModelScope:
     def _unreachable(self, repo_id: str, error: Exception) -> DownloadError:
         said = getattr(error, "reason", None) or error
         return DownloadError(
-            f"{repo_id} could not be fetched from {self.endpoint}: {said} -- check network and proxy and run the"
+            f"{repo_id} is not on this machine and could not be fetched from {self.endpoint}: {said} -- check network and proxy and run the"
             " command again (it goes on where it stopped), or use --hub hf"
         )
 

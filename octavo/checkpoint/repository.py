@@ -56,9 +56,10 @@ class RepositoryFile:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of one revision. `revision` is exact where the hub has such a name (a commit)."""
+    """The files of one revision: `asked` as the user named it, `revision` exact where the hub has commits."""
 
     repo_id: str
+    asked: str
     revision: str
     files: tuple[RepositoryFile, ...]
 
@@ -78,6 +79,10 @@ class Hub(Protocol):
 
     def fetch(self, listing: Listing, files: Sequence[RepositoryFile], progress: FetchProgress) -> None:
         """Puts `files` into `folder(listing)`, in their order, checked."""
+        ...
+
+    def settle(self, listing: Listing) -> None:
+        """Notes in the cache, once all files are there, what the revision that was asked for means."""
         ...
 
     def read_range(self, listing: Listing, file: RepositoryFile, start: int, end: int) -> bytes:
@@ -101,11 +106,17 @@ def pull(name: RepositoryName, hub: Hub, revision: str | None) -> Path:
     files = needed_files(name, listing.files)
     folder = hub.folder(listing)
     missing = [file for file in files if not _is_there(folder / file.path, file)]
-    if missing:
-        total = sum(file.size for file in missing)
-        check_disk(str(name), total, folder, hub.variable)
-        with FetchProgress(str(name), total, f"from {hub.title}") as progress:
-            hub.fetch(listing, missing, progress)
+    try:
+        if missing:
+            total = sum(file.size for file in missing)
+            check_disk(str(name), total, folder, hub.variable)
+            with FetchProgress(str(name), total, f"from {hub.title}") as progress:
+                hub.fetch(listing, missing, progress)
+        hub.settle(listing)
+    except OSError as error:
+        raise DownloadError(
+            f"cannot write to {folder}: {error.strerror or error}; set {hub.variable} to another folder"
+        ) from None
     return folder / files[-1].path if files[-1].path.endswith(".gguf") else folder
 
 
@@ -188,6 +199,8 @@ def _is_revision(place: Path, revision: str) -> bool:
 def _whole(place: Path, name: RepositoryName) -> Path | None:
     """`place`, or the GGUF file in it, if all that a model needs is there."""
     paths = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
+    # ModelScope's older client keeps what it is fetching in a folder that begins with a dot.
+    paths = [path for path in paths if not path.startswith(".")]
     try:
         chosen = choose_paths(name, paths)
     except CheckpointError:

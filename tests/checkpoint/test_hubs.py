@@ -255,6 +255,24 @@ def test_one_gguf_file_of_many(hub: str, server: FakeHub) -> None:
     assert locate(f"{NAME}:Q4_K_M", hub).name == GGUF[0]
 
 
+def test_a_cache_that_cannot_be_written(server: FakeHub, tmp_path: Path) -> None:
+    for hub, variable in (("hf", "HF_HOME"), ("modelscope", "MODELSCOPE_CACHE")):
+        (tmp_path / hub).write_text("a file where the folder should be")
+        fails(hub, f"set {variable} to another folder")
+
+
+def test_an_update_asks_the_hub_again(server: FakeHub) -> None:
+    folder = locate(NAME, "modelscope")
+    server.files["config.json"] = b'{"architectures": ["another"]}'
+    assert hubs.pull(RepositoryName(NAME), "modelscope", None) == folder
+    assert (folder / "config.json").read_bytes() == server.files["config.json"]
+
+
+def test_a_revision_is_no_path() -> None:
+    with pytest.raises(ConfigError, match=r"revision is '\.\./x'"):
+        locate(NAME, "hf", "../x")
+
+
 def test_a_listing_cannot_leave_its_folder(server: FakeHub) -> None:
     server.files["../../outside.safetensors"] = b"x"
     fails("modelscope", "outside its repository")
