@@ -52,15 +52,16 @@ def format_size(size: float) -> str:
 class RopeConfig:
     """Rotary position embedding of a model.
 
-    `scaling` names the rule for long contexts: `linear`, `llama3`, `yarn`, and `dynamic`, the last of which stretches
+    `scaling` names the rule for long contexts: `linear`, `llama3`, `yarn`, and `dynamic` and `qwen_ntk`, which stretch
     the base by an NTK factor that is chosen once per sequence from its prompt's length (see `ntk_alpha`), so that a
     cached key never depends on what came after it. `freq_factors`, if given, divide the frequencies one by one, as
-    GGUF files have them. `rotary_dim` is the part of a head that rotates.
+    GGUF files have them. `rotary_dim` is the part of a head that rotates. Where `logn_length` is above 0, a query
+    whose 1-based position p is beyond it is multiplied by ln(p) / ln(logn_length).
     """
 
     theta: float = 10000.0
     rotary_dim: int = 0
-    scaling: Literal["none", "linear", "llama3", "yarn", "dynamic"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn", "dynamic", "qwen_ntk"] = "none"
     factor: float = 1.0
     original_max_position: int = 0
     low_freq_factor: float = 1.0
@@ -70,12 +71,17 @@ class RopeConfig:
     attention_factor: float | None = None
     truncate: bool = True
     freq_factors: tuple[float, ...] = ()
+    logn_length: int = 0
 
     def ntk_alpha(self, prompt_len: int) -> float:
-        """Factor on the base for a sequence whose prompt has `prompt_len` tokens; 1.0 but under `dynamic`."""
-        if self.scaling != "dynamic" or prompt_len <= self.original_max_position:
+        """Factor on the base for a sequence whose prompt has `prompt_len` tokens; 1.0 where the rule asks for none."""
+        if self.scaling not in ("dynamic", "qwen_ntk") or prompt_len <= self.original_max_position:
             return 1.0
-        return self.factor * prompt_len / self.original_max_position - (self.factor - 1)
+        ratio = prompt_len / self.original_max_position
+        if self.scaling == "qwen_ntk":
+            # In steps: 3 up to twice the trained length, 7 up to four times, 15 up to eight times.
+            return 2.0 ** math.ceil(math.log2(ratio) + 1) - 1
+        return self.factor * ratio - (self.factor - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,8 @@ class ModelConfig:
 
     Widths in elements: `hidden_size` D, `num_heads` N query heads of `head_dim` H on `num_kv_heads` K, MLP width
     `intermediate_size`, `vocab_size` V. `max_position` is the longest context the model was made for, in tokens.
+    `num_tokens` of the V rows stand for a token (0: all), and what lies above is never drawn. `windows` holds for each
+    layer how many of the last keys a query sees, 0 for all; empty if that is so in every layer.
     """
 
     architecture: str
@@ -97,6 +105,8 @@ class ModelConfig:
     max_position: int
     norm_eps: float
     rope: RopeConfig
+    num_tokens: int = 0
+    windows: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False

@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
+from octavo import ops
 from octavo.batch import Batch, PromptLogprobs, SamplingColumns, StepResult
+from octavo.layers.context import ForwardContext
 from octavo.runner.model_runner import ModelRunner
 
 
@@ -108,3 +111,13 @@ class Steps:
             num_logprobs=np.full(len(follow), k, np.int32),
         )
         return self.runner.run(batch)
+
+
+def all_logits(runner: ModelRunner, row: Row) -> torch.Tensor:
+    """[T, V] of all the row's tokens, computed in one step."""
+    batch = Steps(runner).batch([(row, len(row.token_ids))])
+    with torch.inference_mode():
+        ctx = ForwardContext.build(
+            batch, runner.kv_cache.layers, runner.model.rope, ops.for_device(runner.device), runner.device
+        )
+        return runner.model.logits(runner.model.forward(ctx), ctx)

@@ -21,7 +21,7 @@ FLOORS = [
     {"models"},
     {"runner"},
     {"engine"},
-    {"llm", "swift", "server"},
+    {"llm", "parity", "swift", "server"},
     {"cli", "__main__", "__init__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

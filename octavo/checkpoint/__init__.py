@@ -5,7 +5,7 @@ config.json, tensors carry Hugging Face's names in [out, in] order. Bytes stay b
 arithmetic on weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,13 +34,15 @@ class TokenizerData:
     """What a model's files say about its tokenizer; `text/tokenizer` makes one of it.
 
     Either `json` holds tokenizer.json and `settings` tokenizer_config.json, or `ggml` holds the `tokenizer.*`
-    metadata of a GGUF file. `chat_templates` maps names to template sources; the usual one is `default`.
+    metadata of a GGUF file, or `ranks` the tokens of a `.tiktoken` file in their order. `chat_templates` maps names
+    to template sources; the usual one is `default`.
     """
 
     path: Path
     json: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     ggml: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Sequence[bytes] = ()
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     chat_templates: Mapping[str, str] = field(default_factory=dict)
 
@@ -85,7 +87,8 @@ def open_checkpoint(model: str, *, hub: str = "auto", revision: str | None = Non
 def open_tokenizer_data(source: str, *, hub: str = "auto", revision: str | None = None) -> TokenizerData:
     """Tokenizer of a model (see `open_checkpoint`), of a folder with a tokenizer.json, or of that file."""
     path = Path(source).expanduser()
-    path = path.parent if path.name == "tokenizer.json" and path.is_file() else locate(source, hub, revision)
+    of_tokenizer = path.name in ("tokenizer.json", "qwen.tiktoken") and path.is_file()
+    path = path.parent if of_tokenizer else locate(source, hub, revision)
     if path.is_dir():
         from octavo.checkpoint.folder import read_tokenizer_data
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json, safetensors in one file or in shards, tokenizer.json.
+"""A Hugging Face folder: config.json, safetensors in one file or in shards, tokenizer.json (or qwen.tiktoken).
 
 Older formats (pytorch_model.bin, tokenizer.model) are refused with a word on what to do: the first runs code
 when it is read, the second needs a library of its own.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.checkpoint import TensorInfo, TokenizerData
+from octavo.checkpoint import TensorInfo, TokenizerData, tiktoken
 from octavo.checkpoint.safetensors import SafetensorsFile
 from octavo.errors import CheckpointError
 
@@ -46,16 +46,17 @@ class FolderCheckpoint:
 
 
 def read_tokenizer_data(path: Path) -> TokenizerData:
-    """tokenizer.json and what lies beside it in the folder `path`; raises `CheckpointError`."""
-    source = path / "tokenizer.json"
-    if not source.is_file():
+    """tokenizer.json or qwen.tiktoken, and what lies beside it in the folder `path`; raises `CheckpointError`."""
+    source, ranks = path / "tokenizer.json", path / tiktoken.FILE_NAME
+    if not source.is_file() and not ranks.is_file():
         old = " (tokenizer.model alone is not read: save the model with transformers once)"
         has_old = (path / "tokenizer.model").exists()
         raise CheckpointError(f"{path} has no tokenizer.json{old if has_old else ''}; put it beside config.json")
     settings = _read_json(path / "tokenizer_config.json") or {}
     return TokenizerData(
         path,
-        json=_read_text(source),
+        json=_read_text(source) if source.is_file() else None,
+        ranks=() if source.is_file() else tiktoken.read_ranks(ranks),
         settings=settings,
         generation_config=_read_json(path / "generation_config.json") or _read_json(path / "config.json") or {},
         chat_templates=_chat_templates(path, settings),

@@ -111,8 +111,8 @@ def _translated(repo_id: str, revision: str | None, endpoint: str) -> Iterator[N
         raise DownloadError(f"{repo_id} has no revision {revision!r}; name a branch, tag or commit of it") from None
     except errors.RepositoryNotFoundError:
         raise DownloadError(
-            f"{repo_id} is neither a folder here nor on {endpoint}, or it is private: check the name, or set HF_TOKEN to a token that may"
-            " read it (--hub modelscope looks on ModelScope)"
+            f"{repo_id} is neither a folder here nor on {endpoint}, or it is private: check the name, or set HF_TOKEN"
+            " to a token that may read it (--hub modelscope looks on ModelScope)"
         ) from None
     except errors.HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else 0
@@ -135,8 +135,9 @@ def _translated(repo_id: str, revision: str | None, endpoint: str) -> Iterator[N
 def _unreachable(repo_id: str, endpoint: str, error: Exception) -> str:
     said = str(error).strip().splitlines() or [type(error).__name__]
     return (
-        f"{repo_id} is not on this machine and could not be fetched from {endpoint}: {said[0]} -- check network and proxy and run the command"
-        " again (it goes on where it stopped), set HF_ENDPOINT to a mirror, or use --hub modelscope"
+        f"{repo_id} is not on this machine and could not be fetched from {endpoint}: {said[0]} -- check network and"
+        " proxy and run the command again (it goes on where it stopped), set HF_ENDPOINT to a mirror, or use"
+        " --hub modelscope"
     )
 
 

@@ -184,8 +184,8 @@ class ModelScope:
     def _unreachable(self, repo_id: str, error: Exception) -> DownloadError:
         said = getattr(error, "reason", None) or error
         return DownloadError(
-            f"{repo_id} is not on this machine and could not be fetched from {self.endpoint}: {said} -- check network and proxy and run the"
-            " command again (it goes on where it stopped), or use --hub hf"
+            f"{repo_id} is not on this machine and could not be fetched from {self.endpoint}: {said} --"
+            " check network and proxy and run the command again (it goes on where it stopped), or use --hub hf"
         )
 
 

@@ -24,7 +24,7 @@ class Limits:
     @classmethod
     def of(cls, config: EngineConfig) -> "Limits":
         return cls(
-            vocab_size=config.model.vocab_size,
+            vocab_size=config.model.num_tokens or config.model.vocab_size,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             num_blocks=config.num_blocks,

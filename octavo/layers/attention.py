@@ -24,6 +24,7 @@ class Attention:
     head_dim: int
     q_norm: RMSNorm | None = None
     k_norm: RMSNorm | None = None
+    sliding_window: int = 0
 
     def __call__(self, x_TD: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         heads = self.qkv(x_TD, ctx).view(len(x_TD), -1, self.head_dim)
@@ -35,7 +36,7 @@ class Attention:
             k_TKH = self.k_norm(k_TKH, ctx)
         cache = ctx.caches[self.layer]
         q_TNH = ctx.ops.rope_and_cache(
-            q_TNH, k_TKH, v_TKH, ctx.cos_Tr, ctx.sin_Tr, cache.k_PBKH, cache.v_PBKH, ctx.slots_T
+            q_TNH, k_TKH, v_TKH, ctx.cos_Tr, ctx.sin_Tr, cache.k_PBKH, cache.v_PBKH, ctx.slots_T, ctx.q_scale_T
         )
         out_TNH = ctx.ops.paged_attention(
             q_TNH,
@@ -48,5 +49,6 @@ class Attention:
             ctx.query_start_host,
             ctx.seq_lens_host,
             scale=self.head_dim**-0.5,
+            sliding_window=self.sliding_window,
         )
         return self.o(out_TNH.flatten(1), ctx)

@@ -40,6 +40,7 @@ class ForwardContext:
     block_tables_RM: torch.Tensor
     cos_Tr: torch.Tensor
     sin_Tr: torch.Tensor
+    q_scale_T: torch.Tensor | None  # for models whose queries grow with their position; None for all others
     query_start_host: Ints
     seq_lens_host: Ints
 
@@ -64,6 +65,7 @@ class ForwardContext:
             block_tables_RM=on_device(batch.block_tables, device),
             cos_Tr=cos_Tr,
             sin_Tr=sin_Tr,
+            q_scale_T=rope.q_scale(positions_T),
             query_start_host=batch.query_start,
             seq_lens_host=batch.seq_lens,
         )

@@ -1,6 +1,6 @@
-"""Rotary angles: cos and sin for the positions of a step, under every scaling rule that `RopeConfig` names.
+"""What positions do to queries and keys: cos and sin under every scaling rule that `RopeConfig` names, and logn.
 
-Rotating queries and keys is an op; here only the angles are made, in fp32, once a step.
+Rotating and scaling is an op; here only the numbers are made, in fp32, once a step.
 
 Shapes: T tokens, r/2 angles of a head (r its rotary width).
 """
@@ -37,6 +37,17 @@ class Rope:
             inv_freq = (1.0 / base_T[:, None] ** self.exponents).float()
         angles_Tr = positions_T.float()[:, None] * inv_freq
         return angles_Tr.cos() * self.magnitude, angles_Tr.sin() * self.magnitude
+
+    def q_scale(self, positions_T: torch.Tensor) -> torch.Tensor | None:
+        """Each query's factor, [T] in fp32: it keeps attention as sharp over many keys as over the trained length.
+
+        Source: Su 2021, https://kexue.fm/archives/8823. None for a model without this rule; for one with it always
+        a tensor, so that a step's calls do not depend on its lengths.
+        """
+        length = self.config.logn_length
+        if not length:
+            return None
+        return ((positions_T + 1).double().log() / math.log(length)).clamp(min=1.0).float()
 
 
 def _exponents(rotary_dim: int) -> torch.Tensor:

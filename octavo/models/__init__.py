@@ -1,4 +1,4 @@
-"""Which model families there are, and what a model's config.json means: `read_config`.
+"""Which model families there are, and what a model's files mean: `read_model`, or config.json alone: `read_config`.
 
 Architecture names map to families in one dictionary. A family's module says only what sets it apart and loads
 no torch, so that a configuration can be read anywhere; decoders are built in `octavo.models.loader`.
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from octavo.checkpoint import Checkpoint
 from octavo.config import ModelConfig
 from octavo.errors import ConfigError, nearest
 from octavo.models.family import Family
@@ -15,6 +16,9 @@ from octavo.models.family import Family
 FAMILIES: Mapping[str, str] = {
     "LlamaForCausalLM": "octavo.models.llama:Llama",
     "MistralForCausalLM": "octavo.models.llama:Mistral",
+    "QWenLMHeadModel": "octavo.models.qwen:Qwen",
+    "Qwen2ForCausalLM": "octavo.models.qwen2:Qwen2",
+    "Qwen3ForCausalLM": "octavo.models.qwen3:Qwen3",
 }
 
 
@@ -31,11 +35,20 @@ def family_of(architecture: str) -> type[Family]:
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """The `ModelConfig` of a config.json; `ConfigError` names a field that is missing or wrong."""
+    """The `ModelConfig` of a config.json alone; `ConfigError` names a field that is missing or wrong."""
+    return _family(hf).config(hf)
+
+
+def read_model(checkpoint: Checkpoint) -> ModelConfig:
+    """The `ModelConfig` of a model's files together; raises `ConfigError` or `CheckpointError`."""
+    return _family(checkpoint.config).of(checkpoint)
+
+
+def _family(hf: Mapping[str, Any]) -> type[Family]:
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ConfigError(
             f"config.json: architectures is {architectures!r}; it must be a list with one of: "
             + ", ".join(sorted(FAMILIES))
         )
-    return family_of(architectures[0]).config(hf)
+    return family_of(architectures[0])

@@ -54,6 +54,7 @@ def attention(config: ModelConfig, weights: Weights, layer: int) -> Attention:
         head_dim=H,
         q_norm=weights.norm("q_norm", H, config.norm_eps) if config.qk_norm else None,
         k_norm=weights.norm("k_norm", H, config.norm_eps) if config.qk_norm else None,
+        sliding_window=config.windows[layer] if config.windows else 0,
     )
 
 
@@ -82,5 +83,8 @@ class Decoder:
         return self.norm.add(x_TD, residual_TD, ctx)[0]
 
     def logits(self, hidden_SD: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """[S, V] in fp32, for any rows of `forward`'s result."""
-        return self.lm_head(hidden_SD, ctx).float()
+        """[S, V] in fp32, for any rows of `forward`'s result; -inf for rows of the head that stand for no token."""
+        logits_SV = self.lm_head(hidden_SD, ctx).float()
+        if self.config.num_tokens:
+            logits_SV[:, self.config.num_tokens :] = float("-inf")
+        return logits_SV

@@ -6,8 +6,10 @@ torch here.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
+from octavo.checkpoint import Checkpoint
 from octavo.config import ModelConfig
 from octavo.models.hf_config import HFConfig
 
@@ -63,3 +65,10 @@ class Family:
             bos_token_id=config.token_id("bos_token_id"),
             eos_token_ids=config.token_ids("eos_token_id"),
         )
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> ModelConfig:
+        """The whole model: config.json, and every token that ends an answer (generation_config.json may name more)."""
+        model = cls.config(checkpoint.config)
+        ends = HFConfig(checkpoint.generation_config).token_ids("eos_token_id")
+        return replace(model, eos_token_ids=tuple(dict.fromkeys((*model.eos_token_ids, *ends))))

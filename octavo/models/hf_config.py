@@ -35,6 +35,13 @@ class HFConfig:
             raise wrong(self.name(field), value, "an integer of at least 1")
         return value
 
+    def count(self, field: str, default: int) -> int:
+        """An integer of at least 0."""
+        value = self._value(field, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise wrong(self.name(field), value, "an integer of at least 0")
+        return value
+
     def number(self, field: str, default: float | None = None) -> float:
         """A finite number above 0; required unless there is a default."""
         value = self._value(field, default)

@@ -1,11 +1,10 @@
-"""Llama 1 to 3 and what shares its shape (SmolLM2, TinyLlama, Mistral without a sliding window)."""
+"""Llama 1 to 3 and what shares its shape (SmolLM2, TinyLlama, Mistral)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from octavo.config import ModelConfig
-from octavo.errors import ConfigError
 from octavo.models.family import Family
 from octavo.models.hf_config import HFConfig
 
@@ -26,15 +25,12 @@ class Llama(Family):
 
 
 class Mistral(Family):
-    """Llama without biases. A window shorter than the context would attend to fewer keys, and is refused."""
+    """Llama without biases; the first release looks back over a window in every layer."""
 
     @classmethod
     def config(cls, hf: Mapping[str, Any]) -> ModelConfig:
         config = super().config(hf)
-        window = hf.get("sliding_window")
-        if window is not None and window < config.max_position:
-            raise ConfigError(
-                f"config.json: sliding_window is {window}, shorter than max_position_embeddings"
-                f" {config.max_position}, which is not supported; set max_position_embeddings to {window}"
-            )
-        return config
+        window = HFConfig(hf).whole("sliding_window", config.max_position)
+        if window >= config.max_position:
+            return config
+        return replace(config, windows=(window,) * config.num_layers)

@@ -106,4 +106,4 @@ class RandomTensors:
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
         tensor.uniform_(-0.03, 0.03, generator=self.generator)
-        return tensor.add_(1.0) if "norm" in name else tensor
+        return tensor.add_(1.0) if len(shape) == 1 and name.endswith(".weight") else tensor

@@ -46,11 +46,12 @@ class Ops(Protocol):
         k_cache_PBKH: torch.Tensor,
         v_cache_PBKH: torch.Tensor,
         slots_T: torch.Tensor,
+        q_scale_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rotates q and k, writes k and v into their slots (block * B + offset); returns the q, [T, N, H].
 
         `cos_Tr` and `sin_Tr` are fp32 and hold r/2 angles: the first r elements of a head rotate, element i
-        with element i + r/2; the rest pass unchanged.
+        with element i + r/2; the rest pass unchanged. `q_scale_T`, in fp32, multiplies each token's whole q.
         """
 
     def paged_attention(

@@ -46,12 +46,14 @@ def rope_and_cache(
     k_cache_PBKH: torch.Tensor,
     v_cache_PBKH: torch.Tensor,
     slots_T: torch.Tensor,
+    q_scale_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     index_T = slots_T.long()
     k_TKH = _rotate(k_TKH, cos_Tr, sin_Tr)
     for cache, new_TKH in ((k_cache_PBKH, k_TKH), (v_cache_PBKH, v_TKH)):
         cache.flatten(0, 1).index_copy_(0, index_T, new_TKH.to(cache.dtype))
-    return _rotate(q_TNH, cos_Tr, sin_Tr)
+    q_TNH = _rotate(q_TNH, cos_Tr, sin_Tr)
+    return q_TNH if q_scale_T is None else (q_TNH.float() * q_scale_T[:, None, None]).to(q_TNH.dtype)
 
 
 def _rotate(x_TNH: torch.Tensor, cos_Tr: torch.Tensor, sin_Tr: torch.Tensor) -> torch.Tensor:

@@ -5,17 +5,14 @@ read.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
 
 import torch
 
-from octavo.checkpoint import Checkpoint, open_checkpoint
+from octavo.checkpoint import open_checkpoint
 from octavo.config import EngineConfig, EngineOptions, ModelConfig
 from octavo.errors import ConfigError
 from octavo.memory import MemoryPlan, default_dtype, free_ram, resolve
-from octavo.models import read_config
+from octavo.models import read_model
 from octavo.models.sizes import weight_bytes
 from octavo.runner.executor import Executor, LocalExecutor
 
@@ -39,7 +36,7 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
     checkpoint = open_checkpoint(
         options.model, hub=options.hub, revision=options.revision, weights=options.load_format != "dummy"
     )
-    model = model_config(checkpoint)
+    model = read_model(checkpoint)
     mark("open model")
     dtype = choose_dtype(options.dtype, model, device)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_ram()
@@ -48,20 +45,6 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
     executor = LocalExecutor.load(checkpoint, config, options.load_format)
     mark("load weights")
     return executor, config, plan, timeline
-
-
-def model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The model's configuration, with every token that ends an answer: generation_config.json may name more."""
-    model = read_config(checkpoint.config)
-    ends = _as_ids(checkpoint.generation_config, "eos_token_id")
-    return replace(model, eos_token_ids=tuple(dict.fromkeys((*model.eos_token_ids, *ends))))
-
-
-def _as_ids(config: Mapping[str, Any], field: str) -> list[int]:
-    value = config.get(field)
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def choose_device(wanted: str) -> str:

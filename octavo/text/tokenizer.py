@@ -1,5 +1,5 @@
-"""Text to token ids and back, over the `tokenizers` library, from a tokenizer.json or from a GGUF file's
-metadata.
+"""Text to token ids and back, over the `tokenizers` library, from a tokenizer.json, a GGUF file's metadata or
+the ranks of a `.tiktoken` file.
 
 What a token is in bytes is known here, so that text can be made token by token (`detokenizer`). Where special
 tokens in a chat may come from is the business of `chat_template`.
@@ -16,24 +16,13 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from octavo.checkpoint import Checkpoint, TokenizerData, open_tokenizer_data
+from octavo.checkpoint.tiktoken import end_ids, is_chat
 from octavo.errors import CheckpointError, ConfigError, RequestError
-from octavo.text import gguf_vocabulary
+from octavo.text import gguf_vocabulary, tiktoken_vocabulary
+from octavo.text.byte_level import ALPHABET
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.special_text import SpecialText
 
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte -> the byte. Source: the GPT-2 release's encoder.py,
-    bytes_to_unicode.
-
-    Printable Latin-1 stands for itself; the other bytes follow one another from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_ALPHABET = _byte_level_alphabet()
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
@@ -88,6 +77,8 @@ class Tokenizer:
     @classmethod
     def from_data(cls, data: TokenizerData) -> "Tokenizer":
         """A tokenizer of what a model's files say; raises `CheckpointError`."""
+        if data.ranks:
+            return _from_ranks(data)
         return _from_json(data) if data.json is not None else _from_ggml(data)
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -163,7 +154,7 @@ class Tokenizer:
             return b""
         if self._decoder == "byte_level":
             try:
-                return bytes([_ALPHABET[character] for character in token])
+                return bytes([ALPHABET[character] for character in token])
             except KeyError:
                 return token.encode()
         if self._decoder == "byte_fallback" and token in _BYTE_TOKENS:
@@ -288,6 +279,17 @@ def _from_ggml(data: TokenizerData) -> Tokenizer:
         bos_token_id=bos,
         eos_token_ids=_as_ids(data.generation_config.get("eos_token_id")),
         chat_template=_template(templates, None if bos is None else tokens[bos], None if eos is None else tokens[eos]),
+    )
+
+
+def _from_ranks(data: TokenizerData) -> Tokenizer:
+    library = tiktoken_vocabulary.build(data.ranks)
+    ends = end_ids(len(data.ranks), data.generation_config)
+    templates = dict(data.chat_templates)
+    if is_chat(data.generation_config):
+        templates.setdefault("default", tiktoken_vocabulary.CHATML)
+    return Tokenizer(
+        library, eos_token_ids=ends, chat_template=_template(templates, None, library.id_to_token(ends[0]))
     )
 
 

@@ -108,9 +108,23 @@ def test_errors_name_field_value_and_fix(changes: dict[str, Any], message: str) 
     assert message in str(error.value)
 
 
-def test_mistral_needs_no_window() -> None:
-    mistral = {"architectures": ["MistralForCausalLM"], "sliding_window": None}
-    assert read(**mistral).architecture == "MistralForCausalLM"
-    assert read(**{**mistral, "sliding_window": 128}).max_position == 128
-    with pytest.raises(ConfigError, match="sliding_window is 64, shorter than max_position_embeddings 128"):
-        read(**{**mistral, "sliding_window": 64})
+def test_windows() -> None:
+    mistral = {"architectures": ["MistralForCausalLM"]}
+    assert read(**mistral, sliding_window=None).windows == read(**mistral, sliding_window=128).windows == ()
+    assert read(**mistral, sliding_window=64).windows == (64, 64)
+    qwen2 = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "max_window_layers": 1}
+    assert read(**qwen2).windows == ()
+    assert read(**qwen2, use_sliding_window=True).windows == (0, 64)
+    assert read(**{**qwen2, "max_window_layers": None}, use_sliding_window=True).windows == (0, 0)
+    kinds = {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
+    assert read(**qwen2, **kinds).windows == (64, 0)
+    with pytest.raises(ConfigError, match=r"layer_types is \['chunked'\]; it must be a list of 2 times"):
+        read(**qwen2, **{**kinds, "layer_types": ["chunked"]})
+    with pytest.raises(ConfigError, match="max_window_layers is -1; it must be"):
+        read(**{**qwen2, "max_window_layers": -1}, use_sliding_window=True)
+
+
+def test_qwen3_heads_have_a_width_of_their_own() -> None:
+    config = read(architectures=["Qwen3ForCausalLM"])
+    assert (config.head_dim, config.qk_norm, config.qkv_bias, config.o_bias) == (128, True, False, False)
+    assert read(architectures=["Qwen3ForCausalLM"], head_dim=16, attention_bias=True).o_bias

@@ -1,4 +1,4 @@
-"""Llama against `transformers` on the same weights: logits in fp32, greedy tokens, chunks, batches."""
+"""Every family against `transformers` on the same weights: logits in fp32, greedy tokens, chunks, batches."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +9,8 @@ import pytest
 import torch
 import transformers
 
-from octavo import ops
-from octavo.layers.context import ForwardContext
-from octavo.runner.model_runner import ModelRunner
-from tests.steps import Row, Steps
-from tests.tiny_models import FolderCheckpoint, runner_for, save_llama
+from tests.steps import Row, Steps, all_logits
+from tests.tiny_models import FolderCheckpoint, runner_for, save_model
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -57,20 +54,38 @@ ROPES: dict[str, dict[str, Any]] = {
     },
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
 }
-CASES = SHAPES | {name: {"rope_parameters": {"rope_theta": 10000.0, **rope}} for name, rope in ROPES.items()}
-CASES["dynamic"]["max_position_embeddings"] = 40
+WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+UNUSED_WINDOW = {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 1}
+# name -> (family, what sets this configuration apart)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("Llama", changes) for name, changes in SHAPES.items()},
+    **{name: ("Llama", {"rope_parameters": {"rope_theta": 10000.0, **rope}}) for name, rope in ROPES.items()},
+    "mistral, window": ("Mistral", {"sliding_window": 13, "head_dim": 16}),
+    "qwen2": ("Qwen2", UNUSED_WINDOW),
+    "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}),
+    "qwen2, window in the upper layer": ("Qwen2", WINDOW),
+    "qwen2, window by list": ("Qwen2", {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
+    "qwen2, yarn": ("Qwen2", {"rope_parameters": {"rope_theta": 1e6, **ROPES["yarn"]}}),
+    "qwen3": ("Qwen3", {"head_dim": 24}),
+    "qwen3, tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3, biases": ("Qwen3", {"head_dim": 32, "attention_bias": True}),
+    "qwen3, window": ("Qwen3", {"head_dim": 16, **WINDOW}),
+}
+CASES["dynamic"][1]["max_position_embeddings"] = 40
+PLAIN = ("plain", "qwen2", "qwen3")
 
-Models = Callable[[str], tuple[Path, transformers.LlamaForCausalLM]]
+Models = Callable[[str], tuple[Path, transformers.PreTrainedModel]]
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    made: dict[str, tuple[Path, transformers.LlamaForCausalLM]] = {}
+    made: dict[str, tuple[Path, transformers.PreTrainedModel]] = {}
 
-    def model(name: str) -> tuple[Path, transformers.LlamaForCausalLM]:
+    def model(name: str) -> tuple[Path, transformers.PreTrainedModel]:
         if name not in made:
-            path = save_llama(tmp_path_factory.mktemp("llama"), **CASES[name])
-            made[name] = path, transformers.LlamaForCausalLM.from_pretrained(path).eval()
+            family, changes = CASES[name]
+            path = save_model(tmp_path_factory.mktemp(family), family, **changes)
+            made[name] = path, transformers.AutoModelForCausalLM.from_pretrained(path).eval()
         return made[name]
 
     return model
@@ -78,15 +93,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 def prompt(length: int, seed: int, vocab_size: int = 77) -> list[int]:
     return np.random.default_rng(seed).integers(3, vocab_size, length).tolist()
-
-
-def all_logits(runner: ModelRunner, row: Row) -> torch.Tensor:
-    batch = Steps(runner).batch([(row, len(row.token_ids))])
-    with torch.inference_mode():
-        ctx = ForwardContext.build(
-            batch, runner.kv_cache.layers, runner.model.rope, ops.for_device(runner.device), runner.device
-        )
-        return runner.model.logits(runner.model.forward(ctx), ctx)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -111,7 +117,7 @@ def test_greedy_tokens_equal_in_a_mixed_batch(models: Models, name: str) -> None
         assert answer == greedy(reference, tokens, answer)
 
 
-def greedy(model: transformers.LlamaForCausalLM, tokens: list[int], answer: list[int]) -> list[int]:
+def greedy(model: transformers.PreTrainedModel, tokens: list[int], answer: list[int]) -> list[int]:
     """What the reference says after each beginning of `tokens + answer`: the answer, if that is greedy."""
     with torch.inference_mode():
         said = model(torch.tensor([tokens + answer])).logits[0].argmax(-1).tolist()
@@ -120,8 +126,9 @@ def greedy(model: transformers.LlamaForCausalLM, tokens: list[int], answer: list
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 16, 32])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_any_blocks_and_chunks_give_the_same_tokens(models: Models, block_size: int, chunk: int) -> None:
-    path, _ = models("plain")
+@pytest.mark.parametrize("name", PLAIN)
+def test_any_blocks_and_chunks_give_the_same_tokens(models: Models, name: str, block_size: int, chunk: int) -> None:
+    path, _ = models(name)
     prompts = [prompt(length, seed=length) for length in (2, 31, 33, 70)]
     whole = Steps(runner_for(FolderCheckpoint(path))).generate([Row(p) for p in prompts], 8)
     runner = runner_for(FolderCheckpoint(path), block_size)
