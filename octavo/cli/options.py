@@ -60,12 +60,14 @@ def _dashed(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type[Any], title: str, skip: Sequence[str] = ()) -> None:
-    """Adds a flag for each field of the dataclass `kind`, in a group of its own."""
+def add_options(
+    parser: argparse.ArgumentParser, kind: type[Any], title: str, skip: Sequence[str] = (), only: Sequence[str] = ()
+) -> None:
+    """Adds a flag for each field of the dataclass `kind` (of `only` some, if given), in a group of its own."""
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if field.name not in skip:
+        if field.name not in skip and (not only or field.name in only):
             _add_option(group, field, hints[field.name])
 
 

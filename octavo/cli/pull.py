@@ -2,15 +2,23 @@
 
 import argparse
 
-from octavo.config import DEFAULT_MODEL
+from octavo.cli.options import add_options, from_args
+from octavo.config import EngineOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="a known name")
+    add_options(parser, EngineOptions, "model", only=("model", "hub", "revision"))
+    parser.add_argument("--update", action="store_true", help="ask the hub for newer files, even if all are here")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from octavo.checkpoint.hub import pull
+    from octavo.checkpoint import hubs, local_path, locate
+    from octavo.checkpoint.hub import MODELS
 
-    print(pull(arguments.model))
+    options = from_args(EngineOptions, arguments)
+    name = hubs.RepositoryName.parse(options.model)
+    if arguments.update and name and options.model not in MODELS and local_path(options.model) is None:
+        print(hubs.pull(name, options.hub, options.revision))
+    else:
+        print(locate(options.model, options.hub, options.revision))
     return 0

@@ -27,7 +27,7 @@ def family_of(architecture: str) -> type[Family]:
     if architecture not in FAMILIES:
         raise ConfigError(
             f"architecture {architecture!r} is not supported.{nearest(architecture, FAMILIES)}"
-            f" Supported: {', '.join(sorted(FAMILIES))}"
+            f" Supported: {', '.join(sorted(FAMILIES))}; a newer version may know it: pip install -U octavo"
         )
     module, name = FAMILIES[architecture].split(":")
     family: type[Family] = getattr(import_module(module), name)

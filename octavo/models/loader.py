@@ -5,7 +5,6 @@ where dtype and device already fit. What a checkpoint holds and nobody asked for
 computes nonsense.
 """
 
-import re
 import warnings
 
 import torch
@@ -16,10 +15,8 @@ from octavo.errors import CheckpointError, nearest
 from octavo.layers.quant.gguf import dequantize
 from octavo.models import family_of
 from octavo.models.decoder import Decoder
+from octavo.models.sizes import NOT_WEIGHTS, unused_tensors
 from octavo.models.weights import Weights
-
-# Buffers that older exports stored beside the weights; what they hold follows from the configuration.
-_NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
 
 def load_model(
@@ -40,8 +37,7 @@ def load_model(
         return Decoder(config, Weights(RandomTensors(dtype, device, seed), names), device)
     source = CheckpointTensors(checkpoint, dtype, device)
     decoder = Decoder(config, Weights(source, names), device)
-    ignored = {f"{names['lm_head']}.weight"} if config.tie_word_embeddings else set()
-    source.check_all_taken(ignored)
+    source.check_all_taken(unused_tensors(config))
     return decoder
 
 
@@ -77,7 +73,7 @@ class CheckpointTensors:
         left = [
             name
             for name in self.checkpoint.tensors
-            if name not in self.taken and name not in ignored and not _NOT_WEIGHTS.search(name)
+            if name not in self.taken and name not in ignored and not NOT_WEIGHTS.search(name)
         ]
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""

@@ -5,15 +5,15 @@ read.
 """
 
 import time
-from math import prod
 
 import torch
 
-from octavo.checkpoint import Checkpoint, open_checkpoint
-from octavo.config import DTYPE_BYTES, EngineConfig, EngineOptions, ModelConfig
+from octavo.checkpoint import open_checkpoint
+from octavo.config import EngineConfig, EngineOptions, ModelConfig
 from octavo.errors import ConfigError
-from octavo.memory import MemoryPlan, free_ram, resolve
+from octavo.memory import MemoryPlan, default_dtype, free_ram, resolve
 from octavo.models import read_model
+from octavo.models.sizes import weight_bytes
 from octavo.runner.executor import Executor, LocalExecutor
 
 Timeline = list[tuple[str, float]]
@@ -33,12 +33,14 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
         began = time.monotonic()
 
     device = choose_device(options.device)
-    checkpoint = open_checkpoint(options.model, weights=options.load_format != "dummy")
+    checkpoint = open_checkpoint(
+        options.model, hub=options.hub, revision=options.revision, weights=options.load_format != "dummy"
+    )
     model = read_model(checkpoint)
     mark("open model")
     dtype = choose_dtype(options.dtype, model, device)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_ram()
-    weights = weight_bytes(checkpoint, model, dtype)
+    weights = weight_bytes(checkpoint.tensors, model, dtype)
     config, plan = resolve(options, model, weights, device=device, dtype=dtype, free=free)
     executor = LocalExecutor.load(checkpoint, config, options.load_format)
     mark("load weights")
@@ -58,20 +60,7 @@ def choose_device(wanted: str) -> str:
 
 
 def choose_dtype(wanted: str, model: ModelConfig, device: str) -> str:
-    """`wanted`, or for `auto`: on a GPU the model's own 16-bit type, on a CPU float32.
-
-    On a CPU float32 is the one type in which plain torch gives a row the same tokens alone and in a batch.
-    """
+    """`wanted`, or for `auto` what `memory.default_dtype` says."""
     if wanted != "auto":
         return wanted
-    if device == "cpu":
-        return "float32"
-    if model.dtype == "float16" or not torch.cuda.is_bf16_supported():
-        return "float16"
-    return "bfloat16"
-
-
-def weight_bytes(checkpoint: Checkpoint, model: ModelConfig, dtype: str) -> int:
-    """Bytes of all weights in `dtype`; a checkpoint without tensors (dummy weights) is counted from its shape."""
-    stored = sum(prod(info.shape) for info in checkpoint.tensors.values())
-    return (stored or model.num_parameters()) * DTYPE_BYTES[dtype]
+    return default_dtype(model, device, has_bfloat16=device == "cpu" or torch.cuda.is_bf16_supported())

@@ -14,6 +14,7 @@ from typing import Any
 from octavo.checkpoint import open_checkpoint
 from octavo.config import EngineOptions, ServerOptions
 from octavo.errors import RequestError
+from octavo.models import read_config
 from octavo.request import Request
 from octavo.text.chat_template import encode_chat
 from octavo.text.output import RequestText, TextDelta, bad_words_to_ids
@@ -80,8 +81,9 @@ class ServedModel:
 
 def load_model(options: EngineOptions, server_options: ServerOptions) -> ServedModel:
     """Reads tokenizer, template and defaults; raises `CheckpointError` or `DownloadError`."""
-    checkpoint = open_checkpoint(options.model, weights=False)
+    checkpoint = open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False)
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else Tokenizer.from_checkpoint(checkpoint)
+    tokenizer.check_vocabulary(read_config(checkpoint.config).vocab_size)
     generation = checkpoint.generation_config
     defaults = {name: generation[name] for name in _DEFAULTS if generation.get(name) is not None}
     return ServedModel(server_options.served_model_name or name_of(options.model), tokenizer, defaults)

@@ -45,7 +45,7 @@ def run_server(
     began = time.monotonic()
     with listen(server_options.host, server_options.port) as listener:
         # Fetches a model that is not here yet, before two processes look for it.
-        open_checkpoint(options.model, weights=False)
+        open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False)
         files = time.monotonic() - began
 
         async def serve_model() -> int:

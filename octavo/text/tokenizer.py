@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Library
 
 from octavo.checkpoint import Checkpoint, TokenizerData, open_tokenizer_data
 from octavo.checkpoint.tiktoken import end_ids, is_chat
-from octavo.errors import CheckpointError, RequestError
+from octavo.errors import CheckpointError, ConfigError, RequestError
 from octavo.text import gguf_vocabulary, tiktoken_vocabulary
 from octavo.text.byte_level import ALPHABET
 from octavo.text.chat_template import ChatTemplate
@@ -65,9 +65,9 @@ class Tokenizer:
         return self._decoder != "other"
 
     @classmethod
-    def load(cls, source: str) -> "Tokenizer":
-        """The tokenizer of a known model name, a GGUF file or a folder; raises `CheckpointError`."""
-        return cls.from_data(open_tokenizer_data(source))
+    def load(cls, source: str, *, hub: str = "auto", revision: str | None = None) -> "Tokenizer":
+        """The tokenizer of a known model name, a GGUF file, a folder or ORG/NAME; raises `CheckpointError`."""
+        return cls.from_data(open_tokenizer_data(source, hub=hub, revision=revision))
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "Tokenizer":
@@ -80,6 +80,19 @@ class Tokenizer:
         if data.ranks:
             return _from_ranks(data)
         return _from_json(data) if data.json is not None else _from_ggml(data)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises `ConfigError` if tokens have no row in a model's table of `vocab_size` rows.
+
+        Tokens that were added to a tokenizer and never trained are common; the engine refuses a prompt with one.
+        """
+        plain = self.library.get_vocab_size(with_added_tokens=False)
+        if plain > vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {plain} tokens, but the model's vocab_size is {vocab_size}: they belong to"
+                " different models; take the tokenizer from the model's own files, or name the right one with"
+                " --tokenizer"
+            )
 
     def encode(self, text: str, *, parse_special: bool = True, add_bos: bool = True) -> list[int]:
         """Token ids of `text`.

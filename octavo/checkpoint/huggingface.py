@@ -1,0 +1,178 @@
+"""Hugging Face's hub through its own client, `huggingface_hub`, which is imported only when it is needed.
+
+The client keeps its cache, resumes, and knows HF_TOKEN; endpoint and folder are passed, so that they are the ones that
+`caches` looks at. Checked here: that what came has the SHA-256 that the hub lists.
+"""
+
+import hashlib
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from octavo.checkpoint.caches import hf_cache
+from octavo.checkpoint.fetch_progress import FetchProgress
+from octavo.checkpoint.repository import Listing, RepositoryFile
+from octavo.errors import DownloadError
+
+
+class HuggingFace:
+    """The hub at HF_ENDPOINT (https://huggingface.co by default), as a `repository.Hub`."""
+
+    name = "hf"
+    title = "Hugging Face"
+    variable = "HF_HOME"
+
+    def __init__(self) -> None:
+        self.endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+    def list_files(self, repo_id: str, revision: str | None) -> Listing:
+        client = _client(repo_id)
+        with _translated(repo_id, revision, self.endpoint):
+            info = client.HfApi(endpoint=self.endpoint).model_info(
+                repo_id, revision=revision, files_metadata=True, timeout=30
+            )
+        files = tuple(
+            RepositoryFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else "")
+            for entry in info.siblings or ()
+        )
+        return Listing(repo_id, revision or "main", info.sha, files)
+
+    def folder(self, listing: Listing) -> Path:
+        return self._home(listing.repo_id) / "snapshots" / listing.revision
+
+    def fetch(self, listing: Listing, files: Sequence[RepositoryFile], progress: FetchProgress) -> None:
+        client = _client(listing.repo_id)
+        for file in files:
+            with _translated(listing.repo_id, listing.revision, self.endpoint):
+                path = client.hf_hub_download(
+                    listing.repo_id,
+                    file.path,
+                    revision=listing.revision,
+                    cache_dir=hf_cache(),
+                    endpoint=self.endpoint,
+                    **_bar_settings(client, progress),
+                )
+            _check(Path(path), file)
+
+    def read_range(self, listing: Listing, file: RepositoryFile, start: int, end: int) -> bytes:
+        client = _client(listing.repo_id)
+        with _translated(listing.repo_id, listing.revision, self.endpoint):
+            url = client.hf_hub_url(listing.repo_id, file.path, revision=listing.revision, endpoint=self.endpoint)
+            headers = client.utils.build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
+            answer = client.get_session().get(url, headers=headers, timeout=30, follow_redirects=True)
+            client.utils.hf_raise_for_status(answer)
+            content: bytes = answer.content
+        return content[: end - start] if answer.status_code == 206 else content[start:end]
+
+    def settle(self, listing: Listing) -> None:
+        # The client notes what a name meant when it fetches by that name; it fetches by commit here.
+        if listing.asked != listing.revision:
+            reference = self._home(listing.repo_id) / "refs" / listing.asked
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(listing.revision, "utf-8")
+
+    def _home(self, repo_id: str) -> Path:
+        return hf_cache() / f"models--{repo_id.replace('/', '--')}"
+
+
+def _client(repo_id: str) -> Any:
+    """The module `huggingface_hub`; raises `DownloadError` if it is missing or told to stay offline."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise DownloadError(
+            f"{repo_id} is not whole in the cache {hf_cache()}, and HF_HUB_OFFLINE forbids to fetch it; unset that"
+            " variable, or pull the model on a machine that is online and copy the cache"
+        )
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise DownloadError(
+            f"{repo_id} is not in the cache, and fetching from Hugging Face needs its client:"
+            " pip install 'octavo[hub]' (or --hub modelscope, which needs nothing)"
+        ) from None
+    return huggingface_hub
+
+
+@contextmanager
+def _translated(repo_id: str, revision: str | None, endpoint: str) -> Iterator[None]:
+    """The client's errors as one line with the fix."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise DownloadError(
+            f"{repo_id} asks for its conditions to be accepted: do so at {endpoint}/{repo_id}, then set HF_TOKEN to a"
+            " token of your account"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise DownloadError(f"{repo_id} has no revision {revision!r}; name a branch, tag or commit of it") from None
+    except errors.RepositoryNotFoundError:
+        raise DownloadError(
+            f"{repo_id} is neither a folder here nor on {endpoint}, or it is private: check the name, or set HF_TOKEN"
+            " to a token that may read it (--hub modelscope looks on ModelScope)"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else 0
+        if code in (401, 403):
+            raise DownloadError(
+                f"{repo_id} may not be read without rights ({code} from {endpoint}): set HF_TOKEN to a token that may"
+            ) from None
+        raise DownloadError(_unreachable(repo_id, endpoint, error)) from None
+    except OSError as error:
+        if error.errno is not None and error.filename is not None:
+            raise DownloadError(
+                f"cannot write to {error.filename}: {error.strerror}; set HF_HOME to another folder"
+            ) from None
+        raise DownloadError(_unreachable(repo_id, endpoint, error)) from None
+    except Exception as error:
+        # The client's transport has changed (requests, httpx) and with it what it raises when the net is down.
+        raise DownloadError(_unreachable(repo_id, endpoint, error)) from None
+
+
+def _unreachable(repo_id: str, endpoint: str, error: Exception) -> str:
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"{repo_id} is not on this machine and could not be fetched from {endpoint}: {said[0]} -- check network and"
+        " proxy and run the command again (it goes on where it stopped), set HF_ENDPOINT to a mirror, or use"
+        " --hub modelscope"
+    )
+
+
+def _bar_settings(client: Any, progress: FetchProgress) -> dict[str, Any]:
+    """Lets the client count into `progress`; an older one, which cannot, shows its own bars."""
+    known = inspect.signature(client.hf_hub_download).parameters
+    return {"tqdm_class": _counting(progress)} if "tqdm_class" in known else {}
+
+
+def _counting(progress: FetchProgress) -> type[Any]:
+    """The class that the client makes its bars of, here one that shows nothing and counts."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    class Counting(tqdm):  # type: ignore[misc]
+        def __init__(self, *_: Any, **settings: Any):
+            settings.pop("name", None)
+            super().__init__(**(settings | {"disable": True}))
+            progress.advance(settings.get("initial") or 0)
+
+        def update(self, n: float | None = 1) -> None:
+            progress.advance(int(n or 0))
+
+    return Counting
+
+
+def _check(path: Path, file: RepositoryFile) -> None:
+    """Compares with the listed SHA-256; a file that differs is removed, so that the next fetch begins anew."""
+    if not file.sha256:
+        return
+    with path.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != file.sha256:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise DownloadError(
+            f"{file.path} as fetched has sha256 {found} instead of {file.sha256}; run the command again, or set"
+            " HF_ENDPOINT to another mirror"
+        )

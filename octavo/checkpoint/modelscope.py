@@ -1,0 +1,196 @@
+"""ModelScope's hub over its REST interface, by the standard library alone (decision 0060).
+
+A file is fetched into a `.part` beside its place, continued where a broken connection left it, hashed on the way and
+renamed; the snapshot's folder gets its files when all are there. The layout is ModelScope's newer client's.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from octavo.checkpoint.caches import modelscope_roots
+from octavo.checkpoint.fetch_progress import FetchProgress
+from octavo.checkpoint.locked import locked
+from octavo.checkpoint.repository import Listing, RepositoryFile
+from octavo.errors import DownloadError
+
+_CHUNK = 1 << 20
+_TIMEOUT = 30.0
+_MOST_TRIES = 5  # in a row without a new byte
+_PAUSE = 1.0  # before the second try; then twice as long each time
+_DOMAIN = "www.modelscope.cn"
+
+
+class ModelScope:
+    """The hub at MODELSCOPE_ENDPOINT or MODELSCOPE_DOMAIN, as a `repository.Hub`."""
+
+    name = "modelscope"
+    title = "ModelScope"
+    variable = "MODELSCOPE_CACHE"
+
+    def __init__(self) -> None:
+        named = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or _DOMAIN
+        self.endpoint = (named if "://" in named else f"https://{named}").rstrip("/")
+
+    def list_files(self, repo_id: str, revision: str | None) -> Listing:
+        revision = revision or "master"
+        url = self._url(f"{repo_id}/repo/files", Revision=revision, Recursive="True")
+        try:
+            answer = json.loads(self._get(url, repo_id).read())
+            files = tuple(
+                RepositoryFile(_safe(entry["Path"]), int(entry["Size"]), entry.get("Sha256") or "")
+                for entry in answer["Data"]["Files"]
+                if entry.get("Type") != "tree"
+            )
+        except urllib.error.HTTPError as error:
+            raise self._refused(error, repo_id, revision) from None
+        except (ValueError, TypeError, KeyError):
+            raise DownloadError(
+                f"{self.endpoint} answered the list of {repo_id} with something else than files; check"
+                " MODELSCOPE_ENDPOINT, MODELSCOPE_DOMAIN and the proxy"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(repo_id, error) from None
+        return Listing(repo_id, revision, revision, files)
+
+    def folder(self, listing: Listing) -> Path:
+        return self._home(listing) / "snapshots" / listing.revision
+
+    def fetch(self, listing: Listing, files: Sequence[RepositoryFile], progress: FetchProgress) -> None:
+        target, staging = self.folder(listing), self._home(listing) / "fetching" / listing.revision
+        staging.mkdir(parents=True, exist_ok=True)
+        with locked(self._home(listing), listing.repo_id):
+            for file in files:
+                if not (staging / file.path).is_file():
+                    self._fetch_file(listing, file, staging / file.path, progress)
+            for file in files:
+                (target / file.path).parent.mkdir(parents=True, exist_ok=True)
+                (staging / file.path).replace(target / file.path)
+
+    def settle(self, listing: Listing) -> None:
+        """Nothing to note: a snapshot's folder has the revision's name."""
+
+    def read_range(self, listing: Listing, file: RepositoryFile, start: int, end: int) -> bytes:
+        try:
+            with self._get(self._file_url(listing, file), listing.repo_id, start, end) as answer:
+                if answer.status == 200:
+                    answer.read(start)
+                content: bytes = answer.read(end - start)
+                return content
+        except urllib.error.HTTPError as error:
+            raise self._refused(error, listing.repo_id, listing.revision) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(listing.repo_id, error) from None
+
+    def _fetch_file(self, listing: Listing, file: RepositoryFile, target: Path, progress: FetchProgress) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(target.name + ".part")
+        tries = 0
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            error = self._continue(listing, file, part, progress)
+            if error is None:
+                break
+            tries = 1 if part.exists() and part.stat().st_size > before else tries + 1
+            if tries >= _MOST_TRIES:
+                raise self._unreachable(listing.repo_id, error)
+            time.sleep(_PAUSE * 2 ** (tries - 1))
+        with part.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+            os.fsync(content.fileno())
+        if file.sha256 and found != file.sha256:
+            part.unlink()
+            raise DownloadError(
+                f"{file.path} of {listing.repo_id} as fetched has sha256 {found} instead of {file.sha256}; run the"
+                " command again, or use another MODELSCOPE_DOMAIN"
+            )
+        part.replace(target)
+
+    def _continue(
+        self, listing: Listing, file: RepositoryFile, part: Path, progress: FetchProgress
+    ) -> Exception | None:
+        """Fetches what `part` lacks; what went wrong on the way, if trying again may help."""
+        have = part.stat().st_size if part.exists() else 0
+        if have > file.size:
+            part.unlink()
+            have = 0
+        if have == file.size and part.exists():
+            return None
+        try:
+            answer = self._get(self._file_url(listing, file), listing.repo_id, have, None)
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code not in (408, 429):
+                raise self._refused(error, listing.repo_id, listing.revision) from None
+            return error
+        except (OSError, http.client.HTTPException) as error:
+            return error
+        # A server that ignores the range sends the file from its beginning.
+        goes_on = answer.status == 206
+        with answer, part.open("ab" if goes_on else "wb") as output:
+            progress.advance(have if goes_on and not progress.done else 0)
+            while True:
+                try:
+                    chunk = answer.read(_CHUNK)
+                except (OSError, http.client.HTTPException) as error:
+                    return error
+                if not chunk:
+                    break
+                output.write(chunk)
+                progress.advance(len(chunk))
+        size = part.stat().st_size
+        return None if size == file.size else ConnectionError(f"{file.path} ended at byte {size} of {file.size}")
+
+    def _get(self, url: str, repo_id: str, start: int = 0, end: int | None = None) -> Any:
+        """An open answer; raises what urllib raises."""
+        request = urllib.request.Request(url, headers={"User-Agent": "octavo"})
+        if token := os.environ.get("MODELSCOPE_API_TOKEN"):
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+            request.add_unredirected_header("Cookie", f"m_session_id={token}")
+        if start or end is not None:
+            request.add_header("Range", f"bytes={start}-{'' if end is None else end - 1}")
+        return urllib.request.urlopen(request, timeout=_TIMEOUT)
+
+    def _url(self, path: str, **query: str) -> str:
+        return f"{self.endpoint}/api/v1/models/{path}?{urllib.parse.urlencode(query)}"
+
+    def _file_url(self, listing: Listing, file: RepositoryFile) -> str:
+        return self._url(f"{listing.repo_id}/repo", Revision=listing.revision, FilePath=file.path)
+
+    def _home(self, listing: Listing) -> Path:
+        return modelscope_roots()[-1] / "models" / listing.repo_id.replace("/", "--")
+
+    def _refused(self, error: urllib.error.HTTPError, repo_id: str, revision: str) -> DownloadError:
+        error.close()
+        if error.code in (401, 403):
+            return DownloadError(
+                f"{repo_id} may not be read without rights ({error.code} from {self.endpoint}): set"
+                " MODELSCOPE_API_TOKEN to a token of your account"
+            )
+        if error.code == 404:
+            return DownloadError(
+                f"{repo_id} with revision {revision!r} is not on {self.endpoint}: check both names"
+                " (--hub hf looks on Hugging Face)"
+            )
+        return DownloadError(f"{self.endpoint} answered {error.code} for {repo_id}; try again later, or --hub hf")
+
+    def _unreachable(self, repo_id: str, error: Exception) -> DownloadError:
+        said = getattr(error, "reason", None) or error
+        return DownloadError(
+            f"{repo_id} is not on this machine and could not be fetched from {self.endpoint}: {said} --"
+            " check network and proxy and run the command again (it goes on where it stopped), or use --hub hf"
+        )
+
+
+def _safe(path: str) -> str:
+    """A path of a listing, which must stay inside the folder."""
+    if path.startswith("/") or ".." in path.split("/"):
+        raise DownloadError(f"the hub lists the file {path!r}, which lies outside its repository; do not use it")
+    return path

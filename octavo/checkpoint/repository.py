@@ -1,0 +1,222 @@
+"""A model in a hub's repository: which of its files are needed, whether they are here, whether they will fit.
+
+What every hub shares. How a hub lists and sends files is known to `huggingface` and `modelscope`; where the caches lie
+to `caches`. No network here: `locate` asks a hub only for what no cache holds.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from octavo.checkpoint.caches import places_of
+from octavo.checkpoint.fetch_progress import FetchProgress
+from octavo.config import format_size
+from octavo.errors import CheckpointError, DownloadError
+
+INDEX = "model.safetensors.index.json"
+# Besides the weights. Small files come first, so that a folder with weights has everything else too.
+_SIDE_FILES = {
+    *("config.json", "generation_config.json", INDEX),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<file>[^\s:]+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryName:
+    """`ORG/NAME`, or `ORG/NAME:FILE` where FILE is a GGUF file or a tag of its name, such as Q4_K_M."""
+
+    repo_id: str
+    file: str | None = None
+
+    @classmethod
+    def parse(cls, model: str) -> "RepositoryName | None":
+        """None if `model` cannot be the name of a repository."""
+        found = _NAME.fullmatch(model)
+        return cls(found["repo"], found["file"]) if found else None
+
+    def __str__(self) -> str:
+        return self.repo_id + (f":{self.file}" if self.file else "")
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryFile:
+    """A file as the hub lists it; `sha256` is empty where the hub gives none."""
+
+    path: str
+    size: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of one revision: `asked` as the user named it, `revision` exact where the hub has commits."""
+
+    repo_id: str
+    asked: str
+    revision: str
+    files: tuple[RepositoryFile, ...]
+
+
+class Hub(Protocol):
+    """Where repositories live. All methods raise `DownloadError` with the fix."""
+
+    name: str  # as in --hub
+    title: str  # for a person
+    variable: str  # which moves the cache
+
+    def list_files(self, repo_id: str, revision: str | None) -> Listing: ...
+
+    def folder(self, listing: Listing) -> Path:
+        """Where the files of `listing` lie once they are fetched."""
+        ...
+
+    def fetch(self, listing: Listing, files: Sequence[RepositoryFile], progress: FetchProgress) -> None:
+        """Puts `files` into `folder(listing)`, in their order, checked."""
+        ...
+
+    def settle(self, listing: Listing) -> None:
+        """Notes in the cache, once all files are there, what the revision that was asked for means."""
+        ...
+
+    def read_range(self, listing: Listing, file: RepositoryFile, start: int, end: int) -> bytes:
+        """The bytes from `start` up to `end` of a file, without fetching the rest."""
+        ...
+
+
+def find_complete(name: RepositoryName, hub: str, revision: str | None) -> Path | None:
+    """The folder (or GGUF file) of a model that is whole in the cache of `hub`, found without any network."""
+    for place in places_of(name.repo_id, hub, revision):
+        if place.is_dir() and (revision is None or _is_revision(place, revision)):
+            whole = _whole(place, name)
+            if whole is not None:
+                return whole
+    return None
+
+
+def pull(name: RepositoryName, hub: Hub, revision: str | None) -> Path:
+    """Fetches what is needed and not there yet of a repository; the folder, or the GGUF file if it is one."""
+    listing = hub.list_files(name.repo_id, revision)
+    files = needed_files(name, listing.files)
+    folder = hub.folder(listing)
+    missing = [file for file in files if not _is_there(folder / file.path, file)]
+    try:
+        if missing:
+            total = sum(file.size for file in missing)
+            check_disk(str(name), total, folder, hub.variable)
+            with FetchProgress(str(name), total, f"from {hub.title}") as progress:
+                hub.fetch(listing, missing, progress)
+        hub.settle(listing)
+    except OSError as error:
+        raise DownloadError(
+            f"cannot write to {folder}: {error.strerror or error}; set {hub.variable} to another folder"
+        ) from None
+    return folder / files[-1].path if files[-1].path.endswith(".gguf") else folder
+
+
+def needed_files(name: RepositoryName, files: Iterable[RepositoryFile]) -> list[RepositoryFile]:
+    """The files of a repository that a model is run from, weights last; raises `CheckpointError` if it has none."""
+    by_path = {file.path: file for file in files if "/" not in file.path or file.path.endswith(".gguf")}
+    return [by_path[path] for path in choose_paths(name, by_path)]
+
+
+def choose_paths(name: RepositoryName, paths: Iterable[str]) -> list[str]:
+    """`needed_files` on bare paths."""
+    paths = sorted(paths)
+    if name.file:
+        return [_chosen_gguf(name, paths)]
+    tensors = [path for path in paths if path.endswith(".safetensors") and "/" not in path]
+    if INDEX in paths:
+        tensors = [path for path in tensors if re.fullmatch(r"model-.*", path)] or tensors
+    elif "model.safetensors" in tensors:
+        tensors = ["model.safetensors"]
+    if tensors:
+        return [path for path in paths if path in _SIDE_FILES or path.endswith(".tiktoken")] + tensors
+    if any(path.endswith(".gguf") for path in paths):
+        return [_chosen_gguf(name, paths)]
+    if pickles := [path for path in paths if path.endswith(_PICKLES)]:
+        raise CheckpointError(
+            f"{name} has its weights only as {pickles[0]}, a pickle, which can run code when it is read; take a"
+            " revision or a repository with safetensors, or convert it with transformers' save_pretrained"
+        )
+    raise CheckpointError(f"{name} has neither safetensors nor GGUF files; name a repository with a model's weights")
+
+
+def _chosen_gguf(name: RepositoryName, paths: Sequence[str]) -> str:
+    found = [path for path in paths if path.endswith(".gguf")]
+    if name.file in found:
+        return name.file
+    if name.file:
+        tag = re.compile(rf"(^|[-._/]){re.escape(name.file)}([-._/]|$)", re.IGNORECASE)
+        chosen = [path for path in found if tag.search(path.removesuffix(".gguf"))]
+    else:
+        chosen = found
+    if len(chosen) == 1:
+        return chosen[0]
+    listed = ", ".join(PurePosixPath(path).name for path in (chosen or found)[:12])
+    how_many = "several GGUF files" if chosen else "no such GGUF file"
+    raise CheckpointError(f"{name}: the repository has {how_many}; name one as {name.repo_id}:FILE, of: {listed}")
+
+
+def check_disk(name: str, needed: int, folder: Path, variable: str) -> None:
+    """Raises `DownloadError` if `needed` bytes do not fit where `folder` is or will be."""
+    free = free_disk(folder)
+    if needed > free:
+        raise DownloadError(
+            f"{name} needs {format_size(needed)} of disk, and {folder} has {format_size(free)} free; free some, or set"
+            f" {variable} to a folder on another disk"
+        )
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes of the disk on which `folder` is, or will be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _is_there(path: Path, file: RepositoryFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.size
+
+
+def _is_revision(place: Path, revision: str) -> bool:
+    """Whether a folder of a cache holds `revision`, for all that its name and its neighbours say."""
+    if place.parent.name == "snapshots":
+        reference = place.parent.parent / "refs" / revision
+        commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
+        return place.name == commit
+    # ModelScope's older client keeps one revision, and notes it as `Revision:NAME,CreatedAt:TIME`.
+    note = place / ".mv"
+    return note.is_file() and f"Revision:{revision}," in note.read_text("utf-8", "replace") + ","
+
+
+def _whole(place: Path, name: RepositoryName) -> Path | None:
+    """`place`, or the GGUF file in it, if all that a model needs is there."""
+    paths = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
+    # ModelScope's older client keeps what it is fetching in a folder that begins with a dot.
+    paths = [path for path in paths if not path.startswith(".")]
+    try:
+        chosen = choose_paths(name, paths)
+    except CheckpointError:
+        return None
+    if chosen[-1].endswith(".gguf"):
+        return place / chosen[-1]
+    if "config.json" not in chosen or not set(shards_of(place)) <= set(paths):
+        return None
+    return place
+
+
+def shards_of(place: Path) -> list[str]:
+    """The files that a folder's index names; empty without an index, or with one that cannot be read."""
+    try:
+        index = json.loads((place / INDEX).read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    weight_map = index.get("weight_map") if isinstance(index, Mapping) else None
+    return sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, Mapping) else []
