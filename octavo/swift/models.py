@@ -6,7 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint import caches, hub
+from octavo.checkpoint import hub, hubs
+from octavo.checkpoint.repository import RepositoryName
 from octavo.errors import ConfigError, DownloadError, nearest
 from octavo.swift.names import Names
 
@@ -85,7 +86,8 @@ def locate(
     """What to open for a model: a file or folder that is on this machine, or a name that Octavo knows.
 
     `use_hf` decides which hub's ids and cache go first; None leaves it to the environment (`USE_HF`).
-    Raises `DownloadError` that says where the model was looked for, `ConfigError` for an unknown model type.
+    What is on neither cache is fetched from the first hub. Raises `DownloadError` if it cannot be, `ConfigError` for an
+    unknown model type.
     """
     hf_first = uses_hf() if use_hf is None else use_hf
     ids = [model_id_or_path] if model_id_or_path else _ids(model_type, hf_first)
@@ -95,13 +97,17 @@ def locate(
         path = Path(name).expanduser()
         if path.exists():
             return str(path)
-    hubs = ("hf", "modelscope") if hf_first else ("modelscope", "hf")
-    repositories = [name for name in ids if name.count("/") == 1 and not name.startswith((".", "/", "~"))]
-    for name in hubs:
+    order = ("hf", "modelscope") if hf_first else ("modelscope", "hf")
+    repositories = [found for name in ids if (found := RepositoryName.parse(name)) is not None]
+    for name_of_hub in order:
         for repository in repositories:
-            if (found := caches.find_cached(repository, name, revision)) is not None:
-                return str(found)
-    raise DownloadError(_not_found(ids, repositories))
+            if (whole := hubs.find(repository, name_of_hub, revision)) is not None:
+                return str(whole)
+    if not repositories:
+        raise DownloadError(
+            f"there is no model at {ids[0]}; name a folder with config.json, a .gguf file or a hub's id"
+        )
+    return str(hubs.pull(repositories[0], order[0], revision))
 
 
 def _ids(model_type: str | None, hf_first: bool) -> list[str]:
@@ -110,13 +116,3 @@ def _ids(model_type: str | None, hf_first: bool) -> list[str]:
     info = model_info(model_type)
     ids = [info["model_id_or_path"], info["hf_model_id"]]
     return [name for name in (reversed(ids) if hf_first else ids) if name]
-
-
-def _not_found(ids: list[str], repositories: list[str]) -> str:
-    if not repositories:
-        return f"there is no model at {ids[0]}; name a folder with config.json, a .gguf file or a hub's id"
-    looked = [*map(str, caches.modelscope_roots()), str(caches.hf_cache())]
-    return (
-        f"model {' or '.join(repositories)} is not on this machine (looked in {', '.join(looked)}); set"
-        " MODELSCOPE_CACHE or HF_HOME to the cache that has it, or give its folder as model_id_or_path"
-    )
