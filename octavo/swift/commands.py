@@ -12,7 +12,7 @@ from octavo.swift.arguments import DeployArguments, InferArguments
 from octavo.swift.engine import SwiftEngine, warn_of_idle_cards
 from octavo.swift.messages import messages_to_history
 from octavo.swift.template import Template
-from octavo.swift.templates import get_template
+from octavo.swift.templates import check_template_type, get_template
 from octavo.swift.terminal import Results, Terminal, answer_files
 from octavo.swift.tokenizer import HfTokenizer
 
@@ -42,6 +42,8 @@ def deploy_main(arguments: DeployArguments) -> int:
     from octavo.server.run import run_server
 
     _say_backend(arguments)
+    if arguments.resolved_template_type() is not None:
+        _template_type(arguments)
     options, server_options = arguments.engine_options(), arguments.server_options()
     warn_of_idle_cards(options.device, arguments.tensor_parallel_size)
 
@@ -80,6 +82,7 @@ def _template_type(args: InferArguments) -> str:
             f"which chat template {args.ckpt_dir or args.model_id_or_path} goes with is not known; give --model_type or"
             " --template_type"
         )
+    check_template_type(found)
     return found
 
 

@@ -170,20 +170,23 @@ def get_vllm_engine(
         model_type = guess_model_type(model_id_or_path)
     template_type = None if model_type is None else get_default_template_type(model_type)
     options = engine_options(
-        locate(model_type, model_id_or_path, revision),
         {**extra, **(engine_kwargs or {})},
         dtype=dtype_name(torch_dtype),
         gpu_memory_utilization=gpu_memory_utilization,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
     )
+    options.model = locate(model_type, model_id_or_path, revision)
     engine = SwiftEngine(LLM.from_options(options), model_type, template_type)
     warn_of_idle_cards(engine.model_config.device, tensor_parallel_size)
     return engine
 
 
-def engine_options(model: str, given: Mapping[str, Any], **options: Any) -> EngineOptions:
-    """Octavo's options out of vLLM's; what cannot be honoured is refused with the nearest name or the fix."""
+def engine_options(given: Mapping[str, Any], **options: Any) -> EngineOptions:
+    """Octavo's options out of vLLM's; what cannot be honoured is refused with the nearest name or the fix.
+
+    The model is left to be set, so that a mistake here shows before anything is looked for or fetched.
+    """
     known = {field.name for field in fields(EngineOptions)}
     for name, value in given.items():
         if name in _HARMLESS:
@@ -198,7 +201,7 @@ def engine_options(model: str, given: Mapping[str, Any], **options: Any) -> Engi
             raise ConfigError(f"{name} is not an option of the engine.{nearest(name, {*known, *_HARMLESS})}")
     if options.get("enable_prefix_caching", True) is None:
         del options["enable_prefix_caching"]
-    return EngineOptions(model=model, **options)
+    return EngineOptions(**options)
 
 
 class UnknownDtypeError(ConfigError, KeyError):

@@ -31,7 +31,7 @@ from octavo.swift.protocol import (
     UsageInfo,
 )
 from octavo.swift.template import Template
-from octavo.swift.templates import get_template
+from octavo.swift.templates import check_template_type, get_template
 from octavo.swift.tokenizer import HfTokenizer
 from octavo.text.chat_template import encode_chat
 from octavo.text.tokenizer import Tokenizer
@@ -79,11 +79,10 @@ class VllmEngine:
             options["seed"] = seed
         self.model_type = model_type or guess_model_type(model_id_or_path)
         self.model_name = model_id_or_path.rstrip("/").rpartition("/")[2]
-        chosen = engine_options(
-            locate(self.model_type, model_id_or_path, revision, use_hf=use_hf),
-            {**options, **(engine_kwargs or {})},
-            dtype=dtype_name(torch_dtype),
-        )
+        chosen = engine_options({**options, **(engine_kwargs or {})}, dtype=dtype_name(torch_dtype))
+        if template_type is not None:
+            check_template_type(template_type)
+        chosen.model = locate(self.model_type, model_id_or_path, revision, use_hf=use_hf)
         self.llm: LLM | None = None
         self.async_llm: AsyncLLM | None = None
         self._starting: asyncio.Future[AsyncLLM] | None = None

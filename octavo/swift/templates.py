@@ -29,6 +29,15 @@ def register_template(template_type: str, template: Template, *, exist_ok: bool 
     TEMPLATE_MAPPING[template_type] = {"template": template, **kwargs}
 
 
+def check_template_type(template_type: str) -> None:
+    """Raises `ConfigError` with the nearest name for a template type that nobody registered."""
+    if template_type not in TEMPLATE_MAPPING:
+        raise ConfigError(
+            f"template type {template_type!r} is not known.{nearest(str(template_type), TEMPLATE_MAPPING)}"
+            " octavo.swift.TEMPLATE_MAPPING lists them, register_template adds one"
+        )
+
+
 def get_template(
     template_type: str,
     tokenizer: HfTokenizer,
@@ -47,11 +56,7 @@ def get_template(
     deleted (their answer is empty) or lose their beginning, as `truncation_strategy` says. `strict_compat=True` lets
     messages write special tokens and repeats ms-swift's slips, for ids equal to its own. `model` is not needed.
     """
-    if template_type not in TEMPLATE_MAPPING:
-        raise ConfigError(
-            f"template type {template_type!r} is not known.{nearest(str(template_type), TEMPLATE_MAPPING)}"
-            " octavo.swift.TEMPLATE_MAPPING lists them, register_template adds one"
-        )
+    check_template_type(template_type)
     for name, value in kwargs.items():
         if name not in _NO_EFFECT:
             raise ConfigError(f"{name} is not an option of get_template.{nearest(name, _NO_EFFECT)}")

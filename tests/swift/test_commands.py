@@ -109,6 +109,7 @@ def test_a_checkpoint_tells_its_type(folder, tmp_path):
         (["--model_type", "qwen-7b-cht"], "Did you mean 'qwen-7b-chat'"),
         (["--model-type=qwen-7b-chat", "--tp", "2"], "--tp 2 is not supported"),
         (["--model_type", "qwen-7b-chat", "--lora_modules", "a=b", "c=d"], "merge the adapter"),
+        (["--model_type", "qwen-7b-chat", "--template_type", "qwen25"], "Did you mean 'qwen2_5'"),
         (["--model_type", "qwen-7b-chat", "--sft_type", "lora"], "--sft_type lora is not supported"),
         (
             ["--model_type", "qwen-7b-chat", "--model_id_or_path", "/nowhere/at/all"],

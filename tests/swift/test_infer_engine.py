@@ -103,6 +103,18 @@ def test_mistakes(modelscope_cache, vllm_engine):
     assert not vllm_engine.llm.engine.has_work()
 
 
+def test_mistakes_show_before_a_model_is_looked_for():
+    wrong = [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"template_type": "qwen25"},
+        {"max_num_seq": 1},
+    ]
+    for options in wrong:
+        with pytest.raises(ConfigError):
+            VllmEngine("nobody/has-this", **options)
+
+
 def test_many_at_once_in_another_process(modelscope_cache, vllm_engine):
     made = VllmEngine(str(modelscope_cache / "qwen/Qwen-7B-Chat"), kv_cache_memory="32MiB", use_async_engine=True)
 
