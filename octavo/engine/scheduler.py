@@ -123,11 +123,12 @@ class Scheduler:
         if index is not None and not state.forked:
             return  # the samples do not exist yet; none of them can have shown a stop string
         leader = state.sequences[0]
+        filling = leader.num_computed < leader.fills
         for seq in list(state.sequences):
             if index is None or seq.index == index:
                 self._end(state, seq, "abort")
-        if state.sequences and leader.finish_reason and leader.num_computed < leader.fills:
-            self._preempt(state)  # its siblings' shared blocks would stay empty
+        if state.sequences and filling and leader.finish_reason:
+            self._preempt(state)  # what it was filling for its siblings would stay empty
 
     def has_work(self) -> bool:
         return bool(self._states)

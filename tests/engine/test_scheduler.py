@@ -205,6 +205,22 @@ def test_preempted_samples_share_their_prompt_again():
     assert bench.answers["urgent", 0] == expected(prompt_of(30, 5), 40, 1)
 
 
+def test_a_leader_that_goes_while_it_fills_shared_blocks_leaves_none_of_them_empty():
+    bench = Bench(eager=True, num_blocks=28, max_model_len=80, max_num_batched_tokens=16, enable_prefix_caching=False)
+    bench.add("n", prompt_of(33), n=3, max_tokens=20)
+    for _ in range(6):
+        bench.step()
+    state = bench.scheduler._running[0]
+    bench.scheduler._preempt(state)
+    bench.step()
+    leader = state.sequences[0]
+    assert 0 < leader.num_computed < leader.fills
+    bench.scheduler.abort("n", leader.index)
+    bench.run()
+    for k in (1, 2):
+        assert bench.answers["n", k] == expected(prompt_of(33), 20, (1 + k * FORK_STRIDE) % 2**64)
+
+
 def test_the_victim_is_the_least_important_and_the_cheapest():
     bench = Bench(eager=True, num_blocks=24, max_model_len=90)
     bench.add("important", prompt_of(10, 1), max_tokens=60, priority=-1)
