@@ -31,6 +31,7 @@ class MemoryPlan:
     num_blocks: int
     max_model_len: int
     wanted_model_len: int
+    share_option: str  # the flag that sets budget / free
 
     @property
     def num_tokens(self) -> int:
@@ -49,7 +50,7 @@ class MemoryPlan:
         if self.max_model_len < self.wanted_model_len:
             lines.append(
                 f"context: {self.max_model_len:,} tokens fit of the model's {self.wanted_model_len:,};"
-                " raise --kv-cache-memory or --cpu-memory-utilization for more"
+                f" raise --kv-cache-memory or {self.share_option} for more"
             )
         return lines
 
@@ -154,5 +155,6 @@ def resolve(
         num_blocks=num_blocks,
         max_model_len=config.max_model_len,
         wanted_model_len=wanted,
+        share_option=f"--{name.replace('_', '-')}",
     )
     return config, plan

@@ -1,6 +1,7 @@
-"""Models of hubs that are on this machine already, in the caches that the hubs' own clients keep.
+"""Where the caches that the hubs' own clients keep lie, and the folders in them that may hold a model.
 
-Looks only; fetches nothing, and reads none of the side files (ModelScope's `.msc` is a pickle). Layouts:
+Whether a model there is whole is for `repository` to say. Fetches nothing, and reads none of the side files
+(ModelScope's `.msc` is a pickle). Layouts:
 
     ModelScope, old     {root}/[hub/][models/]{owner}/{name, '.' written '___'}/
     ModelScope, new     {root}/models/{owner}--{name}/snapshots/{revision}/
@@ -11,14 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# A folder counts as a model if one of these is in it.
-_SIGNS = ("config.json", "*.gguf")
 HUBS = ("modelscope", "hf")
-
-
-def find_cached(repo_id: str, hub: str, revision: str | None = None) -> Path | None:
-    """The folder of `repo_id` ("owner/name") in the cache of `hub` ("modelscope" or "hf"); None if it is not there."""
-    return next((path for path in places_of(repo_id, hub, revision) if _is_model(path)), None)
 
 
 def places_of(repo_id: str, hub: str, revision: str | None = None) -> Iterator[Path]:
@@ -59,7 +53,3 @@ def _snapshots(folder: Path, revision: str) -> Iterator[Path]:
     others = folder / "snapshots"
     if others.is_dir():
         yield from sorted(others.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-
-
-def _is_model(folder: Path) -> bool:
-    return folder.is_dir() and any(next(folder.glob(sign), None) is not None for sign in _SIGNS)

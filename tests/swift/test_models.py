@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavo.checkpoint.caches import find_cached
+from octavo.checkpoint.hubs import find
+from octavo.checkpoint.repository import RepositoryName
 from octavo.errors import ConfigError, DownloadError
 from octavo.swift import (
     MODEL_MAPPING,
@@ -90,9 +91,9 @@ assert "torch" not in sys.modules
     ],
 )
 def test_caches_of_the_hubs(caches, repository, hub, place):
-    assert find_cached(repository, hub) is None
+    assert find(RepositoryName(repository), hub, None) is None
     folder = put_model(caches / place)
-    assert find_cached(repository, hub) == folder
+    assert find(RepositoryName(repository), hub, None) == folder
     assert locate(None, repository) == str(folder)
 
 
@@ -102,8 +103,8 @@ def test_the_revision_that_main_names_goes_first(caches):
         put_model(folder / "snapshots" / commit)
     (folder / "refs").mkdir()
     (folder / "refs/main").write_text("old\n")
-    assert find_cached("a/b", "hf") == folder / "snapshots/old"
-    assert find_cached("a/b", "hf", "new") == folder / "snapshots/new"
+    assert find(RepositoryName("a/b"), "hf", None) == folder / "snapshots/old"
+    assert find(RepositoryName("a/b"), "hf", "new") == folder / "snapshots/new"
 
 
 def test_the_hub_that_is_asked_for_goes_first(caches, monkeypatch):
