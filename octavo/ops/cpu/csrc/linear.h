@@ -1,0 +1,207 @@
+// y = x W^T + b for packed weights: activations are brought to the weights' precision, then multiplied in tiles.
+//
+// bf16 weights take bf16 activations. int8 weights take int8 activations with a scale a token (W8A8); grouped weights
+// take int8 activations with a scale a token and group, as the formats' own project computes them.
+#pragma once
+
+#include "team.h"
+#include "tiles.h"
+
+namespace octavo {
+
+// Room for one matrix of activations in a kernel's precision.
+struct Activations {
+  std::vector<int32_t> lanes;
+  std::vector<float> scale;
+  std::vector<int32_t> sums;
+
+  void reserve(int64_t rows, int64_t inputs) {
+    if (int64_t(lanes.size()) >= rows * inputs) return;
+    lanes.resize(size_t(rows * inputs));
+    scale.resize(size_t(rows * (inputs / 16 + 1)));
+    sums.resize(scale.size());
+  }
+};
+
+// fp32 numbers [rows][width], the rows `stride` apart.
+struct Matrix {
+  float* data;
+  int64_t stride;
+  float* row(int64_t i) const { return data + i * stride; }
+};
+
+inline int64_t padded(int64_t width) { return (width + 31) / 32 * 32; }
+
+inline int64_t lanes_of(const Weight& w) {
+  return w.format == kPlainF32 ? w.inputs : w.format == kPlainBF16 ? w.inputs / 2 : w.inputs / 4;
+}
+
+// Rounds `count` floats to int8 with one scale; returns (scale, sum of the integers). `count` is a multiple of 16.
+inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t* out) {
+  vf most{};
+  for (int64_t k = 0; k < count; k += W) most = max(most, max(load(x + k), -load(x + k)));
+  const float scale = largest(most) / 127.0f;
+  const vf inverse = set(scale > 0 ? 1.0f / scale : 0.0f), magic = set(12582912.0f);
+  vi total{};
+  for (int64_t k = 0; k < count; k += W) {
+    const vi q = as_lanes(load(x + k) * inverse + magic) - as_lanes(magic);
+    total += q;
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)(out + k), _mm512_cvtepi32_epi8((__m512i)q));
+#else
+    for (int i = 0; i < W; i++) out[k + i] = int8_t(q[i]);
+#endif
+  }
+  int32_t sum = 0;
+  for (int i = 0; i < W; i++) sum += total[i];
+  return {scale, sum};
+}
+
+// Row `m` of activations, from `width` floats, zeros behind them up to the weight's inputs.
+inline void prepare_row(const Weight& w, const float* x, int64_t width, int64_t m, Activations& out) {
+  const int64_t lanes = lanes_of(w);
+  int32_t* row = out.lanes.data() + m * lanes;
+  float tail[32] = {};
+  const int64_t whole = width / 32 * 32;
+  std::memcpy(tail, x + whole, size_t(width - whole) * 4);
+  auto part = [&](int64_t k) { return k < whole ? x + k : tail; };  // 32 floats from input k on
+  switch (w.format) {
+    case kPlainF32:
+      std::memcpy(row, x, size_t(whole) * 4);
+      if (whole < w.inputs) std::memcpy(row + whole, tail, 128);
+      return;
+    case kPlainBF16:
+      for (int64_t k = 0; k < w.inputs; k += 32)
+        for (int i = 0; i < 32; i += 2 * W)
+          store_bf16((uint16_t*)(row + (k + i) / 2), load(part(k) + i), load(part(k) + i + W));
+      return;
+    case kInt8: {
+      if (whole < w.inputs) {
+        std::vector<float> filled(size_t(w.inputs), 0.0f);
+        std::memcpy(filled.data(), x, size_t(width) * 4);
+        std::tie(out.scale[m], out.sums[m]) = quantize(filled.data(), w.inputs, (int8_t*)row);
+      } else {
+        std::tie(out.scale[m], out.sums[m]) = quantize(x, w.inputs, (int8_t*)row);
+      }
+      return;
+    }
+    case kGrouped: {
+      const int64_t groups = w.inputs / w.group;
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t k = g * w.group;
+        const float* from = part(k / 32 * 32) + k % 32;
+        std::tie(out.scale[m * groups + g], out.sums[m * groups + g]) = quantize(from, w.group, (int8_t*)(row + k / 4));
+      }
+    }
+  }
+}
+
+// Writes a tile's vector, adding the bias; only the outputs that exist.
+OCTAVO_INLINE void store_outputs(float* out, vf value, const float* bias, int64_t left) {
+  if (left >= W) {
+    store(out, bias ? value + load(bias) : value);
+    return;
+  }
+  for (int i = 0; i < left; i++) out[i] = bias ? value[i] + bias[i] : value[i];
+}
+
+// Columns that one piece of work covers, and rows: A's part should stay in the second-level cache.
+constexpr int kColumns = kTileVectors * W;
+constexpr int64_t kRowsAtOnce = 192;
+
+template <class Dot>
+inline void plain_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
+                          const float* bias, Matrix out) {
+  const int64_t lanes = lanes_of(w);
+  const int32_t* b[kTileVectors];
+  for (int v = 0; v < kTileVectors; v++) {
+    const int64_t column = n + v * W;
+    b[v] = (const int32_t*)w.panel(std::min(column / 16, w.panels() - 1)) + column % 16;
+  }
+  in_tiles<kTileRows>(rows, [&](int64_t start, auto height) {
+    constexpr int Rows = decltype(height)::value;
+    typename Dot::Sum sum[Rows][kTileVectors] = {};
+    multiply<Dot>(sum, a.lanes.data() + (first + start) * lanes, lanes, b, 16, lanes);
+    for (int m = 0; m < Rows; m++) {
+      const int64_t row = first + start + m;
+      for (int v = 0; v < kTileVectors; v++) {
+        const int64_t column = n + v * W;
+        if (column >= w.outputs) break;
+        vf value;
+        if constexpr (Dot::per_lane == 4) {
+          const vi exact = sum[m][v] - set_lanes(kBias8 * a.sums[row]);
+          value = to_float(exact) * (load(w.scale + column) * set(a.scale[row]));
+        } else {
+          value = sum[m][v];
+        }
+        store_outputs(out.row(row) + column, value, bias ? bias + column : nullptr, w.outputs - column);
+      }
+    }
+  });
+}
+
+template <int Bits, int Lanes, bool Minima, bool Wide>
+inline void grouped_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
+                            const float* bias, Matrix out) {
+  constexpr int Vectors = kGroupVectors;
+  const int64_t lanes = lanes_of(w), groups = w.inputs / w.group;
+  const uint8_t* panel[Vectors];
+  int column[Vectors];
+  for (int v = 0; v < Vectors; v++) {
+    panel[v] = w.panel(std::min((n + v * W) / 16, w.panels() - 1));
+    column[v] = int((n + v * W) % 16);
+  }
+  in_tiles<kGroupRows>(rows, [&](int64_t start, auto height) {
+    constexpr int Rows = decltype(height)::value;
+    const int64_t row = first + start;
+    const GroupedRows part = {a.lanes.data() + row * lanes, lanes, a.scale.data() + row * groups,
+                              a.sums.data() + row * groups, groups};
+    vf sum[Rows][Vectors];
+    multiply_groups<Bits, Lanes, Minima, Wide>(sum, part, w, panel, column);
+    for (int m = 0; m < Rows; m++)
+      for (int v = 0; v < Vectors; v++) {
+        const int64_t at = n + v * W;
+        if (at >= w.outputs) break;
+        store_outputs(out.row(row + m) + at, sum[m][v], bias ? bias + at : nullptr, w.outputs - at);
+      }
+  });
+}
+
+typedef void (*Columns)(const Weight&, const Activations&, int64_t, int64_t, int64_t, const float*, Matrix);
+
+inline Columns columns_of(const Weight& w) {
+  switch (w.format) {
+    case kPlainF32: return plain_columns<DotF32>;
+    case kPlainBF16: return plain_columns<DotBF16>;
+    case kInt8: return plain_columns<DotInt8>;
+    case kGrouped: break;
+  }
+  const int lanes = w.group / 4;
+  if (w.bits == 4 && lanes == 8 && !w.minima) return grouped_columns<4, 8, false, false>;
+  if (w.bits == 4 && lanes == 8 && !w.wide) return grouped_columns<4, 8, true, false>;
+  if (w.bits == 4 && lanes == 8) return grouped_columns<4, 8, true, true>;
+  if (w.bits == 4 && w.minima) return grouped_columns<4, 4, true, true>;
+  if (w.bits == 4) return grouped_columns<4, 4, false, true>;
+  if (lanes == 4) return grouped_columns<8, 4, false, true>;
+  if (!w.minima) return grouped_columns<8, 8, false, false>;
+  return w.wide ? grouped_columns<8, 8, true, true> : grouped_columns<8, 8, true, false>;
+}
+
+// Every thread calls it; the result can be read after the next barrier. `shared` is one for all threads, `own` is the
+// thread's: a handful of rows is prepared by every thread for itself, which is cheaper than waiting for one another.
+inline void linear(Team& team, const Weight& w, Matrix x, int64_t rows, int64_t width, const float* bias, Matrix out,
+                   Activations& shared, Activations& own) {
+  const bool alone = rows <= 2 || team.size() == 1;
+  Activations& a = alone ? own : shared;
+  const auto [begin, end] = alone ? std::pair<int64_t, int64_t>{0, rows} : team.share(rows);
+  for (int64_t m = begin; m < end; m++) prepare_row(w, x.row(m), width, m, a);
+  if (!alone) team.barrier();
+  const Columns work = columns_of(w);
+  const int64_t across = (w.outputs + kColumns - 1) / kColumns, down = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  for (int64_t i = team.next(); i < across * down; i = team.next()) {
+    const int64_t first = i / across * kRowsAtOnce;
+    work(w, a, first, std::min(kRowsAtOnce, rows - first), i % across * kColumns, bias, out);
+  }
+}
+
+}  // namespace octavo

@@ -1,0 +1,174 @@
+"""The compiled kernels, opened: the C structures and functions of `csrc/`, for the best instruction set that this
+processor has and this installation was built for.
+
+Nothing here knows torch; addresses are integers. The structures mirror `packed.h` and `program.h`.
+"""
+
+import ctypes
+import functools
+import platform
+import re
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+# Builds from the best to the last, with the flags of /proc/cpuinfo that each needs; the names are those of setup.py.
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")
+INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
+    "avx512_bf16": (*_AVX512, "avx512_vnni", "avx512_bf16"),
+    "avx512_vnni": (*_AVX512, "avx512_vnni"),
+    "avx512": _AVX512,
+    "avx2": ("avx2", "fma", "f16c"),
+    "neon_dotprod": ("asimddp",),
+    "generic": (),
+}
+
+# Types of stored weights by the checkpoint's words, in the order of `enum Stored`.
+STORED = {
+    word: number
+    for number, word in enumerate(
+        ("F32", "BF16", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+    )
+}
+# Formats of packed weights, in the order of `enum Format`; quantized files keep their own precision in `int4`'s.
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+EMBED, NORM, ADD_NORM, LINEAR, SILU_MUL, ROPE, ATTEND = range(7)
+
+
+class Weight(Structure):
+    _fields_ = (
+        ("format", c_int32),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("bits", c_int32),
+        ("group", c_int32),
+        ("offset", c_int32),
+        ("minima", ctypes.c_bool),
+        ("wide", ctypes.c_bool),
+        ("panel_bytes", c_int64),
+        ("scales_at", c_int64),
+        ("minima_at", c_int64),
+        ("data", c_void_p),
+        ("scale", c_void_p),
+    )
+
+
+class Operand(Structure):
+    _fields_ = (("buffer", c_int32), ("offset", c_int32))
+
+
+class CacheShape(Structure):
+    _fields_ = (("block_size", c_int64), ("kv_heads", c_int64), ("width", c_int64), ("bytes", c_int32))
+
+
+class Instruction(Structure):
+    _fields_ = (
+        ("code", c_int32),
+        ("heads", c_int32),
+        ("inputs", Operand * 3),
+        ("outputs", Operand * 2),
+        ("width", c_int64),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("stored", c_int64),
+        ("number", c_float),
+        ("soft_cap", c_float),
+        ("window", c_int64),
+        ("half", c_int64),
+        ("k_cache", c_void_p),
+        ("v_cache", c_void_p),
+        ("cache", CacheShape),
+    )
+
+
+class Buffer(Structure):
+    _fields_ = (("data", c_void_p), ("stride", c_int64))
+
+
+class Program(Structure):
+    _fields_ = (
+        ("instructions", POINTER(Instruction)),
+        ("size", c_int64),
+        ("buffers", POINTER(Buffer)),
+        ("most_inputs", c_int64),
+    )
+
+
+class Rows(Structure):
+    _fields_ = (
+        ("rows", c_int32),
+        ("query_start", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("table_stride", c_int64),
+    )
+
+
+class Step(Structure):
+    _fields_ = (
+        ("tokens", c_int32),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("rows", Rows),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("q_scale", c_void_p),
+    )
+
+
+_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "octavo_allocate": (c_void_p, (c_int64,)),
+    "octavo_free": (None, (c_void_p, c_int64)),
+    "octavo_engine": (c_void_p, (c_int32,)),
+    "octavo_close": (None, (c_void_p,)),
+    "octavo_lay_out": (c_int64, (POINTER(Weight),)),
+    "octavo_lay_out_exact": (c_int64, (POINTER(Weight), c_int32)),
+    "octavo_pack": (None, (c_void_p, POINTER(Weight), c_int64, c_int64, c_int32, c_void_p, c_int64)),
+    "octavo_read_rows": (None, (c_int32, c_void_p, c_int64, c_int64, c_void_p)),
+    "octavo_run": (None, (c_void_p, POINTER(Program), POINTER(Step))),
+    "octavo_argmax": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "octavo_lanes": (c_int32, ()),
+}
+
+
+class Kernels:
+    """The functions of one build, by their C names without the prefix."""
+
+    def __init__(self, path: Path, name: str):
+        self.name = name
+        self._library = ctypes.CDLL(str(path))
+        for function, (result, arguments) in _FUNCTIONS.items():
+            found = getattr(self._library, function)
+            found.restype, found.argtypes = result, arguments
+
+    def __getattr__(self, function: str) -> Any:
+        return getattr(self._library, f"octavo_{function}")
+
+
+def builds() -> dict[str, Path]:
+    """The builds that lie beside this file and that this processor can run, the best first."""
+    has = _processor_flags()
+    here = {path.name.split(".")[0]: path for path in Path(__file__).parent.glob("_kernels_*.so")}
+    return {
+        name: here[f"_kernels_{name}"]
+        for name, needed in INSTRUCTION_SETS.items()
+        if f"_kernels_{name}" in here and has.issuperset(needed)
+    }
+
+
+@functools.cache
+def load(name: str | None = None) -> Kernels | None:
+    """The build called `name`, or the best; None if there is none."""
+    found = builds()
+    chosen = name or next(iter(found), None)
+    return Kernels(found[chosen], chosen) if chosen in found else None
+
+
+def _processor_flags() -> set[str]:
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return {"asimddp"}  # every Apple processor has it
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return set(found[1].split()) if found else set()
