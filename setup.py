@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-# The names are those of octavo/ops/cpu/library.py.
+# The names are those of octavo/kernels/library.py.
 INSTRUCTION_SETS = {
     "x86_64": {
         "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
@@ -36,8 +36,8 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[
         Extension(
-            f"octavo.ops.cpu._kernels_{name}",
-            ["octavo/ops/cpu/csrc/kernels.cpp"],
+            f"octavo.kernels._kernels_{name}",
+            ["octavo/kernels/csrc/kernels.cpp"],
             extra_compile_args=[*FLAGS, *flags],
             extra_link_args=["-pthread"],
             language="c++",

@@ -73,6 +73,7 @@ def config(num_blocks: int) -> EngineConfig:
         model=model,
         dtype="float32",
         kv_dtype="float32",
+        weights="plain",
         device="cpu",
         max_model_len=4096,
         block_size=16,

@@ -18,6 +18,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantize = Literal["int8", "int4"]
+# Matrices as plain tensors of the model's dtype, or packed for the CPU's kernels: in one precision, or as stored.
+Precision = Literal["plain", "stored", "float32", "bfloat16", "int8", "int4"]
 
 
 def option(default: Any, help: str, **cli: Any) -> Any:
@@ -143,8 +146,11 @@ class EngineOptions:
     )
     revision: str | None = option(None, "branch, tag or commit of the model on its hub")
     tokenizer: str | None = option(None, "folder or file to take the tokenizer from, if not from the model")
-    dtype: Dtype = option("auto", "type of weights and activations; auto: float32 on a CPU, 16 bits on a GPU")
+    dtype: Dtype = option("auto", "type of weights and KV cache; auto: 16 bits, or what a quantized file holds")
     device: Device = option("auto", "where to run; auto: a GPU if there is one")
+    quantize: Quantize | None = option(
+        None, "precision to bring the weights to, on a CPU; by default a quantized file keeps its own"
+    )
     load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights of the model's real shape")
     max_model_len: int | None = option(
         None, "longest context, prompt and answer, in tokens (default: the model's, or what fits)"
@@ -193,6 +199,7 @@ class EngineConfig:
     model: ModelConfig
     dtype: str
     kv_dtype: str
+    weights: Precision
     device: str
     max_model_len: int
     block_size: int

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from octavo.config import DTYPE_BYTES, EngineConfig, EngineOptions, ModelConfig, format_size
+from octavo.config import DTYPE_BYTES, EngineConfig, EngineOptions, ModelConfig, Precision, format_size
 from octavo.errors import CapacityError, ConfigError
 
 # Choices for a device where the user makes none: (most sequences, most tokens) in a step. A CPU computes a token in
@@ -70,7 +70,8 @@ def free_ram() -> int:
 def default_dtype(model: ModelConfig, device: str, has_bfloat16: bool) -> str:
     """On a GPU the model's own 16-bit type, on a CPU float32.
 
-    On a CPU float32 is the one type in which plain torch gives a row the same tokens alone and in a batch.
+    On a CPU without kernels of its own float32 is the one type in which plain torch gives a row the same tokens alone
+    and in a batch.
     """
     if device == "cpu":
         return "float32"
@@ -85,7 +86,14 @@ def working_bytes(model: ModelConfig, dtype: str, max_num_seqs: int, max_num_bat
 
 
 def resolve(
-    options: EngineOptions, model: ModelConfig, weights: int, *, device: str, dtype: str, free: int
+    options: EngineOptions,
+    model: ModelConfig,
+    weights: int,
+    *,
+    device: str,
+    dtype: str,
+    free: int,
+    precision: Precision = "plain",
 ) -> tuple[EngineConfig, MemoryPlan]:
     """Settles every open option for a `model` of `weights` bytes on a device with `free` bytes.
 
@@ -135,6 +143,7 @@ def resolve(
         model=model,
         dtype=dtype,
         kv_dtype=dtype,
+        weights=precision,
         device=device,
         max_model_len=min(wanted, fitting),
         block_size=options.block_size,

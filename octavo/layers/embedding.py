@@ -3,12 +3,13 @@
 import torch
 
 from octavo.layers.context import ForwardContext
+from octavo.ops.weight import Table
 
 
 class Embedding:
     """One row of `weight_VD` a token."""
 
-    def __init__(self, weight_VD: torch.Tensor):
+    def __init__(self, weight_VD: Table):
         self.weight_VD = weight_VD
 
     def __call__(self, ctx: ForwardContext) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from octavo.layers.context import ForwardContext
+from octavo.ops.weight import Weight
 
 
 class Linear(Protocol):
@@ -19,9 +20,9 @@ class Linear(Protocol):
 
 
 class DenseLinear:
-    """One dense weight in the model's dtype."""
+    """One weight, dense in the model's dtype or packed for a device's kernels, and its bias."""
 
-    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None):
+    def __init__(self, weight_OI: Weight, bias_O: torch.Tensor | None = None):
         self.weight_OI = weight_OI
         self.bias_O = bias_O
 

@@ -66,11 +66,11 @@ class Decoder:
         self.config = config
         self.device = device
         self.rope = Rope(config.rope, device)
-        self.embedding = Embedding(weights.tensor("embedding", "weight", (V, D)))
+        self.embedding = Embedding(weights.table("embedding", (V, D)))
         self.layers = [DecoderLayer(config, weights.of_layer(i), i) for i in range(config.num_layers)]
         self.norm = weights.norm("norm", D, config.norm_eps)
         self.lm_head = (
-            weights.tied_linear(self.embedding.weight_VD)
+            weights.tied_linear("embedding", (V, D), self.embedding.weight_VD)
             if config.tie_word_embeddings
             else weights.linear("lm_head", (V,), D, bias=False)
         )

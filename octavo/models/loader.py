@@ -9,14 +9,18 @@ import warnings
 
 import torch
 
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint import Checkpoint, TensorInfo
 from octavo.config import ModelConfig
 from octavo.errors import CheckpointError, nearest
 from octavo.layers.quant.gguf import dequantize
 from octavo.models import family_of
 from octavo.models.decoder import Decoder
+from octavo.models.packed import PackedTensors
 from octavo.models.sizes import NOT_WEIGHTS, unused_tensors
 from octavo.models.weights import Weights
+from octavo.ops.cpu.calls import stored_rows
+from octavo.kernels.weights import Packer, StoredRows
+from octavo.ops.weight import Table, Weight
 
 
 def load_model(
@@ -26,17 +30,19 @@ def load_model(
     device: torch.device,
     load_format: str = "auto",
     seed: int = 0,
+    packer: Packer | None = None,
 ) -> Decoder:
-    """The checkpoint's decoder with weights of `dtype` on `device`.
+    """The checkpoint's decoder with weights of `dtype` on `device`, its matrices packed if there is a `packer`.
 
     `load_format` "dummy" takes random weights of the configuration's shapes instead, which follow from `seed`
     alone. Raises `CheckpointError` for tensors that are missing, of another shape, or left over.
     """
     names = family_of(config.architecture).names
     if load_format == "dummy":
-        return Decoder(config, Weights(RandomTensors(dtype, device, seed), names), device)
+        random = RandomTensors(dtype, device, seed)
+        return Decoder(config, Weights(PackedTensors(random, packer) if packer else random, names), device)
     source = CheckpointTensors(checkpoint, dtype, device)
-    decoder = Decoder(config, Weights(source, names), device)
+    decoder = Decoder(config, Weights(PackedTensors(source, packer) if packer else source, names), device)
     source.check_all_taken(unused_tensors(config))
     return decoder
 
@@ -51,6 +57,31 @@ class CheckpointTensors:
         self.taken: set[str] = set()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        info = self.info(name, shape)
+        data = _mapped(self.checkpoint, name).to(self.device)
+        try:
+            return dequantize(data, info.dtype, shape, self.dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {name}: {error}") from None
+
+    def weight(self, names: list[str], rows: list[int], in_features: int) -> Weight:
+        tensors = [self.tensor(name, (count, in_features)) for name, count in zip(names, rows, strict=True)]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def table(self, name: str, shape: tuple[int, int]) -> Table:
+        return self.tensor(name, shape)
+
+    def tied(self, name: str, shape: tuple[int, int], table: Table) -> Weight:
+        assert isinstance(table, torch.Tensor)
+        return table
+
+    def rows(self, name: str, shape: tuple[int, int]) -> StoredRows:
+        """The tensor as the file holds it."""
+        info = self.info(name, shape)
+        return StoredRows(info.dtype, shape, self.checkpoint.read(name))
+
+    def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """What the checkpoint says of a tensor that is now taken; `CheckpointError` if it is another than expected."""
         info = self.checkpoint.tensors.get(name)
         if info is None:
             raise CheckpointError(
@@ -63,11 +94,7 @@ class CheckpointTensors:
                 f" it {list(shape)}; one of the two belongs to another model"
             )
         self.taken.add(name)
-        data = _mapped(self.checkpoint, name).to(self.device)
-        try:
-            return dequantize(data, info.dtype, shape, self.dtype)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.checkpoint.path}: tensor {name}: {error}") from None
+        return info
 
     def check_all_taken(self, ignored: set[str]) -> None:
         left = [
@@ -107,3 +134,16 @@ class RandomTensors:
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
         tensor.uniform_(-0.03, 0.03, generator=self.generator)
         return tensor.add_(1.0) if len(shape) == 1 and name.endswith(".weight") else tensor
+
+    def rows(self, name: str, shape: tuple[int, int]) -> StoredRows:
+        return stored_rows(self.tensor(name, shape))
+
+    def weight(self, names: list[str], rows: list[int], in_features: int) -> Weight:
+        return self.tensor(names[0], (sum(rows), in_features))
+
+    def table(self, name: str, shape: tuple[int, int]) -> Table:
+        return self.tensor(name, shape)
+
+    def tied(self, name: str, shape: tuple[int, int], table: Table) -> Weight:
+        assert isinstance(table, torch.Tensor)
+        return table

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from math import prod
 
 from octavo.checkpoint import TensorInfo
-from octavo.config import DTYPE_BYTES, ModelConfig
+from octavo.config import DTYPE_BYTES, ModelConfig, Precision
+from octavo.kernels.weights import packed_bytes
 from octavo.models import family_of
 
 # Buffers that older exports stored beside the weights; what they hold follows from the configuration.
@@ -24,6 +25,30 @@ def num_weights(tensors: Mapping[str, TensorInfo], model: ModelConfig) -> int:
     return sum(prod(info.shape) for info in taken) or model.num_parameters()
 
 
-def weight_bytes(tensors: Mapping[str, TensorInfo], model: ModelConfig, dtype: str) -> int:
-    """Bytes of all weights in `dtype`; the loader expands what is stored in fewer bits."""
-    return num_weights(tensors, model) * DTYPE_BYTES[dtype]
+def weight_bytes(
+    tensors: Mapping[str, TensorInfo], model: ModelConfig, dtype: str, precision: Precision = "plain"
+) -> int:
+    """Bytes of all weights as `EngineConfig.dtype` and `weights` have them.
+
+    Plain tensors are of `dtype`, whatever they were stored in. Packed ones are as `kernels.weights` says; norms and
+    biases are fp32 beside them, and the embedding's rows stay in the mapped file.
+    """
+    if precision == "plain":
+        return num_weights(tensors, model) * DTYPE_BYTES[dtype]
+    names = family_of(model.architecture).names
+    unused = unused_tensors(model)
+    if not model.tie_word_embeddings:
+        unused.add(f"{names['embedding']}.weight")
+    taken = {name: info for name, info in tensors.items() if name not in unused and not NOT_WEIGHTS.search(name)}
+    if not taken:
+        per_weight = packed_bytes("BF16", 16, 32, precision) / (16 * 32)
+        return int(model.num_parameters() * per_weight)
+    return sum(
+        packed_bytes(info.dtype, *info.shape, precision) if len(info.shape) == 2 else 4 * prod(info.shape)
+        for info in taken.values()
+    )
+
+
+def stored_types(tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """Types of the matrices that a checkpoint holds."""
+    return {info.dtype for info in tensors.values() if len(info.shape) == 2}

@@ -11,6 +11,7 @@ import torch
 from octavo.layers.linear import DenseLinear, Linear
 from octavo.layers.norm import RMSNorm
 from octavo.models.family import Names
+from octavo.ops.weight import Table, Weight
 
 
 class TensorSource(Protocol):
@@ -18,6 +19,15 @@ class TensorSource(Protocol):
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Raises `CheckpointError` if there is no such tensor or its shape is another."""
+
+    def weight(self, names: list[str], rows: list[int], in_features: int) -> Weight:
+        """One matrix of the tensors `names`, one below the other, of so many rows each."""
+
+    def table(self, name: str, shape: tuple[int, int]) -> Table:
+        """Rows to be looked up one by one."""
+
+    def tied(self, name: str, shape: tuple[int, int], table: Table) -> Weight:
+        """The tensor `name` as a matrix, whose rows are given out as `table` already."""
 
 
 class Weights:
@@ -41,23 +51,23 @@ class Weights:
 
     def linear(self, word: str, parts: tuple[int, ...], in_features: int, bias: bool) -> Linear:
         """A linear layer whose outputs are `parts` side by side, stored in as many tensors or in one."""
-        return DenseLinear(
-            self._joined(word, "weight", parts, (in_features,)),
-            self._joined(word, "bias", parts, ()) if bias else None,
-        )
-
-    def tied_linear(self, weight_OI: torch.Tensor) -> Linear:
-        """A linear layer over a weight that belongs to another layer."""
-        return DenseLinear(weight_OI)
-
-    def _joined(self, word: str, kind: str, parts: tuple[int, ...], rest: tuple[int, ...]) -> torch.Tensor:
         stored = self._stored(word)
-        if len(stored) == 1:
-            parts = (sum(parts),)
-        tensors = [
-            self.source.tensor(f"{name}.{kind}", (size, *rest)) for name, size in zip(stored, parts, strict=True)
-        ]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        rows = [sum(parts)] if len(stored) == 1 else list(parts)
+        weight = self.source.weight([f"{name}.weight" for name in stored], rows, in_features)
+        if not bias:
+            return DenseLinear(weight)
+        biases = [self.source.tensor(f"{name}.bias", (size,)) for name, size in zip(stored, rows, strict=True)]
+        return DenseLinear(weight, torch.cat(biases))
+
+    def table(self, word: str, shape: tuple[int, int]) -> Table:
+        """The tensor that `word` stands for, to look up rows in."""
+        (name,) = self._stored(word)
+        return self.source.table(f"{name}.weight", shape)
+
+    def tied_linear(self, word: str, shape: tuple[int, int], table: Table) -> Linear:
+        """A linear layer over the tensor that `word` stands for, which is in use as `table`."""
+        (name,) = self._stored(word)
+        return DenseLinear(self.source.tied(f"{name}.weight", shape, table))
 
     def _stored(self, word: str) -> list[str]:
         names = self.names[word]

@@ -14,15 +14,16 @@ import torch
 
 from octavo.batch import Ints
 from octavo.ops import reference
+from octavo.ops.weight import Table, Weight
 
 
 class Ops(Protocol):
     """What the kernels of every device promise; `ops/reference.py` is the oracle for the others."""
 
-    def embedding(self, token_ids_T: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    def embedding(self, token_ids_T: torch.Tensor, weight_VD: Table) -> torch.Tensor:
         """Rows of `weight_VD`, one a token: [T, D]."""
 
-    def linear(self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         """`x W^T + b`, [T, O], in x's dtype."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

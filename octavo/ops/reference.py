@@ -8,16 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from octavo.batch import Ints
+from octavo.ops.weight import Table, Weight
 
 # Most fp32 elements of one intermediate alive at once: 64 MiB. Longer work is cut into tiles.
 _TILE = 2**24
 
 
-def embedding(token_ids_T: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+def embedding(token_ids_T: torch.Tensor, weight_VD: Table) -> torch.Tensor:
+    assert isinstance(weight_VD, torch.Tensor), "stored rows belong to the CPU's kernels"
     return F.embedding(token_ids_T, weight_VD)
 
 
-def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    assert isinstance(weight_OI, torch.Tensor), "packed weights belong to the CPU's kernels"
     return F.linear(x_TI, weight_OI, bias_O)
 
 

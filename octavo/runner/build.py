@@ -9,11 +9,13 @@ import time
 import torch
 
 from octavo.checkpoint import open_checkpoint
-from octavo.config import EngineConfig, EngineOptions, ModelConfig
+from octavo.config import EngineConfig, EngineOptions
 from octavo.errors import ConfigError
-from octavo.memory import MemoryPlan, default_dtype, free_ram, resolve
+from octavo.kernels.support import settle
+from octavo.log import logger
+from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_model
-from octavo.models.sizes import weight_bytes
+from octavo.models.sizes import stored_types, weight_bytes
 from octavo.runner.executor import Executor, LocalExecutor
 
 Timeline = list[tuple[str, float]]
@@ -38,10 +40,13 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
     )
     model = read_model(checkpoint)
     mark("open model")
-    dtype = choose_dtype(options.dtype, model, device)
+    has_bfloat16 = device == "cpu" or torch.cuda.is_bf16_supported()
+    dtype, precision, why = settle(options, model, stored_types(checkpoint.tensors), device, has_bfloat16)
+    if why:
+        logger.warning("the CPU's own kernels cannot run this model, so plain torch does, much slower: %s", why)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_ram()
-    weights = weight_bytes(checkpoint.tensors, model, dtype)
-    config, plan = resolve(options, model, weights, device=device, dtype=dtype, free=free)
+    weights = weight_bytes(checkpoint.tensors, model, dtype, precision)
+    config, plan = resolve(options, model, weights, device=device, dtype=dtype, free=free, precision=precision)
     executor = LocalExecutor.load(checkpoint, config, options.load_format)
     mark("load weights")
     return executor, config, plan, timeline
@@ -57,10 +62,3 @@ def choose_device(wanted: str) -> str:
             f"device is cuda, but torch {torch.__version__} {built}; use --device cpu or install a CUDA torch"
         )
     return wanted
-
-
-def choose_dtype(wanted: str, model: ModelConfig, device: str) -> str:
-    """`wanted`, or for `auto` what `memory.default_dtype` says."""
-    if wanted != "auto":
-        return wanted
-    return default_dtype(model, device, has_bfloat16=device == "cpu" or torch.cuda.is_bf16_supported())

@@ -12,6 +12,7 @@ from octavo.batch import Batch, StepResult
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
 from octavo.models.loader import load_model
+from octavo.runner.cpu import kernel_runner
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
 
@@ -36,6 +37,8 @@ class LocalExecutor:
     @classmethod
     def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> "LocalExecutor":
         """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
+        if config.weights != "plain":
+            return cls(kernel_runner(checkpoint, config, load_format))
         device = torch.device(config.device)
         model = load_model(checkpoint, config.model, getattr(torch, config.dtype), device, load_format)
         cache = KVCache(config.model, config.num_blocks, config.block_size, getattr(torch, config.kv_dtype), device)

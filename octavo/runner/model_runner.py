@@ -10,9 +10,10 @@ import torch
 
 from octavo import ops
 from octavo.batch import Batch, LogprobColumns, PromptLogprobs, StepResult
-from octavo.layers.context import ForwardContext, on_device
+from octavo.layers.context import on_device
 from octavo.models.decoder import Decoder
 from octavo.runner import sampler
+from octavo.runner.forward import Forward, PlainForward
 from octavo.runner.kv_cache import KVCache
 
 # Prompt positions whose logits are alive at once: a chunk's worth for a large vocabulary would be gigabytes.
@@ -20,38 +21,39 @@ _PROMPT_LOGPROBS_AT_ONCE = 256
 
 
 class ModelRunner:
-    """Runs `model` over `kv_cache`, both on the model's device."""
+    """Runs `model` over `kv_cache`, both on the model's device, by `forward` or else op by op."""
 
-    def __init__(self, model: Decoder, kv_cache: KVCache):
+    def __init__(self, model: Decoder, kv_cache: KVCache, forward: Forward | None = None):
         self.model = model
         self.kv_cache = kv_cache
         self.device = model.device
         self.ops = ops.for_device(self.device)
+        self.forward = forward or PlainForward(model, kv_cache, self.ops)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """Copies blocks, computes the step's tokens, draws the samples."""
         self.kv_cache.copy_blocks(batch.block_copies, self.ops)
-        ctx = ForwardContext.build(batch, self.kv_cache.layers, self.model.rope, self.ops, self.device)
-        hidden_TD = self.model.forward(ctx)
+        hidden_TD = self.forward.hidden(batch)
         result = StepResult(token_ids=np.empty(0, np.int32))
         if batch.prompt_logprobs is not None and len(batch.prompt_logprobs.target):
-            result.prompt_logprobs = self._prompt_logprobs(hidden_TD, batch.prompt_logprobs, ctx)
+            result.prompt_logprobs = self._prompt_logprobs(hidden_TD, batch.prompt_logprobs)
         if len(batch.sample_index):
             # The n samples of a prompt share one row of logits until they are changed.
             index, inverse = np.unique(batch.sample_index, return_inverse=True)
-            logits = self.model.logits(hidden_TD[on_device(index, self.device)], ctx)
-            logits_SV = logits[on_device(inverse, self.device)]
+            logits_SV = self.forward.logits(hidden_TD[on_device(index, self.device)])
+            if len(index) < len(inverse) or (np.diff(inverse) != 1).any():
+                logits_SV = logits_SV[on_device(inverse, self.device)]
             tokens_S, result.logprobs = sampler.sample(logits_SV, batch.sampling)
             result.token_ids = tokens_S.int().cpu().numpy()
         return result
 
-    def _prompt_logprobs(self, hidden_TD: torch.Tensor, asked: PromptLogprobs, ctx: ForwardContext) -> LogprobColumns:
+    def _prompt_logprobs(self, hidden_TD: torch.Tensor, asked: PromptLogprobs) -> LogprobColumns:
         k = int(asked.num_logprobs.max())
         parts = []
         for start in range(0, len(asked.target), _PROMPT_LOGPROBS_AT_ONCE):
             part = slice(start, start + _PROMPT_LOGPROBS_AT_ONCE)
-            logits = self.model.logits(hidden_TD[on_device(asked.token_index[part], self.device)], ctx)
+            logits = self.forward.logits(hidden_TD[on_device(asked.token_index[part], self.device)])
             targets = on_device(asked.target[part], self.device).long()
             parts.append(sampler.logprobs(logits, targets, k))
         return LogprobColumns(

@@ -92,6 +92,7 @@ def engine_config(**changes: object) -> EngineConfig:
         "model": model,
         "dtype": "float32",
         "kv_dtype": "float32",
+        "weights": "plain",
         "device": "cpu",
         "max_model_len": 256,
         "block_size": 4,

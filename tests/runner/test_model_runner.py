@@ -107,6 +107,7 @@ def test_local_executor(folder: Path, runner: ModelRunner) -> None:
         model=read_config(checkpoint.config),
         dtype="float32",
         kv_dtype="float32",
+        weights="plain",
         device="cpu",
         max_model_len=64,
         block_size=4,

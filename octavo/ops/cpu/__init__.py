@@ -1,5 +1,1 @@
-"""The CPU's kernels: C++ for each instruction set (`csrc/`), a whole step of which runs in one call.
-
-`library` opens the compiled code, `weights` packs, `calls` gives the ops of `octavo.ops` and records a model's step,
-`tape` replays it.
-"""
+"""The ops over the CPU's own kernels: `calls` writes them down or runs them, `tape` holds and replays them."""

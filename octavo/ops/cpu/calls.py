@@ -13,10 +13,10 @@ import torch
 
 from octavo.batch import Ints
 from octavo.ops import reference
-from octavo.ops.cpu import library, weights
-from octavo.ops.cpu.library import CacheShape, Instruction, Kernels, Operand, Rows, Step
+from octavo.kernels import library
+from octavo.kernels.library import CacheShape, Instruction, Kernels, Operand, Rows, Step
 from octavo.ops.cpu.tape import NotRecordableError, Tape
-from octavo.ops.cpu.weights import PackedWeight, StoredRows
+from octavo.kernels.weights import PackedWeight, Packer, StoredRows, packed_bytes
 
 _STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PRECISION = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float32"}
@@ -60,23 +60,25 @@ class KernelCalls:
     ) -> torch.Tensor:
         weight = weight_OI if isinstance(weight_OI, PackedWeight) else self._packed(weight_OI)
         self.tape.kept.append(weight)
-        self.tape.most_inputs = max(self.tape.most_inputs, weight.struct.inputs)
         out_TO = self.tape.new(len(x_TI), weight.shape[0])
-        self._add(
-            library.LINEAR,
-            [x_TI],
-            [out_TO],
-            width=x_TI.shape[1],
-            weight=weight.address,
-            bias=self.tape.keep(bias_O),
-        )
+        for piece in weight.pieces:
+            columns = slice(piece.first, piece.first + piece.rows)
+            self.tape.most_inputs = max(self.tape.most_inputs, piece.struct.inputs)
+            self._add(
+                library.LINEAR,
+                [x_TI],
+                [out_TO[:, columns]],
+                width=x_TI.shape[1],
+                weight=piece.address,
+                bias=self.tape.keep(None if bias_O is None else bias_O[columns]),
+            )
         self._done()
         return out_TO
 
     def _packed(self, weight_OI: torch.Tensor) -> PackedWeight:
         rows, precision = stored_rows(weight_OI), _PRECISION[weight_OI.dtype]
-        _, num_bytes = weights.layout(self.kernels, [(rows.dtype, rows.shape[0])], rows.shape[1], precision)
-        return weights.pack(self.kernels, self.engine, [rows], precision, weights.Arena(self.kernels, num_bytes))
+        num_bytes = packed_bytes(rows.dtype, *rows.shape, precision) + 4096
+        return Packer(self.kernels, self.engine, precision, num_bytes).pack([rows])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = self.tape.new(*x.shape)

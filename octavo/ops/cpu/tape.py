@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from octavo.ops.cpu import library
-from octavo.ops.cpu.library import Buffer, Instruction, Kernels, Operand, Program, Step
+from octavo.kernels import library
+from octavo.kernels.library import Buffer, Instruction, Kernels, Operand, Program, Step
 
 
 class NotRecordableError(Exception):

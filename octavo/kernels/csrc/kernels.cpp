@@ -1,4 +1,4 @@
-// The library's functions, in C: what octavo/ops/cpu/library.py calls. One build for each instruction set.
+// The library's functions, in C: what octavo/kernels/library.py calls. One build for each instruction set.
 
 #include "program.h"
 

@@ -1,6 +1,6 @@
 // A step as a list of instructions, and the threads that go through it together.
 //
-// The list is recorded once from a model's own code (octavo/ops/cpu/recorder.py) and run with each step's arrays. It
+// The list is recorded once from a model's own code (octavo/ops/cpu/calls.py) and run with each step's arrays. It
 // names buffers by number; a buffer holds fp32 rows, one a token. The structures are shared with library.py.
 #pragma once
 

@@ -1,0 +1,28 @@
+"""A model on the CPU's own kernels: packed weights, the kernels' cache, and the step graph over both."""
+
+import torch
+
+from octavo.checkpoint import Checkpoint
+from octavo.config import EngineConfig
+from octavo.models.loader import load_model
+from octavo.kernels import library
+from octavo.kernels.weights import Packer
+from octavo.runner.kv_cache import KVCache
+from octavo.runner.model_runner import ModelRunner
+from octavo.runner.step_graph import StepGraph
+
+_CPU = torch.device("cpu")
+
+
+def kernel_runner(checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> ModelRunner:
+    """Loads and records the model; raises as `load_model` does. There are as many threads as torch would use."""
+    kernels = library.load()
+    assert kernels is not None, "the configuration was settled for kernels that are there"
+    engine = kernels.engine(torch.get_num_threads())
+    # Norms and biases are fp32; matrices are packed, and the arena takes room only as they fill it.
+    packer = Packer(kernels, engine, config.weights, 5 * config.model.num_parameters() + 2**24)
+    stored = torch.bfloat16 if load_format == "dummy" and config.weights != "float32" else torch.float32
+    model = load_model(checkpoint, config.model, stored, _CPU, load_format, packer=packer)
+    cache = KVCache(config.model, config.num_blocks, config.block_size, getattr(torch, config.kv_dtype), _CPU)
+    graph = StepGraph(model, cache, kernels, engine, config.max_num_batched_tokens, config.max_model_len)
+    return ModelRunner(model, cache, graph)

@@ -1,0 +1,156 @@
+"""The step graph of a CPU: a model's step recorded once as kernel calls, and replayed from C++ in one call.
+
+Python and torch leave the step but for its arrays' addresses. The model's own code is what is recorded, on tensors of
+two tokens; the ops that it calls write themselves down. Sampling is not part of it.
+
+Shapes: T tokens, S rows, R sequences, D model width, V vocabulary.
+"""
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from octavo.batch import Batch, Ints
+from octavo.layers.context import ForwardContext
+from octavo.layers.rope import Rope
+from octavo.models.decoder import Decoder
+from octavo.ops.cpu.calls import Recorder
+from octavo.kernels.library import Kernels, Rows, Step
+from octavo.ops.cpu.tape import NotRecordableError, Recording, Tape
+from octavo.runner.kv_cache import KVCache
+
+# Rows of logits that are computed at once; more are computed in parts.
+_MOST_LOGITS = 256
+
+
+class StepGraph:
+    """A recorded model. Raises `NotRecordableError` if its code computes anything but ops and views."""
+
+    def __init__(
+        self, model: Decoder, kv_cache: KVCache, kernels: Kernels, engine: int, max_tokens: int, max_positions: int
+    ):
+        self._kernels = kernels
+        self._engine = engine
+        self._num_tokens = model.config.num_tokens
+        self._angles = _Angles(model.rope, max_positions)
+        self._step = _record_step(model, kv_cache, kernels, engine, max_tokens)
+        self._head = _record_head(model, kernels, engine)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        T, R = batch.num_tokens, batch.num_rows
+        cos_R, sin_R, q_scale = self._angles.of(batch)
+        arrays = [
+            np.ascontiguousarray(array, np.int32)
+            for array in (
+                batch.token_ids,
+                batch.positions,
+                batch.slots,
+                batch.query_start,
+                batch.seq_lens,
+                batch.block_tables,
+            )
+        ]
+        token_ids, positions, slots, query_start, seq_lens, tables = (array.ctypes.data for array in arrays)
+        rows = Rows(R, query_start, seq_lens, tables, batch.block_tables.shape[1])
+        step = Step(T, token_ids, positions, slots, rows, cos_R.ctypes.data, sin_R.ctypes.data, q_scale)
+        self._step.run(self._kernels, self._engine, step)
+        return self._step.output[:T]
+
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        if len(hidden_SD) > _MOST_LOGITS:
+            return torch.cat([self.logits(part).clone() for part in hidden_SD.split(_MOST_LOGITS)])
+        S = len(hidden_SD)
+        self._head.inputs[0][:S] = hidden_SD
+        self._head.run(self._kernels, self._engine, Step(tokens=S))
+        logits_SV = self._head.output[:S]
+        if self._num_tokens:
+            logits_SV[:, self._num_tokens :] = float("-inf")
+        return logits_SV
+
+
+class _Angles:
+    """cos and sin by position for each stretch of the base that is in use, and the factor on queries.
+
+    Tables grow with the positions that come: a long context costs memory only when somebody uses it.
+    """
+
+    def __init__(self, rope: Rope, max_positions: int):
+        self._rope = rope
+        self._max_positions = max_positions
+        self._tables: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._q_scale = rope.q_scale(torch.arange(max_positions))
+
+    def of(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, int]:
+        """Addresses of each row's tables, [R] each, and that of the factors, 0 for none."""
+        longest = int(batch.seq_lens.max())
+        if (batch.ntk_alpha == 1.0).all():
+            tables = [self._table(1.0, longest)] * batch.num_rows
+        else:
+            tables = [self._table(float(alpha), longest) for alpha in batch.ntk_alpha]
+        cos = np.array([cos.data_ptr() for cos, _ in tables], np.uint64)
+        sin = np.array([sin.data_ptr() for _, sin in tables], np.uint64)
+        return cos, sin, 0 if self._q_scale is None else self._q_scale.data_ptr()
+
+    def _table(self, alpha: float, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._tables.get(alpha)
+        if found is None or len(found[0]) < length:
+            positions = torch.arange(min(self._max_positions, max(1024, 2 * length)))
+            stretch = None if alpha == 1.0 else torch.full((len(positions),), alpha)
+            found = self._tables[alpha] = self._rope.cos_sin(positions, stretch)
+        return found
+
+
+class _NothingBetween(TorchDispatchMode):
+    """While a model is recorded, nothing may be written into the ops' results behind their back."""
+
+    def __init__(self, tape: Tape):
+        super().__init__()
+        self._tape = tape
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, torch.Tensor) and self._tape.owns(value):
+                raise NotRecordableError(f"{func} writes into the result of an op")
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def _record_step(
+    model: Decoder, kv_cache: KVCache, kernels: Kernels, engine: int, max_tokens: int
+) -> Recording:
+    recorder = Recorder(kernels, engine)
+    with _NothingBetween(recorder.tape):
+        hidden_TD = model.forward(_two_tokens(model, kv_cache, recorder))
+    return Recording(recorder.tape, [], hidden_TD, max_tokens)
+
+
+@torch.inference_mode()
+def _record_head(model: Decoder, kernels: Kernels, engine: int) -> Recording:
+    recorder = Recorder(kernels, engine)
+    hidden_TD = recorder.tape.new(2, model.config.hidden_size)
+    with _NothingBetween(recorder.tape):
+        logits_TV = model.lm_head(hidden_TD, _two_tokens(model, None, recorder))
+    return Recording(recorder.tape, [hidden_TD], logits_TV, _MOST_LOGITS)
+
+
+def _two_tokens(model: Decoder, kv_cache: KVCache | None, recorder: Recorder) -> ForwardContext:
+    """A context whose arrays have a step's shapes and no meaning."""
+    ints: Ints = np.zeros(2, np.int32)
+    zeros_T = torch.zeros(2, dtype=torch.int32)
+    angles_Tr = torch.zeros(2, model.config.rope.rotary_dim // 2)
+    return ForwardContext(
+        ops=recorder,
+        caches=kv_cache.layers if kv_cache else [],
+        token_ids_T=zeros_T,
+        positions_T=zeros_T,
+        slots_T=zeros_T,
+        query_start_R1=zeros_T,
+        seq_lens_R=zeros_T,
+        block_tables_RM=zeros_T[:, None],
+        cos_Tr=angles_Tr,
+        sin_Tr=angles_Tr,
+        q_scale_T=None,
+        query_start_host=ints,
+        seq_lens_host=ints,
+    )
