@@ -4,6 +4,7 @@ They are plain C libraries, opened with ctypes. Without a compiler the installat
 runs on plain torch.
 """
 
+import os
 import platform
 
 from setuptools import Extension, setup
@@ -28,6 +29,10 @@ FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibil
 
 
 class BuildKernels(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []  # there is no PyInit function
 

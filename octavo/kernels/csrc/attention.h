@@ -111,14 +111,16 @@ class Attender {
  private:
   int64_t H() const { return shape.cache.width; }
   static constexpr int64_t p = Dot::per_lane;
-  static constexpr int64_t kLanes = 16 / p;  // of 16 keys
+  static constexpr int64_t kLanes = 16 / p;         // of 16 keys, in the cache
+  static constexpr int64_t kALanes = Dot::a_lanes;  // of queries and weights, for each of the cache's
+  static constexpr bool kRounded = p == 2 && kALanes == 1;  // these are bf16
 
   void take_queries() {
-    const int64_t lanes = H() / p;
+    const int64_t lanes = H() / p * kALanes;
     for (int64_t m = 0; m < rows; m++) {
       const float* x = q.row(start + m / G) + (head * G + m % G) * H();
       int32_t* to = &room.q[m * lanes];
-      if constexpr (p == 1) {
+      if constexpr (!kRounded) {
         std::memcpy(to, x, size_t(H()) * 4);
       } else {
         int64_t i = 0;
@@ -161,7 +163,7 @@ class Attender {
       in_tiles<kTileRows>(rows, [&](int64_t first, auto height) {
         constexpr int Rows = decltype(height)::value;
         vf sum[Rows][kVectors] = {};
-        multiply<Dot>(sum, &room.q[first * lanes], lanes, b, shape.cache.block_size, lanes);
+        multiply<Dot>(sum, &room.q[first * lanes * kALanes], lanes * kALanes, b, shape.cache.block_size, lanes);
         for (int m = 0; m < Rows; m++)
           for (int v = 0; v < kVectors; v++)
             if (u + v * W / 16 < units) store(&room.scores[(first + m) * kKeys + 16 * u + v * W], sum[m][v]);
@@ -181,8 +183,7 @@ class Attender {
       vf x = load(s + i) * scale;
       if (shape.soft_cap > 0) x = capped(x);
       if (!whole) {
-        vi index;
-        for (int l = 0; l < W; l++) index[l] = int32_t(key + i + l);
+        const vi index = lane_numbers() + int32_t(key + i);
         x = index > int32_t(place) || index < int32_t(oldest) ? none : x;
       }
       most = max(most, x);
@@ -190,7 +191,7 @@ class Attender {
     }
     const float before = room.most[m], now = std::max(before, largest(most));
     room.most[m] = now;
-    const float shrink = before == kNone ? 0.0f : exp2_of(before - now);
+    const float shrink = before == now ? 1.0f : before == kNone ? 0.0f : exp2_of(before - now);
     const vf top = set(now == kNone ? 0.0f : now);
     vf total{};
     for (int64_t i = 0; i < 16 * units; i += 2 * W) {
@@ -200,7 +201,7 @@ class Attender {
       second = second > none ? exp2(second - top) : vf{};
       total = total + first;
       total = total + second;
-      if constexpr (p == 1) {
+      if constexpr (!kRounded) {
         store((float*)&room.p[m * kKeys + i], first);
         if (two) store((float*)&room.p[m * kKeys + i + W], second);
       } else {
@@ -230,7 +231,7 @@ class Attender {
 
   template <int Vectors>
   void weigh_columns(int64_t key, int64_t units, int64_t h) {
-    constexpr int64_t lanes_of_row = kKeys / p;
+    constexpr int64_t lanes_of_row = kKeys / p * kALanes;
     in_tiles<kValueRows>(rows, [&](int64_t first, auto height) {
       constexpr int Rows = decltype(height)::value;
       vf sum[Rows][Vectors];
@@ -240,7 +241,7 @@ class Attender {
         const int32_t* values = values_at(key + 16 * u) + h;
         const int32_t* b[Vectors];
         for (int v = 0; v < Vectors; v++) b[v] = values + v * W;
-        multiply<Dot>(sum, &room.p[first * lanes_of_row + u * kLanes], lanes_of_row, b, H(), kLanes);
+        multiply<Dot>(sum, &room.p[first * lanes_of_row + u * kLanes * kALanes], lanes_of_row, b, H(), kLanes);
       }
       for (int m = 0; m < Rows; m++)
         for (int v = 0; v < Vectors; v++) store(&room.out[(first + m) * H() + h + v * W], sum[m][v]);

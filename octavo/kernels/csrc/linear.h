@@ -32,8 +32,13 @@ struct Matrix {
 
 inline int64_t padded(int64_t width) { return (width + 31) / 32 * 32; }
 
+// Lanes of a row of activations.
 inline int64_t lanes_of(const Weight& w) {
-  return w.format == kPlainF32 ? w.inputs : w.format == kPlainBF16 ? w.inputs / 2 : w.inputs / 4;
+  switch (w.format) {
+    case kPlainF32: return w.inputs;
+    case kPlainBF16: return w.inputs / 2 * DotBF16::a_lanes;
+    default: return w.inputs / 4;
+  }
 }
 
 // Rounds `count` floats to int8 with one scale; returns (scale, sum of the integers). `count` is a multiple of 16.
@@ -65,11 +70,13 @@ inline void prepare_row(const Weight& w, const float* x, int64_t width, int64_t 
   const int64_t whole = width / 32 * 32;
   std::memcpy(tail, x + whole, size_t(width - whole) * 4);
   auto part = [&](int64_t k) { return k < whole ? x + k : tail; };  // 32 floats from input k on
+  if (lanes == w.inputs) {
+    std::memcpy(row, x, size_t(whole) * 4);
+    if (whole < w.inputs) std::memcpy(row + whole, tail, 128);
+    return;
+  }
   switch (w.format) {
-    case kPlainF32:
-      std::memcpy(row, x, size_t(whole) * 4);
-      if (whole < w.inputs) std::memcpy(row + whole, tail, 128);
-      return;
+    case kPlainF32: return;  // done above
     case kPlainBF16:
       for (int64_t k = 0; k < w.inputs; k += 32)
         for (int i = 0; i < 32; i += 2 * W)
@@ -112,7 +119,7 @@ constexpr int64_t kRowsAtOnce = 192;
 template <class Dot>
 inline void plain_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
                           const float* bias, Matrix out) {
-  const int64_t lanes = lanes_of(w);
+  const int64_t stride = lanes_of(w);
   const int32_t* b[kTileVectors];
   for (int v = 0; v < kTileVectors; v++) {
     const int64_t column = n + v * W;
@@ -121,7 +128,7 @@ inline void plain_columns(const Weight& w, const Activations& a, int64_t first, 
   in_tiles<kTileRows>(rows, [&](int64_t start, auto height) {
     constexpr int Rows = decltype(height)::value;
     typename Dot::Sum sum[Rows][kTileVectors] = {};
-    multiply<Dot>(sum, a.lanes.data() + (first + start) * lanes, lanes, b, 16, lanes);
+    multiply<Dot>(sum, a.lanes.data() + (first + start) * stride, stride, b, 16, w.inputs / Dot::per_lane);
     for (int m = 0; m < Rows; m++) {
       const int64_t row = first + start + m;
       for (int v = 0; v < kTileVectors; v++) {

@@ -27,7 +27,7 @@ struct Weight {
   Format format;
   int64_t outputs, inputs;  // inputs are a multiple of 32
   int32_t bits, group, offset;  // of kGrouped; offset is taken off the integers where there are no minima
-  bool minima, wide;            // wide: fp32 scales
+  bool minima, wide, exact;     // wide: fp32 scales; exact: the integers are those of the file
   int64_t panel_bytes, scales_at, minima_at;  // within a panel
   uint8_t* data;                              // [panels][panel_bytes]
   float* scale;                               // [panels * 16], of kInt8
@@ -57,6 +57,7 @@ inline int64_t lay_out(Weight& w) {
 // The grouped layout that holds a stored type exactly.
 inline void exact_layout(Stored type, Weight& w) {
   w.format = kGrouped;
+  w.exact = true;
   w.minima = type == kQ4_1 || type == kQ5_1 || type == kQ2_K || type == kQ4_K || type == kQ5_K;
   w.wide = type >= kQ2_K;
   w.group = type == kQ2_K || type == kQ3_K || type == kQ6_K ? 16 : 32;
@@ -72,7 +73,7 @@ class Packer {
   void put(int64_t n, Stored type, const uint8_t* stored, int64_t width) {
     uint8_t* panel = w.data + n / 16 * w.panel_bytes;
     const int lane = int(n % 16);
-    if (w.format == kGrouped && kBlocks[type].weights > 1) return put_groups(panel, lane, type, stored, width);
+    if (w.exact) return put_groups(panel, lane, type, stored, width);
     read_row(type, stored, width, row.data());
     std::fill(row.begin() + width, row.end(), 0.0f);
     switch (w.format) {

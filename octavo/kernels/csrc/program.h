@@ -4,6 +4,7 @@
 // names buffers by number; a buffer holds fp32 rows, one a token. The structures are shared with library.py.
 #pragma once
 
+#include <chrono>
 #include <memory>
 
 #include "attention.h"
@@ -71,8 +72,11 @@ class Engine {
     plan(program, step);
     together([&](Team& team) {
       for (int64_t i = 0; i < program.size; i++) {
+        const bool timed = seconds && team.thread == 0;
+        const auto began = timed ? Clock::now() : Clock::time_point{};
         execute(team, program.instructions[i], program.buffers, step);
         team.barrier();
+        if (timed) seconds[program.instructions[i].code] += std::chrono::duration<double>(Clock::now() - began).count();
       }
     });
   }
@@ -87,8 +91,10 @@ class Engine {
   }
 
   Pool pool;
+  double* seconds = nullptr;  // by Code, added to if it is set
 
  private:
+  typedef std::chrono::steady_clock Clock;
   static AttentionShape shape_of(const Instruction& i) { return {i.heads, i.cache, i.number, i.soft_cap, i.window}; }
 
   // Layers of one window share their pieces; a model has one window or two.

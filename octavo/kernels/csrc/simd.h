@@ -65,21 +65,26 @@ OCTAVO_INLINE vf fma(vf a, vf b, vf c) {
 OCTAVO_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 OCTAVO_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
-// Sum and largest of a vector's lanes, pairwise, in one fixed order.
+// The lanes' own numbers: 0, 1, 2, ...
+OCTAVO_INLINE vi lane_numbers() {
+  vi v;
+  for (int i = 0; i < W; i++) v[i] = i;
+  return v;
+}
+
+// Sum and largest of a vector's lanes, by halves, in one fixed order.
+template <class Join>
+OCTAVO_INLINE float folded(vf v, Join join) {
+  for (int n = W / 2; n > 0; n /= 2) v = join(v, __builtin_shuffle(v, lane_numbers() ^ n));
+  return v[0];
+}
+
 OCTAVO_INLINE float sum(vf v) {
-  float x[W];
-  store(x, v);
-  for (int n = W / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) x[i] += x[i + n];
-  return x[0];
+  return folded(v, [](vf a, vf b) { return a + b; });
 }
 
 OCTAVO_INLINE float largest(vf v) {
-  float x[W];
-  store(x, v);
-  for (int n = W / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
-  return x[0];
+  return folded(v, [](vf a, vf b) { return max(a, b); });
 }
 
 // bf16 is the upper half of fp32; rounded to nearest, ties to even.
@@ -157,16 +162,9 @@ OCTAVO_INLINE void store_bf16(uint16_t* out, vf first, vf second) {
 #endif
 }
 
-// c + a * b for each of a lane's bf16 pair: the low half first.
-OCTAVO_INLINE vf dot_bf16(vf c, vi a, vi b) {
-#if defined(__AVX512BF16__)
-  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-#else
-  c = fma(as_float(a << 16), as_float(b << 16), c);
-  const vi upper = set_lanes(int32_t(0xffff0000));
-  return fma(as_float(a & upper), as_float(b & upper), c);
-#endif
-}
+// The two bf16 numbers of each lane as fp32.
+OCTAVO_INLINE vf low_bf16(vi v) { return as_float(v << 16); }
+OCTAVO_INLINE vf high_bf16(vi v) { return as_float(v & set_lanes(int32_t(0xffff0000))); }
 
 // What `dot_u8s8` adds to each unsigned weight: with VNNI w + 128 is multiplied as it stands, and 128 * sum(x) must be
 // subtracted afterwards; the other instruction sets make the weight signed themselves.

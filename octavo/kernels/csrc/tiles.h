@@ -10,36 +10,57 @@
 
 namespace octavo {
 
+// A kind of product: `per_lane` numbers of B in a lane, and the `a_lanes` lanes of A that they meet.
 struct DotF32 {
   typedef vf Sum;
-  static constexpr int per_lane = 1;
-  OCTAVO_INLINE vf dot(vf c, vi a, vi b) { return fma(as_float(a), as_float(b), c); }
+  typedef vi Columns;
+  static constexpr int per_lane = 1, a_lanes = 1;
+  OCTAVO_INLINE vi columns(vi b) { return b; }
+  OCTAVO_INLINE vf dot(vf c, const int32_t* a, vi b) { return fma(as_float(set_lanes(*a)), as_float(b), c); }
 };
 
+// Where the processor multiplies bf16 pairs, A is rounded to bf16; elsewhere A stays fp32, and B is widened.
 struct DotBF16 {
   typedef vf Sum;
   static constexpr int per_lane = 2;
-  OCTAVO_INLINE vf dot(vf c, vi a, vi b) { return dot_bf16(c, a, b); }
+#if defined(__AVX512BF16__)
+  typedef vi Columns;
+  static constexpr int a_lanes = 1;
+  OCTAVO_INLINE vi columns(vi b) { return b; }
+  OCTAVO_INLINE vf dot(vf c, const int32_t* a, vi b) {
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)set_lanes(*a), (__m512bh)b);
+  }
+#else
+  struct Columns { vf low, high; };
+  static constexpr int a_lanes = 2;
+  OCTAVO_INLINE Columns columns(vi b) { return {low_bf16(b), high_bf16(b)}; }
+  OCTAVO_INLINE vf dot(vf c, const int32_t* a, const Columns& b) {
+    c = fma(as_float(set_lanes(a[0])), b.low, c);
+    return fma(as_float(set_lanes(a[1])), b.high, c);
+  }
+#endif
 };
 
 struct DotInt8 {
   typedef vi Sum;
-  static constexpr int per_lane = 4;
-  OCTAVO_INLINE vi dot(vi c, vi a, vi b) { return dot_u8s8(c, b, a); }
+  typedef vi Columns;
+  static constexpr int per_lane = 4, a_lanes = 1;
+  OCTAVO_INLINE vi columns(vi b) { return b; }
+  OCTAVO_INLINE vi dot(vi c, const int32_t* a, vi b) { return dot_u8s8(c, b, set_lanes(*a)); }
 };
 
-// sum[m][v] += products of A's row m and B's vector v over `lanes` lanes. A's rows lie `a_stride` lanes apart; from one
-// lane to the next, each vector of B moves on by `b_step` lanes.
+// sum[m][v] += products of A's row m and B's vector v over `lanes` lanes of B. A's rows lie `a_stride` lanes apart; from
+// one lane to the next, each vector of B moves on by `b_step` lanes.
 template <class Dot, int Rows, int Vectors>
 OCTAVO_INLINE void multiply(typename Dot::Sum (&sum)[Rows][Vectors], const int32_t* a, int64_t a_stride,
                             const int32_t* const (&b)[Vectors], int64_t b_step, int64_t lanes) {
   for (int64_t k = 0; k < lanes; k++) {
-    vi columns[Vectors];
+    typename Dot::Columns columns[Vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; v++) columns[v] = load_lanes(b[v] + k * b_step);
+    for (int v = 0; v < Vectors; v++) columns[v] = Dot::columns(load_lanes(b[v] + k * b_step));
 #pragma GCC unroll 16
     for (int m = 0; m < Rows; m++) {
-      const vi x = set_lanes(a[m * a_stride + k]);
+      const int32_t* x = a + m * a_stride + k * Dot::a_lanes;
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; v++) sum[m][v] = Dot::dot(sum[m][v], x, columns[v]);
     }
