@@ -6,6 +6,7 @@ runs on plain torch.
 
 import os
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -25,7 +26,16 @@ INSTRUCTION_SETS = {
 INSTRUCTION_SETS["amd64"] = INSTRUCTION_SETS["x86_64"]
 INSTRUCTION_SETS["arm64"] = INSTRUCTION_SETS["aarch64"]
 # Contraction is the compiler's choice from place to place, and a sum must not depend on where it is computed.
-FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", "-g0"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-g0",
+]
 
 
 class BuildKernels(build_ext):
@@ -33,8 +43,12 @@ class BuildKernels(build_ext):
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count()
 
-    def get_export_symbols(self, ext: Extension) -> list[str]:
-        return []  # there is no PyInit function
+    def build_extension(self, ext: Extension) -> None:
+        # All are made of one source, so each needs a folder of its own for its object.
+        folder = str(Path(self.build_temp) / ext.name)
+        objects = self.compiler.compile(ext.sources, output_dir=folder, extra_postargs=ext.extra_compile_args)
+        library = self.get_ext_fullpath(ext.name)
+        self.compiler.link_shared_object(objects, library, extra_postargs=ext.extra_link_args, target_lang="c++")
 
 
 setup(

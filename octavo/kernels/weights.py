@@ -84,6 +84,11 @@ class Packer:
         self._precision = precision
         self._arena = Arena(kernels, num_bytes)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the matrices packed so far take."""
+        return self._arena.used
+
     def pack(self, parts: Sequence[StoredRows]) -> PackedWeight:
         """One matrix of rows that are stored in one or several tensors of the same width."""
         width = parts[0].shape[1]

@@ -12,6 +12,7 @@ import torch
 from octavo.checkpoint import Checkpoint, TensorInfo
 from octavo.config import ModelConfig
 from octavo.errors import CheckpointError, nearest
+from octavo.kernels.weights import Packer, StoredRows
 from octavo.layers.quant.gguf import dequantize
 from octavo.models import family_of
 from octavo.models.decoder import Decoder
@@ -19,7 +20,6 @@ from octavo.models.packed import PackedTensors
 from octavo.models.sizes import NOT_WEIGHTS, unused_tensors
 from octavo.models.weights import Weights
 from octavo.ops.cpu.calls import stored_rows
-from octavo.kernels.weights import Packer, StoredRows
 from octavo.ops.weight import Table, Weight
 
 

@@ -4,9 +4,13 @@ import torch
 
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
-from octavo.models.loader import load_model
 from octavo.kernels import library
 from octavo.kernels.weights import Packer
+from octavo.log import logger
+from octavo.models.loader import load_model
+from octavo.ops.cpu.calls import KernelOps
+from octavo.ops.cpu.tape import NotRecordableError
+from octavo.runner.forward import Forward, PlainForward
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.step_graph import StepGraph
@@ -24,5 +28,10 @@ def kernel_runner(checkpoint: Checkpoint, config: EngineConfig, load_format: str
     stored = torch.bfloat16 if load_format == "dummy" and config.weights != "float32" else torch.float32
     model = load_model(checkpoint, config.model, stored, _CPU, load_format, packer=packer)
     cache = KVCache(config.model, config.num_blocks, config.block_size, getattr(torch, config.kv_dtype), _CPU)
-    graph = StepGraph(model, cache, kernels, engine, config.max_num_batched_tokens, config.max_model_len)
-    return ModelRunner(model, cache, graph)
+    forward: Forward
+    try:
+        forward = StepGraph(model, cache, kernels, engine, config.max_num_batched_tokens, config.max_model_len)
+    except NotRecordableError as why:
+        logger.warning("the model's step cannot be recorded, so its kernels are called one by one, slower: %s", why)
+        forward = PlainForward(model, cache, KernelOps(kernels, engine))
+    return ModelRunner(model, cache, forward)

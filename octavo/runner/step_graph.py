@@ -11,11 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.batch import Batch, Ints
+from octavo.kernels.library import Kernels, Rows, Step
 from octavo.layers.context import ForwardContext
 from octavo.layers.rope import Rope
 from octavo.models.decoder import Decoder
 from octavo.ops.cpu.calls import Recorder
-from octavo.kernels.library import Kernels, Rows, Step
 from octavo.ops.cpu.tape import NotRecordableError, Recording, Tape
 from octavo.runner.kv_cache import KVCache
 
@@ -116,9 +116,7 @@ class _NothingBetween(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def _record_step(
-    model: Decoder, kv_cache: KVCache, kernels: Kernels, engine: int, max_tokens: int
-) -> Recording:
+def _record_step(model: Decoder, kv_cache: KVCache, kernels: Kernels, engine: int, max_tokens: int) -> Recording:
     recorder = Recorder(kernels, engine)
     with _NothingBetween(recorder.tape):
         hidden_TD = model.forward(_two_tokens(model, kv_cache, recorder))

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from octavo.batch import Ints
-from octavo.ops import reference
 from octavo.kernels import library
 from octavo.kernels.library import CacheShape, Instruction, Kernels, Operand, Rows, Step
-from octavo.ops.cpu.tape import NotRecordableError, Tape
 from octavo.kernels.weights import PackedWeight, Packer, StoredRows, packed_bytes
+from octavo.ops import reference
+from octavo.ops.cpu.tape import NotRecordableError, Tape
 
 _STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PRECISION = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float32"}
@@ -83,9 +83,7 @@ class KernelCalls:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = self.tape.new(*x.shape)
         heads = x.shape[1] if x.dim() == 3 else 1
-        self._add(
-            library.NORM, [x], [out], heads=heads, width=x.shape[-1], weight=self.tape.keep(weight), number=eps
-        )
+        self._add(library.NORM, [x], [out], heads=heads, width=x.shape[-1], weight=self.tape.keep(weight), number=eps)
         self._done()
         return out
 

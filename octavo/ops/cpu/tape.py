@@ -106,7 +106,7 @@ def _places(tape: Tape, inputs: Sequence[int], output: int) -> list[int]:
 
     Fewer buffers stay in the processor's caches, and a step of many tokens needs less memory.
     """
-    last_use = {buffer: -1 for buffer in range(len(tape.tensors))}
+    last_use = dict.fromkeys(range(len(tape.tensors)), -1)
     for index, instruction in enumerate(tape.instructions):
         for buffer in (*_read(instruction), *_written(instruction)):
             last_use[buffer] = index

@@ -1,0 +1,200 @@
+"""Every kernel of every build that this processor can run, against the plain ops, over a grid of shapes."""
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.kernels import library
+from octavo.kernels.weights import Packer, StoredRows
+from octavo.ops import reference
+from octavo.ops.cpu.calls import KernelOps
+
+BUILDS = list(library.builds())
+THREADS = 2
+pytestmark = pytest.mark.skipif(not BUILDS, reason="the kernels were not built: no compiler")
+
+
+@pytest.fixture(scope="module", params=BUILDS or [None])
+def ops(request):
+    kernels = library.load(request.param)
+    engine = kernels.engine(THREADS)
+    yield KernelOps(kernels, engine)
+    kernels.close(engine)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def error(found, wanted):
+    """The largest difference, as a share of the largest number."""
+    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 16), (576, 960), (1536, 576), (80, 37), (48, 200)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 13, 64, 256])
+def test_linear(ops, inputs, outputs, tokens):
+    x_TI, bias_O = torch.randn(tokens, inputs), torch.randn(outputs)
+    for dtype, most in ((torch.float32, 2e-6), (torch.bfloat16, 4e-3)):
+        weight_OI = torch.randn(outputs, inputs, dtype=dtype)
+        wanted = reference.linear(x_TI.double(), weight_OI.double(), bias_O.double())
+        assert error(ops.linear(x_TI, weight_OI, bias_O), wanted) < most
+        assert error(ops.linear(x_TI, weight_OI), wanted - bias_O) < most
+
+
+def rounded(x_TI, group):
+    """Activations as int8 kernels see them: a scale a token, or a token and group."""
+    x = x_TI.unflatten(1, (-1, group or x_TI.shape[1]))
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return ((x / scale).round() * scale).flatten(1)
+
+
+@pytest.mark.parametrize(("precision", "group"), [("int8", 0), ("int4", 32)])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_linear_of_few_bits(ops, precision, group, tokens):
+    weight_OI, x_TI = torch.randn(200, 576), torch.randn(tokens, 576)
+    rows = StoredRows("F32", (200, 576), weight_OI.numpy().view(np.uint8).reshape(-1))
+    packed = Packer(ops.kernels, ops.engine, precision, 2**22).pack([rows])
+    # What the packed weights are, read back one input at a time.
+    scale = weight_OI.unflatten(1, (-1, group or 576))
+    extreme = scale.gather(2, scale.abs().argmax(-1, keepdim=True))
+    if precision == "int8":
+        weight_OI = ((scale / (extreme.abs() / 127)).round() * (extreme.abs() / 127)).flatten(1)
+    else:
+        step = (extreme / -8).half().float()
+        weight_OI = ((scale / step).round().clamp(-8, 7) * step).flatten(1)
+    wanted = reference.linear(rounded(x_TI, group).double(), weight_OI.double())
+    assert error(ops.linear(x_TI, packed), wanted) < 2e-3  # a rounding may fall to the other side
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("width", [16, 64, 80, 576])
+def test_norms(ops, heads, width):
+    x, weight = torch.randn(7, heads, width), torch.randn(width)
+    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    x, residual = torch.randn(7, width), torch.randn(7, width) * 100
+    for found, wanted in zip(
+        ops.add_rms_norm(x, residual, weight, 1e-6), reference.add_rms_norm(x, residual, weight, 1e-6), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_silu_mul(ops):
+    gate_up = torch.randn(9, 224) * 20
+    gate_up[0, :4] = torch.tensor([-1000.0, 1000.0, 0.0, -80.0])
+    torch.testing.assert_close(ops.silu_mul(gate_up), reference.silu_mul(gate_up), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_embedding(ops, dtype):
+    table, ids = torch.randn(50, 48).to(dtype), torch.tensor([3, 49, 0, 3])
+    assert torch.equal(ops.embedding(ids, table), table.float()[ids])
+
+
+def in_blocks(cache, order):
+    """A cache in the kernels' order as [P, B, K, H]; `order` is `k` or `v`."""
+    P, B, K, H = cache.shape
+    p = 4 // cache.element_size()
+    if order == "k":
+        return cache.reshape(P, K, H // p, B, p).permute(0, 3, 1, 2, 4).reshape(P, B, K, H)
+    return cache.reshape(P, K, B // p, H, p).permute(0, 2, 4, 1, 3).reshape(P, B, K, H)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [16, 48])
+def test_rope_and_cache(ops, dtype, block_size):
+    tokens, N, K, H, half = 11, 4, 2, 80, 24  # 48 of 80 elements turn
+    q, k, v = torch.randn(tokens, N, H), torch.randn(tokens, K, H), torch.randn(tokens, K, H)
+    angles, scale = torch.randn(tokens, half), torch.rand(tokens) + 0.5
+    slots = torch.randperm(5 * block_size)[:tokens]
+    caches = [torch.zeros(5, block_size, K, H, dtype=dtype) for _ in range(4)]
+    found = ops.rope_and_cache(q, k, v, angles.cos(), angles.sin(), *caches[:2], slots, scale)
+    wanted = reference.rope_and_cache(q, k, v, angles.cos(), angles.sin(), *caches[2:], slots, scale)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(in_blocks(caches[0], "k"), caches[2])
+    assert torch.equal(in_blocks(caches[1], "v"), caches[3])
+
+
+def cached(ops, lens, N, K, H, block_size, dtype):
+    """(the kernels' caches, the reference's, block tables) of random sequences in scattered blocks."""
+    blocks = [-(-length // block_size) for length in lens]
+    order = torch.randperm(sum(blocks) + 3).int()
+    tables = torch.zeros(len(lens), max(blocks), dtype=torch.int32)
+    shape = (len(order), block_size, K, H)
+    ours, theirs = [torch.zeros(shape, dtype=dtype) for _ in range(2)], [torch.zeros(shape) for _ in range(2)]
+    first = 0
+    for row, length in enumerate(lens):
+        tables[row, : blocks[row]] = order[first : first + blocks[row]]
+        first += blocks[row]
+        places = torch.arange(length)
+        slots = tables[row, places // block_size] * block_size + places % block_size
+        q, k, v = torch.randn(length, N, H), torch.randn(length, K, H).to(dtype), torch.randn(length, K, H).to(dtype)
+        straight = torch.ones(length, H // 2), torch.zeros(length, H // 2)
+        ops.rope_and_cache(q, k.float(), v.float(), *straight, *ours, slots)
+        reference.rope_and_cache(q, k.float(), v.float(), *straight, *theirs, slots)
+    return ours, theirs, tables
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (100, 0.0), (0, 5.0)])
+@pytest.mark.parametrize(
+    ("N", "K", "H", "block_size", "dtype"),
+    [
+        (9, 3, 64, 16, torch.bfloat16),
+        (4, 4, 80, 32, torch.float32),
+        (8, 1, 96, 16, torch.bfloat16),
+        (6, 2, 128, 48, torch.float32),
+        (2, 1, 256, 16, torch.bfloat16),
+    ],
+)
+def test_attention(ops, N, K, H, block_size, dtype, window, soft_cap):
+    lens, counts = [1300, 5, 33, 64, 700], [1, 5, 17, 1, 60]
+    ours, theirs, tables = cached(ops, lens, N, K, H, block_size, dtype)
+    starts = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+    q = torch.randn(int(starts[-1]), N, H)
+    positions = torch.cat([torch.arange(n - c, n) for n, c in zip(lens, counts, strict=True)])
+    seq_lens = torch.tensor(lens, dtype=torch.int32)
+    rest = (starts, seq_lens, tables, positions, starts.numpy(), seq_lens.numpy(), H**-0.5, window, soft_cap)
+    found, wanted = ops.paged_attention(q, *ours, *rest), reference.paged_attention(q, *theirs, *rest)
+    torch.testing.assert_close(found, wanted, **({"atol": 2e-2, "rtol": 0} if dtype == torch.bfloat16 else {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_the_same_in_any_company(ops, dtype):
+    """Each query of a long sequence by itself, in chunks of any length, and beside others: the same bits."""
+    N, K, H, length = 6, 2, 64, 1100
+    ours, _, tables = cached(ops, [length, 300], N, K, H, 16, dtype)
+    q = torch.randn(length, N, H)
+
+    def attend(spans, row_of):
+        starts = torch.tensor([0, *np.cumsum([last - first for first, last in spans])], dtype=torch.int32)
+        lens = torch.tensor([last for _, last in spans], dtype=torch.int32)
+        queries = torch.cat([q[first:last] for first, last in spans])
+        rest = (starts, lens, tables[row_of], queries[:, 0, 0], starts.numpy(), lens.numpy(), H**-0.5)
+        return ops.paged_attention(queries, *ours, *rest)
+
+    whole = attend([(0, length)], [0])
+    for first, last in ((0, 1), (511, 513), (1000, 1100), (1099, 1100), (700, 1000)):
+        assert torch.equal(attend([(first, last)], [0]), whole[first:last])
+        assert torch.equal(attend([(0, 300), (first, last), (299, 300)], [1, 0, 1])[300:-1], whole[first:last])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+def test_linear_is_the_same_in_any_company(ops, precision):
+    weight_OI = torch.randn(80, 576)
+    rows = StoredRows("F32", (80, 576), weight_OI.numpy().view(np.uint8).reshape(-1))
+    packed = Packer(ops.kernels, ops.engine, precision, 2**20).pack([rows])
+    x_TI = torch.randn(250, 576)
+    whole = ops.linear(x_TI, packed)
+    for first, last in ((0, 1), (3, 5), (10, 17), (40, 53), (9, 250)):
+        assert torch.equal(ops.linear(x_TI[first:last].contiguous(), packed), whole[first:last])
+
+
+def test_argmax_takes_the_first_of_equals(ops):
+    rows = torch.randn(5, 1003)
+    rows[1, [7, 900]] = 9.0
+    rows[2, 1002] = 10.0
+    rows[3] = float("-inf")
+    found = np.zeros(5, np.int32)
+    ops.kernels.argmax(ops.engine, rows.data_ptr(), 5, 1003, 1003, found.ctypes.data)
+    assert found.tolist() == rows.argmax(-1).tolist()
