@@ -24,7 +24,16 @@ INSTRUCTION_SETS = {
 INSTRUCTION_SETS["amd64"] = INSTRUCTION_SETS["x86_64"]
 INSTRUCTION_SETS["arm64"] = INSTRUCTION_SETS["aarch64"]
 # Contraction is the compiler's choice from place to place, and a sum must not depend on where it is computed.
-FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", "-g0"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-g0",
+]
 
 
 class BuildKernels(build_ext):

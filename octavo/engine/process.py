@@ -23,7 +23,7 @@ from typing import Any
 from octavo import errors, log
 from octavo.config import EngineOptions
 from octavo.engine.limits import Limits
-from octavo.engine.scheduler import StepOutput
+from octavo.engine.state import StepOutput
 from octavo.errors import EngineDeadError, OctavoError, QueueFullError
 from octavo.metrics import EngineStats
 from octavo.request import Request, TokenLogprobs, TokenOutput

@@ -116,9 +116,7 @@ class _NothingBetween(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def _record_step(
-    model: Decoder, kv_cache: KVCache, kernels: Kernels, engine: int, max_tokens: int
-) -> Recording:
+def _record_step(model: Decoder, kv_cache: KVCache, kernels: Kernels, engine: int, max_tokens: int) -> Recording:
     recorder = Recorder(kernels, engine)
     with _NothingBetween(recorder.tape):
         hidden_TD = model.forward(_two_tokens(model, kv_cache, recorder))

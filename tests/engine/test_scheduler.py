@@ -23,11 +23,12 @@ class Bench:
         self.scheduler = Scheduler(self.config)
         if eager:  # admit whatever fits this moment, so that preemption is certain
             self.scheduler._fits_ahead = lambda state, owned_hits: True
-        self.oracle = PagedOracle(self.config.num_blocks, self.config.block_size)
+        self.oracle = PagedOracle(self.config.num_blocks, self.config.block_size, self.config.num_host_blocks)
         self.answers = defaultdict(list)
         self.reasons = {}
         self.prompt_logprobs = defaultdict(dict)
         self.cached = {}
+        self.scores = {}
 
     def add(self, name, prompt, *, priority=0, salt=None, bad_words=(), **params):
         params = {"max_tokens": 8, "ignore_eos": True, "seed": 1} | params
@@ -45,6 +46,11 @@ class Bench:
         self.oracle.submit(batch)
         output = self.scheduler.update(self.oracle.result())
         self.scheduler.check()
+        blocks, swap = self.scheduler.blocks, self.scheduler.swap
+        free = [block for block in blocks._free_queue if blocks._hash_of[block] is None]
+        self.oracle.poison(free, swap._free)
+        for name, index, _, score in output.beam_scores:
+            self.scores[name, index] = score
         for name, index, token, reason, stop, _ in output.tokens:
             self.answers[name, index].append(token)
             if reason:
@@ -211,7 +217,7 @@ def test_a_leader_that_goes_while_it_fills_shared_blocks_leaves_none_of_them_emp
     for _ in range(6):
         bench.step()
     state = bench.scheduler._running[0]
-    bench.scheduler._preempt(state)
+    bench.scheduler._preempt(state, None)
     bench.oracle.cache[:] = -1  # what the blocks held before must not stand in for what is to be computed
     bench.step()
     leader = state.sequences[0]

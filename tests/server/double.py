@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Library
 from octavo.config import EngineOptions
 from octavo.engine.limits import Limits
 from octavo.engine.process import EngineClient, EngineInfo
-from octavo.engine.scheduler import StepOutput
+from octavo.engine.state import StepOutput
 from octavo.metrics import EngineStats
 from octavo.request import Request, TokenLogprobs, TokenOutput
 from octavo.text.chat_template import ChatTemplate

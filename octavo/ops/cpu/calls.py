@@ -83,9 +83,7 @@ class KernelCalls:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = self.tape.new(*x.shape)
         heads = x.shape[1] if x.dim() == 3 else 1
-        self._add(
-            library.NORM, [x], [out], heads=heads, width=x.shape[-1], weight=self.tape.keep(weight), number=eps
-        )
+        self._add(library.NORM, [x], [out], heads=heads, width=x.shape[-1], weight=self.tape.keep(weight), number=eps)
         self._done()
         return out
 
