@@ -160,7 +160,7 @@ class BlockManager:
 
     def _writes_shared(self, seq: Sequence) -> bool:
         """Whether the next token of `seq` falls into a block that others own as well, and not for it to fill."""
-        if seq.num_computed < seq.fills or not seq.want:
+        if seq.num_computed < seq.fills:
             return False
         i = seq.num_computed // self.block_size
         return i < len(seq.block_table) and self._ref_count[seq.block_table[i]] > 1
@@ -227,7 +227,7 @@ class BlockManager:
             new += self.blocks_for(seq.num_tokens) - len(seq.host_table)
             owners.update(seq.host_table)
             i = seq.num_computed // self.block_size
-            if seq.want and i < len(seq.host_table):
+            if i < len(seq.host_table):
                 writers[seq.host_table[i]] += 1
         return new + sum(min(count, owners[host] - 1) for host, count in writers.items())
 

@@ -7,6 +7,7 @@ copying, swapping or recomputing shows as a different answer than `expected` giv
 import hashlib
 import random
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -66,10 +67,7 @@ class PagedOracle:
     def submit(self, batch: Batch) -> None:
         self.batches.append(batch)
         blocks = self.cache.reshape(-1, self.block_size)
-        for block, host in batch.swap_out:
-            self.host[host] = blocks[block]
-        for block, host in batch.swap_in:
-            blocks[block] = self.host[host]
+        self.swap(batch.swap_out, batch.swap_in)
         for source, destination in batch.block_copies:
             blocks[destination] = blocks[source]
         assert len(set(batch.slots.tolist())) == batch.num_tokens, "two tokens are written to one slot"
@@ -101,6 +99,14 @@ class PagedOracle:
                 tokens, values = likeliest(seen, wanted)
                 found.token_ids[i, 1 : 1 + wanted], found.logprobs[i, 1 : 1 + wanted] = tokens, values
         return found
+
+    def swap(self, swap_out: Iterable[tuple[int, int]], swap_in: Iterable[tuple[int, int]]) -> None:
+        """Moves contents between blocks and host blocks."""
+        blocks = self.cache.reshape(-1, self.block_size)
+        for block, host in swap_out:
+            self.host[host] = blocks[block]
+        for block, host in swap_in:
+            blocks[block] = self.host[host]
 
     def poison(self, blocks: list[int], host_blocks: list[int]) -> None:
         """Destroys what nobody may read any more."""
