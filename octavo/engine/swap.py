@@ -11,11 +11,11 @@ from octavo.config import EngineConfig, PreemptionMode
 from octavo.engine.block_manager import BlockManager
 from octavo.request import Sequence
 
-# Measured, see docs/decisions/0071: bytes a second between a device's cache and host memory, one way, and
-# multiplications and additions a second in prefill. Right to a factor of two or so; the choice they serve is seldom
-# that close.
-LINK_BYTES = {"cpu": 2e9, "cuda": 20e9}
-PREFILL_FLOPS = {"cpu": 1e11, "cuda": 2e14}
+# Bytes a second between a device's cache and host memory, one way, and floating-point operations a second in prefill,
+# measured on two CPU cores and on an H100 (docs/decisions/0071). Other machines differ by a factor of a few, and the
+# two sides of the choice mostly by more.
+LINK_BYTES = {"cpu": 1.3e9, "cuda": 39e9}
+PREFILL_FLOPS = {"cpu": 8e10, "cuda": 2e14}
 
 
 @dataclass(frozen=True, slots=True)
