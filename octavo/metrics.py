@@ -35,12 +35,11 @@ class EngineStats:
         self.owned_block_steps += owned
         self.referenced_block_steps += references
 
-    @property
-    def share_saved(self) -> float:
-        """The part of all block references, over the run so far, that sharing spared a block of its own."""
-        if not self.referenced_block_steps:
-            return 0.0
-        return 1 - self.owned_block_steps / self.referenced_block_steps
+    def share_saved(self, since: "EngineStats | None" = None) -> float:
+        """The part of all block references, over all steps or those `since` then, that took no block of its own."""
+        owned = self.owned_block_steps - (since.owned_block_steps if since else 0)
+        referenced = self.referenced_block_steps - (since.referenced_block_steps if since else 0)
+        return 1 - owned / referenced if referenced else 0.0
 
     @property
     def prefix_hit_rate(self) -> float:

@@ -82,7 +82,9 @@ def params_of(width, penalty, early, at_least, at_most, **more):
 
 
 def build(folder, **options):
-    return Engine.build(EngineOptions(model=folder, **{"kv_cache_memory": "8MiB", "max_model_len": 128} | options))
+    return Engine.build(
+        EngineOptions(model=folder, dtype="float32", **{"kv_cache_memory": "8MiB", "max_model_len": 128} | options)
+    )
 
 
 def answer(engine, requests):

@@ -249,7 +249,7 @@ def test_beams_share_blocks_and_give_them_back_as_they_fall():
             pairs = zip(one.token_ids[:-1], other.token_ids[:-1], strict=True)
             alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             assert one.block_table[: alike // 4] == other.block_table[: alike // 4]
-    assert 0.3 < bench.scheduler.stats().share_saved < 0.8
+    assert 0.3 < bench.scheduler.stats().share_saved() < 0.8
     wanted = expected_beams(prompt_of(50), request.params)
     assert [bench.answers["beams", i] for i in range(3)] == [tokens for tokens, _ in wanted]
     assert [bench.scores["beams", i] for i in range(3)] == pytest.approx([score for _, score in wanted])
