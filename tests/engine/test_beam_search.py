@@ -199,6 +199,19 @@ def test_a_stop_token_ends_a_beam_and_is_named():
     assert search.answers()[1].score == pytest.approx(-0.3 / 2)
 
 
+def test_a_search_goes_on_when_all_its_beams_are_computed_again_after_it_forgot():
+    search = BeamSearch(params_of(2, 1.0, False, 0, 8), frozenset((2,)), 8)
+    search.put(0, ([0, 5, 9, 7], [0, -0.1, -0.2, -0.3], 1))
+    assert search.advance() == [(0, 5), (0, 9)]
+    search.put(0, ([0, 6, 7, 8], [0, -0.1, -0.2, -0.3], 1))
+    assert not search.ready
+    search.forget()
+    search.put(1, ([0, 6, 7, 8], [0, -0.1, -0.2, -0.3], 1))
+    assert not search.ready
+    search.put(0, ([0, 6, 7, 8], [0, -0.1, -0.2, -0.3], 1))
+    assert search.ready
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

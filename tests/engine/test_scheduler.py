@@ -506,6 +506,13 @@ def test_prompt_logprobs_come_for_every_position_whatever_the_chunks():
         ([1000], {}, "token id 1000"),
         ([1], {"n": 17}, "n is 17"),
         (prompt_of(50), {"n": 8, "max_tokens": 100}, "KV blocks"),
+        ([1], {"beam_width": 20, "temperature": 0.0}, "beam_width is 20, but at most 16 sequences"),
+        (prompt_of(50), {"beam_width": 8, "temperature": 0.0, "max_tokens": 100}, "8 beams of up to 150 tokens need"),
+        (
+            [1],
+            {"beam_width": 8, "temperature": 0.0, "stop_token_ids": list(range(495))},
+            "beam_width is 8, too wide.* set it to 5 or less",
+        ),
         ([1], {"stop_token_ids": [-1]}, "stop_token_ids"),
         ([1], {"logit_bias": {5000: 1.0}}, "logit_bias"),
     ],
