@@ -15,7 +15,8 @@ import numpy as np
 from octavo.batch import StepResult
 from octavo.config import EngineConfig, ModelConfig, RopeConfig
 from octavo.engine import forecast
-from octavo.engine.scheduler import RequestState, Scheduler
+from octavo.engine.scheduler import Scheduler
+from octavo.engine.state import RequestState
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
 

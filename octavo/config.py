@@ -21,6 +21,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Quantize = Literal["int8", "int4"]
 # Matrices as plain tensors of the model's dtype, or packed for the CPU's kernels: in one precision, or as stored.
 Precision = Literal["plain", "stored", "float32", "bfloat16", "int8", "int4"]
+PreemptionMode = Literal["auto", "recompute", "swap"]
 
 
 def option(default: Any, help: str, **cli: Any) -> Any:
@@ -169,11 +170,27 @@ class EngineOptions:
         None, "most tokens in one step, longer prompts go in chunks (default: 512 on a CPU, 8192 on a GPU)"
     )
     enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt beginnings")
+    swap_space: int | None = option(
+        None,
+        "host memory for the KV of preempted requests; 0 for none (default: 0 on a CPU; 4GiB, or a quarter of the"
+        " free RAM, on a GPU)",
+        metavar="SIZE",
+        parse=parse_size,
+    )
+    preemption_mode: PreemptionMode = option(
+        "auto", "what a request that must give way does with its KV; auto: whatever costs less time"
+    )
     seed: int = option(0, "seed of the requests that bring none")
 
     def __post_init__(self) -> None:
         if self.kv_cache_memory is not None:
             self.kv_cache_memory = parse_size(self.kv_cache_memory)
+        if self.swap_space is not None:
+            self.swap_space = parse_size(self.swap_space)
+            if self.swap_space < 0:
+                raise ConfigError(f"swap_space is {self.swap_space}; it must be at least 0")
+        if self.preemption_mode not in ("auto", "recompute", "swap"):
+            raise ConfigError(f"preemption_mode is {self.preemption_mode!r}; it must be auto, recompute or swap")
         for name in (
             "max_model_len",
             "block_size",
@@ -208,6 +225,8 @@ class EngineConfig:
     max_num_batched_tokens: int
     enable_prefix_caching: bool
     seed: int
+    num_host_blocks: int = 0  # blocks of the KV cache that host memory can keep for preempted requests
+    preemption_mode: PreemptionMode = "auto"
 
     @property
     def max_blocks_per_seq(self) -> int:

@@ -232,6 +232,9 @@ class LLM:
         for request_id, start, entries in output.prompt_logprobs:
             if request_id in self._texts:
                 self._texts[request_id].put_prompt_logprobs(start, entries)
+        for scored in output.beam_scores:
+            if scored[0] in self._texts:
+                self._texts[scored[0]].put_beam_score(scored)
         for token in output.tokens:
             text = self._texts.get(token[0])
             if text is not None:
@@ -325,6 +328,8 @@ class AsyncLLM:
             text.num_cached_tokens = arrived.cached_tokens
         for start, entries in arrived.prompt_logprobs:
             text.put_prompt_logprobs(start, entries)
+        for scored in arrived.beam_scores:
+            text.put_beam_score(scored)
         deltas = [text.push(token) for token in arrived.tokens]
         for delta in deltas:
             if delta.abort:
@@ -382,6 +387,8 @@ def _delta_output(text: RequestText, deltas: list[TextDelta]) -> RequestOutput:
             output.logprobs = (output.logprobs or []) + delta.logprobs
         output.finish_reason = delta.finish_reason or output.finish_reason
         output.stop_reason = delta.stop_reason if delta.stop_reason is not None else output.stop_reason
+        if delta.beam_score is not None:
+            output.cumulative_logprob, output.beam_score = delta.cumulative_logprob, delta.beam_score
     whole = text.result()
     whole.outputs = list(new.values())
     return whole

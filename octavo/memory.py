@@ -12,6 +12,8 @@ from pathlib import Path
 from octavo.config import DTYPE_BYTES, EngineConfig, EngineOptions, ModelConfig, Precision, format_size
 from octavo.errors import CapacityError, ConfigError
 
+# Host memory for preempted requests on a GPU, if it is no more than a quarter of what is free.
+GPU_SWAP_SPACE = 4 * 1024**3
 # Choices for a device where the user makes none: (most sequences, most tokens) in a step. A CPU computes a token in
 # about a millisecond and more, so its chunks must be short if running streams are not to stall.
 STEP_SIZES = {"cpu": (64, 512), "cuda": (256, 8192)}
@@ -32,6 +34,7 @@ class MemoryPlan:
     max_model_len: int
     wanted_model_len: int
     share_option: str  # the flag that sets budget / free
+    swap_space: int = 0  # of host memory
 
     @property
     def num_tokens(self) -> int:
@@ -47,6 +50,8 @@ class MemoryPlan:
             f"KV cache: {self.kv_per_token:,} bytes a token, {self.num_blocks:,} blocks of {self.block_size} ="
             f" {self.num_tokens:,} tokens = {full:.1f} requests of the full {self.max_model_len:,} tokens",
         ]
+        if self.swap_space:
+            lines.append(f"swap space: {format_size(self.swap_space)} of host memory for preempted requests")
         if self.max_model_len < self.wanted_model_len:
             lines.append(
                 f"context: {self.max_model_len:,} tokens fit of the model's {self.wanted_model_len:,};"
@@ -94,11 +99,13 @@ def resolve(
     dtype: str,
     free: int,
     precision: Precision = "plain",
+    host_free: int = 0,
 ) -> tuple[EngineConfig, MemoryPlan]:
     """Settles every open option for a `model` of `weights` bytes on a device with `free` bytes.
 
-    Raises `CapacityError` with the numbers and the option to set when weights, or one request of the wanted length,
-    do not fit; `ConfigError` when options contradict each other.
+    `host_free` are the bytes of RAM beside a GPU; on a CPU `free` is all there is. Raises `CapacityError` with the
+    numbers and the option to set when weights, one request of the wanted length or the swap space do not fit;
+    `ConfigError` when options contradict each other.
     """
     seqs, tokens = STEP_SIZES[device]
     max_num_seqs = options.max_num_seqs or seqs
@@ -139,6 +146,9 @@ def resolve(
             f" {format_size(max(0, kv_cache))} are left; the largest context that fits is --max-model-len {fitting}"
             f" (or raise --kv-cache-memory or --{name.replace('_', '-')})"
         )
+    held = num_blocks * options.block_size * per_token
+    host_free = host_free if device == "cuda" else free - weights - working - held
+    num_host_blocks = _host_blocks(options, per_token * options.block_size, device, host_free)
     config = EngineConfig(
         model=model,
         dtype=dtype,
@@ -152,18 +162,39 @@ def resolve(
         max_num_batched_tokens=max_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
         seed=options.seed,
+        num_host_blocks=num_host_blocks,
+        preemption_mode=options.preemption_mode,
     )
     plan = MemoryPlan(
         free=free,
         budget=budget,
         weights=weights,
         working=working,
-        kv_cache=num_blocks * options.block_size * per_token,
+        kv_cache=held,
         kv_per_token=per_token,
         block_size=options.block_size,
         num_blocks=num_blocks,
         max_model_len=config.max_model_len,
         wanted_model_len=wanted,
         share_option=f"--{name.replace('_', '-')}",
+        swap_space=num_host_blocks * options.block_size * per_token,
     )
     return config, plan
+
+
+def _host_blocks(options: EngineOptions, block_bytes: int, device: str, host_free: int) -> int:
+    """Blocks of the swap space, which must fit into `host_free` bytes."""
+    space = options.swap_space
+    if space is None:
+        space = min(GPU_SWAP_SPACE, host_free // 4) if device == "cuda" else 0
+    elif space > host_free:
+        raise CapacityError(
+            f"swap_space is {format_size(space)}, but of the RAM only {format_size(max(0, host_free))} are left; set"
+            " --swap-space lower, 0 for none"
+        )
+    if options.preemption_mode == "swap" and space < block_bytes:
+        raise ConfigError(
+            f"preemption_mode is swap, but swap_space is {format_size(space)} and one block {format_size(block_bytes)};"
+            " set --swap-space to more, or --preemption-mode auto"
+        )
+    return 0 if options.preemption_mode == "recompute" else space // block_bytes

@@ -1,7 +1,7 @@
 """A request on its way through the engine, and the results that a caller gets.
 
-`Request` is what a client submits (it crosses the process boundary), `Sequence` is one of its n samples as the engine
-keeps it, `RequestOutput` is what comes back. Words are handled elsewhere: here, tokens are numbers.
+`Request` is what a client submits (it crosses the process boundary), `Sequence` is one of its samples or beams as the
+engine keeps it, `RequestOutput` is what comes back. Words are handled elsewhere: here, tokens are numbers.
 """
 
 import time
@@ -18,6 +18,9 @@ FinishReason = str
 # logprobs is ([token ids], [logprobs], rank) with the drawn token first.
 TokenLogprobs = tuple[list[int], list[float], int]
 TokenOutput = tuple[str, int, int, FinishReason | None, int | None, TokenLogprobs | None]
+# What a beam search says of one of its answers:
+# (request id, index of the answer, cumulative logprob, that over length ** length_penalty).
+BeamScore = tuple[str, int, float, float]
 
 
 @dataclass(slots=True)
@@ -39,7 +42,7 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sample of a request, as the engine keeps it.
+    """One sample or beam of a request, as the engine keeps it.
 
     `token_ids` are prompt and answer. `num_computed` of them have their K/V in the blocks of `block_table`; each step
     moves it towards `len(token_ids)`. That difference is all the state there is.
@@ -59,6 +62,7 @@ class Sequence:
     num_committed: int = 0
     num_borrowed: int = 0  # blocks of the table that somebody else held when it was given them
     fills: int = 0  # tokens up to which it fills blocks that its siblings already share and wait for
+    host_table: list[int] = field(default_factory=list)  # while it is swapped out: the host blocks with its K/V
     row: int = -1  # place in the engine's row table while the sequence holds blocks
     finish_reason: FinishReason | None = None
 
@@ -75,6 +79,12 @@ class Sequence:
         """Tokens still to be computed."""
         return len(self.token_ids) - self.num_computed
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt positions are still to be computed whose logprobs were asked for."""
+        asked = self.request.params.prompt_logprobs is not None
+        return asked and self.num_output == 0 and self.num_computed < self.num_prompt - 1
+
 
 @dataclass(slots=True)
 class Logprob:
@@ -87,7 +97,11 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One sample of a request's answer. `stop_reason` is the stop string or stop token id that ended it."""
+    """One sample of a request's answer. `stop_reason` is the stop string or stop token id that ended it.
+
+    `cumulative_logprob` is there when logprobs were asked for, and in a beam search; `beam_score`, by which the answers
+    of a beam search are ordered, is that over length ** length_penalty, EOS counted.
+    """
 
     index: int
     text: str
@@ -96,6 +110,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    beam_score: float | None = None
 
     @property
     def finished(self) -> bool:

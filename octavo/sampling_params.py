@@ -8,6 +8,21 @@ from octavo.errors import RequestError, nearest
 
 MAX_LOGPROBS = 100
 MAX_N = 128
+MAX_BEAM_WIDTH = 32
+# What a beam search has no use for, with the value at which it is off: the search follows the model's own distribution.
+_NOT_WITH_BEAMS: dict[str, Any] = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "stop": [],
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -16,6 +31,10 @@ class SamplingParams:
 
     `temperature` 0 is greedy: exact argmax after bias and penalties. Filters apply in the order top_k, top_p, min_p
     to the distribution at the given temperature. `seed` fixes the tokens whatever else is in the batch.
+
+    `beam_width` above 1 searches with so many beams and answers with the `n` best, by cumulative logprob /
+    length ** `length_penalty`. `early_stopping` says when a search ends that holds `beam_width` finished answers: True,
+    at once; False, when its best beam would not do better if it ended now; "never", when no beam could ever do better.
     """
 
     n: int = 1
@@ -39,6 +58,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    beam_width: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -50,6 +72,7 @@ class SamplingParams:
             self.logit_bias = self._integer_keys(self.logit_bias)
         self._check_types()
         self._check_ranges()
+        self._check_beams()
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "SamplingParams":
@@ -65,6 +88,16 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def beams(self) -> bool:
+        """Whether the answers are searched for and not drawn."""
+        return self.beam_width > 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run at once when the prompt is computed: samples, or beams."""
+        return max(self.n, self.beam_width)
+
+    @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
@@ -76,14 +109,14 @@ class SamplingParams:
             raise RequestError("logit_bias must map token ids to numbers", "logit_bias") from None
 
     def _check_types(self) -> None:
-        for name in ("n", "top_k", "min_tokens"):
+        for name in ("n", "top_k", "min_tokens", "beam_width"):
             _require(name, getattr(self, name), int)
         for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), int)
         for name in (
             *("temperature", "top_p", "min_p"),
-            *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty"),
         ):
             _require(name, getattr(self, name), (int, float))
             if not math.isfinite(getattr(self, name)):
@@ -124,6 +157,32 @@ class SamplingParams:
                 _in_range(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty; no token could be drawn", "allowed_token_ids")
+
+    def _check_beams(self) -> None:
+        _in_range("beam_width", self.beam_width, 0, MAX_BEAM_WIDTH)
+        _in_range("length_penalty", self.length_penalty, -10, 10)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(
+                f'early_stopping is {self.early_stopping!r}; it must be True, False or "never"', "early_stopping"
+            )
+        if not self.beams:
+            for name, off in (("length_penalty", 1.0), ("early_stopping", False)):
+                if getattr(self, name) != off:
+                    raise RequestError(
+                        f"{name} is for beam search, which is off; set a beam width of 2 or more or leave it out", name
+                    )
+            return
+        if self.n > self.beam_width:
+            raise RequestError(
+                f"n is {self.n}, but a search with {self.beam_width} beams has no more answers than that; lower n or"
+                " raise the beam width",
+                "n",
+            )
+        for name, off in _NOT_WITH_BEAMS.items():
+            if getattr(self, name) != off:
+                raise RequestError(
+                    f"{name} is {getattr(self, name)!r}, which beam search does not use; set it to {off!r}", name
+                )
 
 
 def _require(name: str, value: Any, kind: type | tuple[type, ...]) -> None:

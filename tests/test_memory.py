@@ -106,3 +106,32 @@ def test_free_ram_is_what_a_machine_could_have():
 
 def test_dtype_halves_the_cache():
     assert MODEL.kv_bytes_per_token("bfloat16") * 2 == replace(MODEL).kv_bytes_per_token("float32")
+
+
+def test_swap_space_is_host_memory():
+    assert settle(10**9)[0].num_host_blocks == 0
+    config, plan = settle(10**9, kv_cache_memory="1MiB", swap_space="4MiB")
+    assert config.num_host_blocks == 4 * 1024**2 // (PER_TOKEN * 16)
+    assert plan.swap_space == config.num_host_blocks * PER_TOKEN * 16
+    assert any("4.00 MiB of host memory" in line for line in plan.lines())
+    assert settle(10**9, swap_space="4MiB", preemption_mode="recompute")[0].num_host_blocks == 0
+
+
+def test_swap_space_on_a_gpu_is_a_part_of_the_ram():
+    def blocks(host_free, **options):
+        given = EngineOptions(kv_cache_memory=2**20, **options)
+        config, _ = resolve(given, MODEL, WEIGHTS, device="cuda", dtype="bfloat16", free=10**9, host_free=host_free)
+        return config.num_host_blocks * PER_TOKEN // 2 * 16
+
+    assert blocks(100 * 2**30) == 4 * 2**30
+    assert blocks(8 * 2**30) == 2 * 2**30
+    assert blocks(8 * 2**30, swap_space="6GiB") == 6 * 2**30
+
+
+def test_a_swap_space_larger_than_memory_is_refused_with_what_is_left():
+    with pytest.raises(CapacityError, match=r"swap_space is 1\.00 TiB.*set --swap-space lower"):
+        settle(10**9, kv_cache_memory="1MiB", swap_space="1TiB")
+    with pytest.raises(ConfigError, match="preemption_mode is swap, but swap_space is 0 B"):
+        settle(10**9, preemption_mode="swap")
+    with pytest.raises(ConfigError, match="preemption_mode is 'sometimes'"):
+        EngineOptions(preemption_mode="sometimes")

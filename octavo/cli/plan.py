@@ -83,7 +83,9 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
             f" {format_size(disk['free'])} are free: set {disk['variable']} to a folder on another disk"
         )
     try:
-        config, plan = resolve(options, model, found["weights"][dtype], device=device, dtype=dtype, free=free)
+        config, plan = resolve(
+            options, model, found["weights"][dtype], device=device, dtype=dtype, free=free, host_free=free_ram()
+        )
     except CapacityError as error:
         found |= {"step_memory": None, "kv_memory": 0, "max_model_len": 0, "cached_tokens": 0, "table": []}
         found["problems"].append(str(error))

@@ -9,8 +9,8 @@ with its own tokens, so equal hashes mean equal beginnings. Nothing here knows o
 
 import hashlib
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable
 
 from octavo.request import Sequence
 
@@ -28,6 +28,7 @@ class BlockManager:
         # Blocks that nobody owns, in the order of reuse; a hit is taken from the middle in O(1).
         self._free_queue: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_cached = 0
+        self._num_references = 0
 
     @property
     def num_available(self) -> int:
@@ -46,11 +47,16 @@ class BlockManager:
     def num_owned(self) -> int:
         return self.num_blocks - len(self._free_queue)
 
+    @property
+    def num_references(self) -> int:
+        """Entries of all block tables: the blocks that would be owned if nothing were shared."""
+        return self._num_references
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens fill."""
         return -(-num_tokens // self.block_size)
 
-    def count_owned(self, blocks: list[int]) -> int:
+    def count_owned(self, blocks: Collection[int]) -> int:
         """How many of `blocks` somebody owns now."""
         return sum(1 for block in blocks if self._ref_count[block])
 
@@ -128,12 +134,11 @@ class BlockManager:
     def demand(self, sequences: Iterable[Sequence]) -> int:
         """Blocks that `grow` will take for all of `sequences` together, copies of shared blocks among them."""
         new = 0
-        writers: dict[int, int] = {}
+        writers: Counter[int] = Counter()
         for seq in sequences:
             new += self.blocks_for(seq.num_tokens) - len(seq.block_table)
             if self._writes_shared(seq):
-                block = seq.block_table[seq.num_computed // self.block_size]
-                writers[block] = writers.get(block, 0) + 1
+                writers[seq.block_table[seq.num_computed // self.block_size]] += 1
         # If all owners write, the last of them finds itself the only one and needs no copy.
         return new + sum(min(count, self._ref_count[block] - 1) for block, count in writers.items())
 
@@ -168,14 +173,67 @@ class BlockManager:
         child.num_committed = parent.num_committed
         child.num_borrowed = len(child.block_table)
         for block in child.block_table:
-            self._ref_count[block] += 1
+            self._own(block)
 
     def free(self, seq: Sequence) -> None:
         """Gives `seq`'s blocks back, tail first: what is nearest a prompt's beginning is evicted last."""
+        self.release(seq)
+        seq.num_computed = seq.fills = 0
+
+    def release(self, seq: Sequence) -> None:
+        """As `free`, but what `seq` has computed still counts: its K/V has been copied elsewhere."""
         for block in reversed(seq.block_table):
             self._release(block)
         seq.block_table = []
-        seq.num_computed = seq.num_committed = seq.num_borrowed = seq.fills = 0
+        seq.num_committed = seq.num_borrowed = 0
+
+    def restore(self, sequences: list[Sequence]) -> list[tuple[int, int]] | None:
+        """Gives swapped-out `sequences` blocks again, one for each that their `host_table`s name, shared as there.
+
+        What the prefix cache still holds is taken from it. Returns the (device, host) copies that the step must make
+        first; None, and nothing taken, if blocks are short for this and for what the sequences write next.
+        """
+        device: dict[int, int] = {}  # of a host block: the block that holds the same
+        for seq in sequences:
+            full = seq.num_computed // self.block_size
+            device.update(zip(seq.host_table[:full], self.match_prefix(seq), strict=False))
+        hits = frozenset(device)
+        found = set(device.values())
+        idle = len(found) - self.count_owned(found)
+        missing = {host for seq in sequences for host in seq.host_table} - hits
+        if len(missing) + idle + self._demand_once_restored(sequences) > self.num_available:
+            return None
+        for seq in sequences:  # before any is handed out anew
+            for host in hits.intersection(seq.host_table):
+                self._share(seq, device[host])
+        copies = []
+        for seq in sequences:
+            for host in seq.host_table:
+                if host not in device:
+                    device[host] = self._pop()
+                    copies.append((device[host], host))
+                elif host not in hits:
+                    self._share(seq, device[host])
+            seq.block_table = [device[host] for host in seq.host_table]
+            seq.num_committed = 0
+        return copies
+
+    def _demand_once_restored(self, sequences: list[Sequence]) -> int:
+        """What `demand` will say when `sequences` have blocks as their `host_table`s name them."""
+        new = 0
+        writers: Counter[int] = Counter()
+        owners: Counter[int] = Counter()
+        for seq in sequences:
+            new += self.blocks_for(seq.num_tokens) - len(seq.host_table)
+            owners.update(seq.host_table)
+            i = seq.num_computed // self.block_size
+            if i < len(seq.host_table):
+                writers[seq.host_table[i]] += 1
+        return new + sum(min(count, owners[host] - 1) for host, count in writers.items())
+
+    def _share(self, seq: Sequence, block: int) -> None:
+        seq.num_borrowed += self._ref_count[block] > 0
+        self._own(block)
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached content; owned blocks stay owned and lose their hashes."""
@@ -188,6 +246,7 @@ class BlockManager:
             del self._free_queue[block]
             self._num_cached -= self._hash_of[block] is not None
         self._ref_count[block] += 1
+        self._num_references += 1
 
     def _pop(self) -> int:
         block, _ = self._free_queue.popitem(last=False)
@@ -197,10 +256,12 @@ class BlockManager:
             self._hash_of[block] = None
             self._num_cached -= 1
         self._ref_count[block] = 1
+        self._num_references += 1
         return block
 
     def _release(self, block: int) -> None:
         self._ref_count[block] -= 1
+        self._num_references -= 1
         assert self._ref_count[block] >= 0, f"block {block} freed twice"
         if self._ref_count[block]:
             return
@@ -220,6 +281,7 @@ class BlockManager:
             for block in seq.block_table:
                 owners[block] += 1
         assert owners == self._ref_count, "reference counts differ from the tables"
+        assert self._num_references == sum(owners)
         unowned = {block for block in range(self.num_blocks) if not owners[block]}
         assert unowned == set(self._free_queue), "the free queue is not the unowned blocks"
         cached = {block for block in unowned if self._hash_of[block] is not None}

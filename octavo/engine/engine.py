@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from octavo.config import EngineConfig, EngineOptions
 from octavo.engine.process import EngineInfo
-from octavo.engine.scheduler import Scheduler, StepOutput
+from octavo.engine.scheduler import Scheduler
+from octavo.engine.state import StepOutput
 from octavo.log import logger
 from octavo.memory import MemoryPlan
 from octavo.metrics import EngineStats

@@ -38,9 +38,9 @@ class Limits:
         return room if wanted is None else min(wanted, room)
 
     def room(self, num_prompt: int, n: int) -> int:
-        """The most tokens that each of `n` samples may have after a prompt of `num_prompt`; 0 or less if none fits.
+        """The most tokens that each of `n` sequences may have after a prompt of `num_prompt`; 0 or less if none fits.
 
-        The samples share the prompt's full blocks; all together must fit the context and the cache.
+        The sequences share the prompt's full blocks; all together must fit the context and the cache.
         """
         shared = num_prompt // self.block_size
         cached = ((self.num_blocks - shared) // n + shared) * self.block_size
@@ -63,10 +63,20 @@ class Limits:
                 f" context of {self.max_model_len}; set max_tokens to {self.max_model_len - len(prompt)} or less",
                 "max_tokens",
             )
-        if params.n > self.max_num_seqs:
+        if params.num_sequences > self.max_num_seqs:
+            name = "beam_width" if params.beams else "n"
             raise RequestError(
-                f"n is {params.n}, but at most {self.max_num_seqs} sequences run at once (--max-num-seqs)",
-                "n",
+                f"{name} is {params.num_sequences}, but at most {self.max_num_seqs} sequences run at once"
+                " (--max-num-seqs)",
+                name,
+            )
+        # So that a beam always has somewhere to go, whatever tokens end it.
+        widest = self.vocab_size // 2 - len(params.stop_token_ids)
+        if params.beams and params.beam_width > widest:
+            raise RequestError(
+                f"beam_width is {params.beam_width}, too wide for a vocabulary of {self.vocab_size} tokens with"
+                f" {len(params.stop_token_ids)} stop_token_ids; set it to {max(0, widest)} or less",
+                "beam_width",
             )
         self._check_blocks(request)
         self._check_ids("prompt", prompt)
@@ -75,18 +85,19 @@ class Limits:
         self._check_ids("logit_bias", params.logit_bias or ())
 
     def _check_blocks(self, request: Request) -> None:
-        """The n samples of a request share the prompt's full blocks; all together must fit the cache."""
-        prompt, n = len(request.prompt_token_ids), request.params.n
+        """The samples or beams of a request share the prompt's full blocks; all together must fit the cache."""
+        prompt, n = len(request.prompt_token_ids), request.params.num_sequences
         shared = prompt // self.block_size
         each = -(-(prompt + self.max_tokens(request)) // self.block_size) - shared
         if shared + n * each <= self.num_blocks:
             return
         room = self.room(prompt, n)
-        fix = f"set max_tokens to {room} or less" if room > 0 else "lower n or shorten the prompt"
+        name, kind = ("beam_width", "beams") if request.params.beams else ("n", "samples")
+        fix = f"set max_tokens to {room} or less" if room > 0 else f"lower {name} or shorten the prompt"
         raise RequestError(
-            f"{n} samples of up to {prompt + self.max_tokens(request)} tokens need {shared + n * each} KV blocks of"
+            f"{n} {kind} of up to {prompt + self.max_tokens(request)} tokens need {shared + n * each} KV blocks of"
             f" {self.block_size} tokens, but there are {self.num_blocks}; {fix}",
-            "max_tokens" if room > 0 else "n",
+            "max_tokens" if room > 0 else name,
         )
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:

@@ -23,10 +23,10 @@ from typing import Any
 from octavo import errors, log
 from octavo.config import EngineOptions
 from octavo.engine.limits import Limits
-from octavo.engine.scheduler import StepOutput
+from octavo.engine.state import StepOutput
 from octavo.errors import EngineDeadError, OctavoError, QueueFullError
 from octavo.metrics import EngineStats
-from octavo.request import Request, TokenLogprobs, TokenOutput
+from octavo.request import BeamScore, Request, TokenLogprobs, TokenOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class Arrived:
 
     tokens: list[TokenOutput] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
+    beam_scores: list[BeamScore] = field(default_factory=list)
     queue_seconds: float | None = None  # set once, when the request was admitted
     cached_tokens: int = 0
 
@@ -241,6 +242,9 @@ class EngineClient:
         for request_id, start, entries in output.prompt_logprobs:
             if stream := self._streams.get(request_id):
                 stream.pending().prompt_logprobs.append((start, entries))
+        for scored in output.beam_scores:
+            if stream := self._streams.get(scored[0]):
+                stream.pending().beam_scores.append(scored)
         for token in output.tokens:
             stream = self._streams.get(token[0])
             if stream is not None and stream.take(token):

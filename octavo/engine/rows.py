@@ -7,6 +7,8 @@ is a handful of array look-ups instead of a walk over Python objects. Knows noth
 import numpy as np
 
 from octavo.batch import Batch, Ints, PromptLogprobs, SamplingColumns
+from octavo.engine.beam_search import num_candidates
+from octavo.engine.state import Plan
 from octavo.request import Sequence
 
 # A request's sample k draws from the random stream seed + k * FORK_STRIDE (modulo 2**64): no two samples share one.
@@ -18,7 +20,7 @@ class RowTable:
 
     def __init__(self, max_rows: int, max_blocks: int, block_size: int, eos_token_ids: tuple[int, ...]):
         self._block_size = block_size
-        self._eos = eos_token_ids
+        self._eos = frozenset(eos_token_ids)
         self._free = list(range(max_rows - 1, -1, -1))
         self._blocks = np.zeros((max_rows, max_blocks), np.int32)
         self._ntk_alpha = np.ones(max_rows, np.float32)
@@ -40,6 +42,8 @@ class RowTable:
         self._min_p[row] = params.min_p
         self._seed[row] = seq.seed
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        if params.beams:
+            self._num_logprobs[row] = max(self._num_logprobs[row], num_candidates(params, self._eos))
         self.write_blocks(seq, 0)
 
     def write_blocks(self, seq: Sequence, start: int) -> None:
@@ -50,18 +54,9 @@ class RowTable:
         self._free.append(seq.row)
         seq.row = -1
 
-    def batch(
-        self,
-        entries: list[tuple[Sequence, int]],
-        samples: list[tuple[Sequence, int]],
-        prompt_spans: list[tuple[Sequence, int, int]],
-        copies: list[tuple[int, int]],
-    ) -> Batch:
-        """The Batch in which each (sequence, n) of `entries` computes the last n of its `num_computed` tokens.
-
-        `samples` are the sequences to draw for, in the entries' order, each with the number of its fork or 0.
-        `prompt_spans` are the (sequence, first position, count) whose prompt logprobs are wanted.
-        """
+    def batch(self, plan: Plan) -> Batch:
+        """The Batch in which each (sequence, n) of `plan.entries` computes the last n of its `num_computed` tokens."""
+        entries, samples = plan.entries, plan.samples
         rows = np.array([seq.row for seq, _ in entries], np.int32)
         counts = np.array([n for _, n in entries], np.int32)
         first = np.array([seq.num_computed - n for seq, n in entries], np.int32)
@@ -88,8 +83,10 @@ class RowTable:
             ntk_alpha=self._ntk_alpha[rows],
             sample_index=query_start[1 + entry_of_row[[seq.row for seq, _ in samples]]] - 1,
             sampling=self._sampling([seq for seq, _ in samples], [fork for _, fork in samples]),
-            block_copies=np.array(copies, np.int32).reshape(-1, 2),
-            prompt_logprobs=_prompt_logprobs(prompt_spans, query_start[entry_of_row], first[entry_of_row]),
+            block_copies=_pairs(plan.copies),
+            swap_out=_pairs(plan.swap_out),
+            swap_in=_pairs(plan.swap_in),
+            prompt_logprobs=_prompt_logprobs(plan.prompt_spans, query_start[entry_of_row], first[entry_of_row]),
         )
 
     def _sampling(self, samples: list[Sequence], forks: list[int]) -> SamplingColumns:
@@ -127,6 +124,10 @@ class RowTable:
             columns.bias_sample = np.array(sample, np.int32)
             columns.bias_token = np.array(token, np.int32)
             columns.bias_value = np.array(value, np.float32)
+
+
+def _pairs(copies: list[tuple[int, int]]) -> Ints:
+    return np.array(copies, np.int32).reshape(-1, 2)
 
 
 def _write_allowed(samples: list[Sequence], columns: SamplingColumns) -> None:

@@ -2,61 +2,28 @@
 
 A sequence has known tokens and computed tokens; each step the second catches up with the first, under a budget of
 tokens. Prompts, chunks of prompts, prefix hits, decoding and recomputation after a preemption are that one rule. When
-blocks run out, the request that is cheapest to compute again gives up its own. Knows no words and no tensors.
+blocks run out, the request that is cheapest to compute again gives up its own. Beams are sequences like others, but
+`beam_search` says what they become. Knows no words and no tensors.
 """
 
 import bisect
 import itertools
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import replace
 
-from octavo.batch import Batch, LogprobColumns, StepResult
+from octavo.batch import Batch, StepResult
 from octavo.config import EngineConfig
+from octavo.engine.beam_search import BeamSearch
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.forecast import Forecast
 from octavo.engine.limits import Limits
 from octavo.engine.rows import FORK_STRIDE, RowTable
+from octavo.engine.state import Plan, RequestState, StepOutput, token_logprobs
+from octavo.engine.swap import SwapCost, SwapSpace
 from octavo.log import logger
 from octavo.metrics import EngineStats
-from octavo.request import FinishReason, Request, Sequence, TokenLogprobs, TokenOutput
-
-
-@dataclass(slots=True, eq=False)
-class RequestState:
-    """A request in the scheduler: its unfinished sequences, which wait, run and are preempted together."""
-
-    request: Request
-    order: tuple[int, float, int]  # priority, arrival, number: the queue's order
-    sequences: list[Sequence]
-    max_len: int  # tokens of prompt and answer at which a sequence ends
-    forked: bool  # whether its n samples exist; until the prompt is computed there is one sequence
-    started: bool = False
-    lost_tokens: int = 0  # computed before the last preemption
-
-
-@dataclass(slots=True)
-class Plan:
-    """A step while it is made, and until its result is read."""
-
-    budget: int  # tokens that may still be added
-    entries: list[tuple[Sequence, int]] = field(default_factory=list)
-    # Who draws a token, in the entries' order: (sequence, 0), and (sequence, k) for its k-th fork, still to be made.
-    samples: list[tuple[Sequence, int]] = field(default_factory=list)
-    # (sequence, prompt position of the first, number of positions) whose logprobs are wanted
-    prompt_spans: list[tuple[Sequence, int, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class StepOutput:
-    """What one step tells the outside, in plain values: it crosses to the HTTP process as one message."""
-
-    tokens: list[TokenOutput]
-    # Requests admitted for the first time: (request id, seconds in the queue, prompt tokens found in the cache).
-    started: list[tuple[str, float, int]] = field(default_factory=list)
-    # (request id, prompt position of the first entry, one entry a position)
-    prompt_logprobs: list[tuple[str, int, list[TokenLogprobs]]] = field(default_factory=list)
+from octavo.request import FinishReason, Request, Sequence
 
 
 class Scheduler:
@@ -67,6 +34,7 @@ class Scheduler:
         self.blocks = BlockManager(
             config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
+        self.swap = SwapSpace(config.num_host_blocks, config.preemption_mode, SwapCost.of(config))
         self._config = config
         self._eos = frozenset(config.model.eos_token_ids)
         self._rows = RowTable(
@@ -96,12 +64,14 @@ class Scheduler:
             num_prompt=num_prompt,
             ntk_alpha=self._config.model.rope.ntk_alpha(num_prompt),
         )
+        max_tokens = self.limits.max_tokens(request)
         state = RequestState(
             request=request,
             order=(request.priority, request.arrival, number),
             sequences=[first],
-            max_len=num_prompt + self.limits.max_tokens(request),
-            forked=request.params.n == 1,
+            max_len=num_prompt + max_tokens,
+            forked=request.params.num_sequences == 1,
+            search=BeamSearch(request.params, self._eos, max_tokens) if request.params.beams else None,
         )
         self._states[request.request_id] = state
         self._enqueue(state)
@@ -120,15 +90,15 @@ class Scheduler:
         state = self._states.get(request_id)
         if state is None:
             return
-        if index is not None and not state.forked:
-            return  # the samples do not exist yet; none of them can have shown a stop string
+        if index is not None and (not state.forked or state.search is not None):
+            return  # the samples, or a search's answers, do not exist yet: none of them can have shown a stop string
         leader = state.sequences[0]
         filling = leader.num_computed < leader.fills
         for seq in list(state.sequences):
             if index is None or seq.index == index:
                 self._end(state, seq, "abort")
         if state.sequences and filling and leader.finish_reason:
-            self._preempt(state)  # what it was filling for its siblings would stay empty
+            self._preempt(state, None)  # what it was filling for its siblings would stay empty
 
     def has_work(self) -> bool:
         return bool(self._states)
@@ -138,22 +108,24 @@ class Scheduler:
         stats, blocks = self._stats, self.blocks
         stats.running, stats.waiting = len(self._running), len(self._waiting)
         stats.blocks_free, stats.blocks_cached = blocks.num_free, blocks.num_cached
-        stats.blocks_owned = blocks.num_owned
+        stats.blocks_owned, stats.block_references = blocks.num_owned, blocks.num_references
+        stats.host_blocks_used = self.swap.num_used
         return stats
 
     def check(self) -> None:
-        """Asserts the block manager's invariants. For tests."""
+        """Asserts the invariants of blocks and host blocks. For tests."""
         self.blocks.check([seq for state in self._states.values() for seq in state.sequences])
+        self.swap.check(state.sequences for state in self._states.values())
 
     # ---- a step is made ---------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
         """The next step, or None if nobody has anything to compute."""
         plan = Plan(budget=self._config.max_num_batched_tokens)
-        calm = self._make_room()
+        calm = self._make_room(plan)
         for state, seq in self._by_urgency():
             self._place(state, seq, plan)
-        while calm and plan.budget > 0 and self._waiting and self._admit(self._waiting[0]):
+        while calm and plan.budget > 0 and self._waiting and self._admit(self._waiting[0], plan):
             state = self._waiting.pop(0)
             for seq in state.sequences:
                 self._place(state, seq, plan)
@@ -161,7 +133,7 @@ class Scheduler:
             assert not self._running, "running requests, but nothing to compute"
             return None
         self._steps.append(plan)
-        return self._rows.batch(plan.entries, plan.samples, plan.prompt_spans, plan.copies)
+        return self._rows.batch(plan)
 
     def _by_urgency(self) -> list[tuple[RequestState, Sequence]]:
         """Running sequences, those with a single token first: a long prompt must not hold up the streams."""
@@ -181,20 +153,21 @@ class Scheduler:
         plan.copies += copies
         plan.entries.append((seq, n))
         plan.budget -= n
-        if _wants_prompt_logprobs(seq):
+        if seq.wants_prompt_logprobs:
             # Position p tells the logprob of token p + 1; the prompt's last position belongs to the answer.
             count = min(n, seq.num_prompt - 1 - seq.num_computed)
             plan.prompt_spans.append((seq, seq.num_computed, count))
         seq.num_computed += n
         if seq.want == 0:
-            plan.samples += [(seq, fork) for fork in range(1 if state.forked else state.request.params.n)]
+            forks = 1 if state.forked or state.search else state.request.params.n
+            plan.samples += [(seq, fork) for fork in range(forks)]
 
-    def _make_room(self) -> bool:
+    def _make_room(self, plan: Plan) -> bool:
         """Preempts until every running sequence can take its next step; False if anybody had to go."""
         calm = True
         while self._demand() > self.blocks.num_available:
             assert len(self._running) > 1, "a single request does not fit, though Limits.check let it in"
-            self._preempt(self._victim())
+            self._preempt(self._victim(), plan)
             calm = False
         return calm
 
@@ -209,36 +182,70 @@ class Scheduler:
             key=lambda state: (self.blocks.computed_tokens(state.sequences, exclusive=True), -state.order[2]),
         )
 
-    def _preempt(self, state: RequestState) -> None:
-        """Takes all blocks of a running request back and queues it again at its old place."""
-        state.lost_tokens = self.blocks.computed_tokens(state.sequences)
+    def _preempt(self, state: RequestState, plan: Plan | None) -> None:
+        """Takes all blocks of a running request back and queues it again at its old place.
+
+        What it has computed goes to host memory if that is cheaper than doing it again, and there is a `plan` whose
+        step can make the copies.
+        """
+        kept = plan is not None and self.swap.suits(state.sequences, self.blocks)
         for seq in state.sequences:
             self._rows.remove(seq)
-            self.blocks.free(seq)
+        if plan is not None and kept:
+            copies = self.swap.take_out(state.sequences, self.blocks)
+            plan.swap_out += copies
+            self._stats.swaps += 1
+            self._stats.blocks_swapped_out += len(copies)
+        else:
+            state.lost_tokens = self.blocks.computed_tokens(state.sequences)
+            for seq in state.sequences:
+                self.blocks.free(seq)
+            if state.search is not None:
+                state.search.forget()
         self._running.remove(state)
         self._enqueue(state)
         self._stats.preemptions += 1
         logger.info(
-            "preempted a request with %d computed tokens: %d KV blocks for %d running requests are too few;"
+            "preempted a request (%s): %d KV blocks for %d running requests are too few;"
             " raise --kv-cache-memory or lower --max-num-seqs if this is frequent",
-            state.lost_tokens,
+            "kept in host memory" if kept else f"{state.lost_tokens} tokens to compute again",
             self.blocks.num_blocks,
             len(self._running) + 1,
         )
 
-    def _admit(self, state: RequestState) -> bool:
+    def _admit(self, state: RequestState, plan: Plan) -> bool:
         """Gives a waiting request the blocks for all that is known of it and lets it run; False if they are short."""
-        rows = sum(self._num_rows(running) for running in self._running)
-        if rows + self._num_rows(state) > self._config.max_num_seqs:
+        if sum(running.num_rows for running in self._running) + state.num_rows > self._config.max_num_seqs:
             return False
+        if not (self._take_back(state, plan) if state.swapped else self._take(state)):
+            return False
+        for seq in state.sequences:
+            self._rows.add(seq)
+        self._running.append(state)
+        return True
+
+    def _take_back(self, state: RequestState, plan: Plan) -> bool:
+        """Blocks for what a request left in host memory, and the copies; False if there are too few."""
+        if self._running and not self._fits_ahead(state, 0):
+            return False
+        copies = self.swap.bring_back(state.sequences, self.blocks)
+        if copies is None:
+            return False
+        plan.swap_in += copies
+        self._stats.blocks_swapped_in += len(copies)
+        return True
+
+    def _take(self, state: RequestState) -> bool:
+        """Blocks for a request that has none, from the prefix cache as far as it goes; False if there are too few."""
         leader, *siblings = state.sequences
         # A sequence that must show its prompt's logprobs has to compute all of it.
-        hits = [] if _wants_prompt_logprobs(leader) else self.blocks.match_prefix(leader)
+        hits = [] if leader.wants_prompt_logprobs else self.blocks.match_prefix(leader)
         if self._running and not self._fits_ahead(state, self.blocks.count_owned(hits)):
             return False
         taken = self.blocks.take(leader, hits, leader.num_tokens)
-        # After a preemption the samples share their prompt's full blocks again; the first of them fills these.
-        shared = leader.num_prompt // self._config.block_size if siblings else 0
+        # After a preemption the samples share the full blocks of their common beginning again; the first of them fills
+        # these.
+        shared = state.num_common // self._config.block_size if siblings else 0
         leader.fills = shared * self._config.block_size
         for seq in siblings:
             hits = self.blocks.match_prefix(seq)
@@ -249,9 +256,6 @@ class Scheduler:
             for seq in state.sequences:
                 self.blocks.free(seq)
             return False
-        for seq in state.sequences:
-            self._rows.add(seq)
-        self._running.append(state)
         self._count_admission(state, shared)
         return True
 
@@ -268,10 +272,11 @@ class Scheduler:
         new[0] += shared - owned_hits * block
         may_grow = [each.max_len - seq.num_tokens for each, seq in running]
         may_grow += [state.max_len - seq.num_tokens for seq in state.sequences]
+        for each in (*self._running, state):  # samples and beams that do not exist yet will grow beside the first
+            to_come = each.num_rows - len(each.sequences)
+            new += [0] * to_come
+            may_grow += [each.max_len - each.sequences[0].num_tokens] * to_come
         return self._forecast.peak(held + new, may_grow) <= self._config.num_blocks * block
-
-    def _num_rows(self, state: RequestState) -> int:
-        return len(state.sequences) if state.forked else state.request.params.n
 
     def _count_admission(self, state: RequestState, shared: int) -> None:
         leader, stats = state.sequences[0], self._stats
@@ -296,40 +301,85 @@ class Scheduler:
             self.blocks.commit(seq)
         output = StepOutput(tokens=[], started=self._started)
         self._started = []
-        self._collect_prompt_logprobs(plan, result, output)
+        output.add_prompt_logprobs(plan, result.prompt_logprobs)
         tokens = result.token_ids.tolist()
         owners = [self._fork(seq, index) if index else seq for seq, index in plan.samples]
+        searching: dict[RequestState, None] = {}
         for i, seq in enumerate(owners):
             state = self._states[seq.request.request_id]
-            seq.token_ids.append(tokens[i])
-            reason, stop = self._ending(state, seq, tokens[i])
-            logprobs = None
-            if seq.request.params.logprobs is not None and result.logprobs is not None:
-                logprobs = _logprobs_at(result.logprobs, i, seq.request.params.logprobs)
-            output.tokens.append((seq.request.request_id, seq.index, tokens[i], reason, stop, logprobs))
-            if reason is not None:
-                self._forecast.ended(seq.num_output)
-                self._end(state, seq, reason)
-        self._stats.steps += 1
-        self._stats.output_tokens += len(tokens)
+            if state.search is None:
+                self._append(seq, tokens[i], result, i, output)
+            else:
+                assert result.logprobs is not None, "beams ask for their likeliest tokens"
+                state.search.put(seq.index, token_logprobs(result.logprobs, i, state.search.num_candidates))
+                searching[state] = None
+        for state in searching:
+            self._advance(state, output)
+        self._stats.count_step(len(tokens), self.blocks.num_owned, self.blocks.num_references)
         return output
+
+    def _append(self, seq: Sequence, token: int, result: StepResult, sample: int, output: StepOutput) -> None:
+        """Appends what sample number `sample` of a step drew, and ends the sequence if that completes it."""
+        state = self._states[seq.request.request_id]
+        seq.token_ids.append(token)
+        reason, stop = self._ending(state, seq, token)
+        logprobs, wanted = None, seq.request.params.logprobs
+        if wanted is not None and result.logprobs is not None:
+            logprobs = token_logprobs(result.logprobs, sample, wanted)
+        output.tokens.append((seq.request.request_id, seq.index, token, reason, stop, logprobs))
+        if reason is not None:
+            self._forecast.ended(seq.num_output)
+            self._end(state, seq, reason)
 
     def _fork(self, seq: Sequence, index: int) -> Sequence:
         """Sample `index` of a request whose prompt `seq` has just computed; it shares all blocks."""
-        fork = Sequence(
-            request=seq.request,
-            index=index,
-            seed=(seq.seed + index * FORK_STRIDE) % 2**64,
-            token_ids=list(seq.token_ids),
-            num_prompt=seq.num_prompt,
-            ntk_alpha=seq.ntk_alpha,
-        )
-        self.blocks.fork(seq, fork)
-        self._rows.add(fork)
+        fork = self._split(seq, index, (seq.seed + index * FORK_STRIDE) % 2**64)
         state = self._states[seq.request.request_id]
         state.sequences.append(fork)
         state.forked = True
         return fork
+
+    def _split(self, seq: Sequence, index: int, seed: int) -> Sequence:
+        """A second sequence with the tokens and the blocks of `seq`."""
+        fork = replace(seq, index=index, seed=seed, token_ids=list(seq.token_ids))
+        self.blocks.fork(seq, fork)
+        self._rows.add(fork)
+        return fork
+
+    def _advance(self, state: RequestState, output: StepOutput) -> None:
+        """Lets a request's beams go on as its search says, if all of them have been computed; or ends it."""
+        search = state.search
+        assert search is not None
+        if not search.ready:
+            return
+        survivors = search.advance()
+        if search.done:
+            self._answer(state, search, output)
+            return
+        parents = state.sequences
+        going = {survivor.parent for survivor in survivors}
+        for index, seq in enumerate(parents):
+            if index not in going:
+                self._rows.remove(seq)
+                self.blocks.free(seq)
+        # The first child of a beam is that beam, any other a fork of it, made before the beam grows.
+        beams: list[Sequence] = []
+        for index, survivor in enumerate(survivors):
+            parent = parents[survivor.parent]
+            beams.append(self._split(parent, index, parent.seed) if parent in beams else parent)
+        for index, (seq, survivor) in enumerate(zip(beams, survivors, strict=True)):
+            seq.index = index
+            seq.token_ids.append(survivor.token)
+        state.sequences = beams
+        state.forked = True
+
+    def _answer(self, state: RequestState, search: BeamSearch, output: StepOutput) -> None:
+        """Ends a search with its answers."""
+        output.add_answers(state.request.request_id, search.answers())
+        for answer in search.answers():
+            self._forecast.ended(answer.length)
+        for seq in list(state.sequences):
+            self._end(state, seq, "stop")
 
     def _ending(self, state: RequestState, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
         """Whether `token` ends `seq`: the reason, and the stop token id if that was it."""
@@ -347,27 +397,7 @@ class Scheduler:
             self._rows.remove(seq)
         self.blocks.free(seq)
         state.sequences.remove(seq)
+        self.swap.drop([seq], state.sequences)
         if not state.sequences:
             del self._states[state.request.request_id]
             (self._running if state in self._running else self._waiting).remove(state)
-
-    def _collect_prompt_logprobs(self, plan: Plan, result: StepResult, output: StepOutput) -> None:
-        first = 0
-        for seq, start, count in plan.prompt_spans:
-            assert result.prompt_logprobs is not None, "the step was asked for prompt logprobs"
-            wanted = seq.request.params.prompt_logprobs or 0
-            entries = [_logprobs_at(result.prompt_logprobs, first + i, wanted) for i in range(count)]
-            output.prompt_logprobs.append((seq.request.request_id, start, entries))
-            first += count
-
-
-def _wants_prompt_logprobs(seq: Sequence) -> bool:
-    """Whether prompt positions of `seq` are still to be computed whose logprobs were asked for."""
-    asked = seq.request.params.prompt_logprobs is not None
-    return asked and seq.num_output == 0 and seq.num_computed < seq.num_prompt - 1
-
-
-def _logprobs_at(columns: LogprobColumns, i: int, num_logprobs: int) -> TokenLogprobs:
-    """Entry `i` as plain lists: the token itself, then the `num_logprobs` most likely ones."""
-    end = 1 + num_logprobs
-    return columns.token_ids[i, :end].tolist(), columns.logprobs[i, :end].tolist(), int(columns.rank[i])

@@ -46,7 +46,16 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
         logger.warning("the CPU's own kernels cannot run this model, so plain torch does, much slower: %s", why)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_ram()
     weights = weight_bytes(checkpoint.tensors, model, dtype, precision)
-    config, plan = resolve(options, model, weights, device=device, dtype=dtype, free=free, precision=precision)
+    config, plan = resolve(
+        options,
+        model,
+        weights,
+        device=device,
+        dtype=dtype,
+        free=free,
+        host_free=free_ram(),
+        precision=precision,
+    )
     executor = LocalExecutor.load(checkpoint, config, options.load_format)
     mark("load weights")
     return executor, config, plan, timeline

@@ -41,7 +41,10 @@ class LocalExecutor:
             return cls(kernel_runner(checkpoint, config, load_format))
         device = torch.device(config.device)
         model = load_model(checkpoint, config.model, getattr(torch, config.dtype), device, load_format)
-        cache = KVCache(config.model, config.num_blocks, config.block_size, getattr(torch, config.kv_dtype), device)
+        dtype = getattr(torch, config.kv_dtype)
+        cache = KVCache(
+            config.model, config.num_blocks, config.block_size, dtype, device, num_host_blocks=config.num_host_blocks
+        )
         return cls(ModelRunner(model, cache))
 
     def submit(self, batch: Batch) -> None:

@@ -1,10 +1,13 @@
-"""The paged KV cache of one device: K and V of every layer in blocks of fixed size.
+"""The paged KV cache of one device: K and V of every layer in blocks of fixed size; and its tier in host memory.
 
-Which block belongs to whom is the engine's business; here a block is a number.
+Which block belongs to whom is the engine's business; here a block is a number. On the device a block lies in as many
+pieces as there are caches (K and V of each layer), on the host in one, so that it crosses the link whole.
 
     k_PBKH of a layer:  block 0 [B tokens][K heads][H]   block 1 [...]   ...   slot = block * B + offset
+    host_PCBKH:         block 0 [K of layer 0][V of layer 0][K of layer 1] ...   block 1 [...]   ...
 """
 
+from collections.abc import Iterator
 from math import prod
 
 import numpy as np
@@ -15,22 +18,64 @@ from octavo.config import ModelConfig
 from octavo.layers.context import LayerCache, on_device
 from octavo.ops import Ops
 
+# Bytes of blocks gathered at once on their way between device and host.
+_STAGED = 64 * 1024**2
+
 
 class KVCache:
-    """`num_blocks` blocks of `block_size` tokens for each layer, zeroed."""
+    """`num_blocks` blocks of `block_size` tokens for each layer, zeroed, and `num_host_blocks` in host memory."""
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        num_host_blocks: int = 0,
+    ):
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.layers = [
             LayerCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(config.num_layers)
         ]
         self.device = device
+        self._caches = [cache for layer in self.layers for cache in (layer.k_PBKH, layer.v_PBKH)]
+        self._host_PCBKH = _host_memory((num_host_blocks, len(self._caches), *shape[1:]), dtype, device)
 
     def copy_blocks(self, copies_C2: Ints, ops: Ops) -> None:
         """Copies blocks, (source, destination) a row, in all layers."""
         if len(copies_C2):
-            caches = [cache for layer in self.layers for cache in (layer.k_PBKH, layer.v_PBKH)]
-            ops.copy_blocks(caches, on_device(copies_C2, self.device))
+            ops.copy_blocks(self._caches, on_device(copies_C2, self.device))
+
+    def swap_out(self, copies_O2: Ints) -> None:
+        """Copies blocks to host memory, (device block, host block) a row."""
+        for blocks, host in self._pieces(copies_O2):
+            whole = torch.stack([cache.index_select(0, blocks) for cache in self._caches], dim=1)
+            for piece, place in zip(whole, host, strict=True):
+                self._host_PCBKH[place].copy_(piece, non_blocking=True)
+
+    def swap_in(self, copies_I2: Ints) -> None:
+        """Copies blocks back from host memory, (device block, host block) a row."""
+        for blocks, host in self._pieces(copies_I2):
+            whole = torch.empty(
+                (len(host), *self._host_PCBKH.shape[1:]), dtype=self._host_PCBKH.dtype, device=self.device
+            )
+            for piece, place in zip(whole, host, strict=True):
+                piece.copy_(self._host_PCBKH[place], non_blocking=True)
+            for i, cache in enumerate(self._caches):
+                cache.index_copy_(0, blocks, whole[:, i])
+
+    def _pieces(self, copies_C2: Ints) -> Iterator[tuple[torch.Tensor, list[int]]]:
+        """Device blocks and host blocks, as many at a time as `_STAGED` allows.
+
+        Copies and kernels of a device run in the order of their calls, so nothing has to be waited for.
+        """
+        block_bytes = self._host_PCBKH[:1].nbytes
+        step = max(1, _STAGED // max(1, block_bytes))
+        for start in range(0, len(copies_C2), step):
+            part = copies_C2[start : start + step]
+            yield on_device(part[:, 0], self.device).long(), part[:, 1].tolist()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -42,3 +87,10 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         size = prod(shape) * dtype.itemsize
         return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory that blocks are copied to: beside a GPU pinned, without which copies are slow and not asynchronous."""
+    if device.type == "cuda" or not shape[0]:
+        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    return _zeros(shape, dtype, torch.device("cpu"))

@@ -33,6 +33,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """Copies blocks, computes the step's tokens, draws the samples."""
+        self.kv_cache.swap_out(batch.swap_out)
+        self.kv_cache.swap_in(batch.swap_in)
         self.kv_cache.copy_blocks(batch.block_copies, self.ops)
         hidden_TD = self.forward.hidden(batch)
         result = StepResult(token_ids=np.empty(0, np.int32))

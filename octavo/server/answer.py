@@ -143,6 +143,8 @@ class Answer:
             part.text.num_cached_tokens = arrived.cached_tokens
         for start, entries in arrived.prompt_logprobs:
             part.text.put_prompt_logprobs(start, entries)
+        for scored in arrived.beam_scores:
+            part.text.put_beam_score(scored)
         merged: dict[int, TextDelta] = {}
         for token in arrived.tokens:
             delta = part.text.push(token)
@@ -176,3 +178,5 @@ def _join(first: TextDelta, then: TextDelta) -> None:
         first.logprobs = (first.logprobs or []) + then.logprobs
     first.finish_reason = first.finish_reason or then.finish_reason
     first.stop_reason = then.stop_reason if first.stop_reason is None else first.stop_reason
+    if then.beam_score is not None:
+        first.cumulative_logprob, first.beam_score = then.cumulative_logprob, then.beam_score

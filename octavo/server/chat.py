@@ -12,7 +12,7 @@ from octavo.server.logprobs import finite, most_likely, prompt_logprobs_json
 from octavo.server.model import ServedModel, TextDelta
 from octavo.server.protocol import ChatRequest
 from octavo.server.service import Service
-from octavo.server.stream import Json, usage_json
+from octavo.server.stream import Json, ending_json, usage_json
 
 
 async def start_chat(service: Service, asked: ChatRequest) -> "ChatReply":
@@ -25,7 +25,7 @@ async def start_chat(service: Service, asked: ChatRequest) -> "ChatReply":
     limit = asked.limit
     if limit is None:
         # The answer may be as long as fits; a prompt that is too long is refused later, with the numbers.
-        limit = max(1, service.limits.room(len(token_ids), asked.n or 1))
+        limit = max(1, service.limits.room(len(token_ids), asked.num_sequences))
     params = asked.sampling(model.sampling_defaults, max_tokens=limit, logprobs=asked.num_logprobs)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     request = Request(answer_id, token_ids, params, asked.priority, asked.cache_salt, model.bad_words(params.bad_words))
@@ -61,8 +61,7 @@ class ChatReply:
             if delta.text or logprobs:
                 yield _chunk_choice(delta.index, {"content": delta.text}, logprobs)
             if delta.finish_reason is not None:
-                choice = _chunk_choice(delta.index, {})
-                yield choice | {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+                yield _chunk_choice(delta.index, {}) | ending_json(delta)
 
     def whole(self) -> Json:
         (result,) = self.answer.results()
@@ -79,8 +78,7 @@ class ChatReply:
             "index": output.index,
             "message": {"role": "assistant", "content": output.text, "refusal": None},
             "logprobs": self._logprobs(output.token_ids, output.logprobs),
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
+            **ending_json(output),
         }
 
     def _logprobs(self, token_ids: list[int], entries: list[dict[int, Logprob]] | None) -> Json | None:

@@ -14,7 +14,7 @@ from octavo.server.logprobs import finite, most_likely, prompt_logprobs_json
 from octavo.server.model import ServedModel, TextDelta
 from octavo.server.protocol import CompletionRequest
 from octavo.server.service import Service
-from octavo.server.stream import Json, usage_json
+from octavo.server.stream import Json, ending_json, usage_json
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -69,7 +69,7 @@ class CompletionReply:
             logprobs = self._logprobs(delta.index, delta.token_ids, delta.logprobs)
             if delta.text or logprobs or delta.finish_reason is not None:
                 choice = self._choice(delta.index, delta.text, logprobs)
-                yield choice | {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+                yield choice | ending_json(delta)
 
     def whole(self) -> Json:
         choices = []
@@ -79,8 +79,7 @@ class CompletionReply:
                 index = part.first_choice + output.index
                 text, before = self._echoed(index) if self._echo else ("", None)
                 logprobs = _joined(before, self._logprobs(index, output.token_ids, output.logprobs))
-                choice = self._choice(index, text + output.text, logprobs)
-                choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+                choice = self._choice(index, text + output.text, logprobs) | ending_json(output)
                 if self._show_prompt_logprobs:
                     choice["prompt_logprobs"] = prompt_logprobs_json(result.prompt_logprobs or [None])
                 choices.append(choice)

@@ -69,6 +69,10 @@ class _EngineMetrics(Collector):
         blocks.add_metric(["cached"], stats.blocks_cached)
         blocks.add_metric(["owned"], stats.blocks_owned)
         yield blocks
+        doc = "Entries of all block tables: the blocks that would be owned if nothing were shared"
+        yield GaugeMetricFamily("octavo_kv_block_references", doc, value=stats.block_references)
+        doc = "Host blocks that hold the KV of preempted requests"
+        yield GaugeMetricFamily("octavo_kv_host_blocks_used", doc, value=stats.host_blocks_used)
         for name, doc, value in (
             ("steps", "Forward passes", stats.steps),
             ("step_seconds", "Time in forward passes", stats.step_seconds),
@@ -76,7 +80,10 @@ class _EngineMetrics(Collector):
             ("generation_tokens", "Tokens drawn", stats.output_tokens),
             ("prefix_lookup_tokens", "Prompt tokens looked up in the prefix cache", stats.prefix_lookup_tokens),
             ("prefix_hit_tokens", "Prompt tokens found in the prefix cache", stats.prefix_hit_tokens),
-            ("preemptions", "Requests that lost their blocks", stats.preemptions),
+            ("preemptions", "Requests that had to give up their blocks", stats.preemptions),
             ("wasted_tokens", "Tokens computed again after a preemption", stats.wasted_tokens),
+            ("swaps", "Preemptions that kept the KV in host memory", stats.swaps),
+            ("blocks_swapped_out", "Blocks copied to host memory", stats.blocks_swapped_out),
+            ("blocks_swapped_in", "Blocks copied back from host memory", stats.blocks_swapped_in),
         ):
             yield CounterMetricFamily(f"octavo_{name}", doc, value=value)

@@ -10,13 +10,12 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from octavo.errors import RequestError, nearest
-from octavo.sampling_params import SamplingParams
+from octavo.sampling_params import MAX_BEAM_WIDTH, SamplingParams
 
 # Fields of OpenAI and vLLM that Octavo knows but cannot honour, with the values that ask for nothing.
 _NEVER: tuple[Any, ...] = (None,)
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "audio": _NEVER,
-    "best_of": (None, 1),
     "chat_template": _NEVER,
     "continue_final_message": (None, False),
     "detokenize": (None, True),
@@ -28,7 +27,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "guided_json": _NEVER,
     "guided_regex": _NEVER,
     "include_reasoning": (None, True),
-    "length_penalty": (None, 1.0),
     "metadata": (None, {}),
     "min_new_tokens": _NEVER,
     "mm_processor_kwargs": _NEVER,
@@ -51,7 +49,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
     "truncate_prompt_tokens": _NEVER,
-    "use_beam_search": (None, False),
     "verbosity": (None, "medium"),
     "web_search_options": _NEVER,
 }
@@ -70,6 +67,7 @@ _WANTED = {
     "prompt": "a string, a list of strings, a list of token ids or a list of such lists",
     "stop": "a string or a list of strings",
     "content": "a string or a list of text parts",
+    "early_stopping": 'true, false or "never"',
 }
 
 _IN_ROLES = ("system", "developer", "user", "assistant")
@@ -123,6 +121,10 @@ class SamplingFields(_Fields):
     max_tokens: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
+    use_beam_search: bool | None = None
+    best_of: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
     priority: int = 0
     cache_salt: str | None = None
     stream: bool | None = None
@@ -144,17 +146,46 @@ class SamplingFields(_Fields):
                 raise RequestError("stream_options needs stream to be true", "stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs come with whole answers only; set stream to false", "prompt_logprobs")
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        n = self.n or 1
+        if self.use_beam_search:
+            if not 2 <= self.num_sequences <= MAX_BEAM_WIDTH:
+                raise RequestError(
+                    f"use_beam_search with {self.num_sequences} beams is not possible; set best_of, which is n if left"
+                    f" out, to 2 to {MAX_BEAM_WIDTH}",
+                    "best_of",
+                )
+            return
+        if self.best_of is not None and self.best_of != n:
+            raise RequestError(
+                f"best_of is {self.best_of} and n is {n}: a choice among samples is not supported, but best_of is the"
+                " number of beams if use_beam_search is true; leave it out",
+                "best_of",
+            )
+        if self.length_penalty not in (None, 1.0) or self.early_stopping not in (None, False):
+            name = "length_penalty" if self.length_penalty not in (None, 1.0) else "early_stopping"
+            raise RequestError(f"{name} needs use_beam_search to be true", name)
+
+    @property
+    def num_sequences(self) -> int:
+        """Samples, or beams."""
+        return (self.best_of if self.best_of is not None and self.use_beam_search else self.n) or 1
 
     def sampling(self, defaults: dict[str, Any], **chosen: Any) -> SamplingParams:
         """Sampling parameters: `chosen`, then what the client set, then `defaults`, then OpenAI's own."""
         given = dict(defaults)
+        if self.use_beam_search:
+            # A model's defaults are for drawing tokens, which a search does not.
+            given = {"temperature": 0.0, "beam_width": self.num_sequences}
         for name in self.model_fields_set & _SAMPLING_NAMES:
             if (value := getattr(self, name)) is not None:
                 given[name] = value
         return SamplingParams(**given | chosen)
 
 
-_SAMPLING_NAMES = frozenset(f.name for f in fields(SamplingParams)) - {"logprobs", "max_tokens"}
+_SAMPLING_NAMES = frozenset(f.name for f in fields(SamplingParams)) - {"logprobs", "max_tokens", "beam_width"}
 
 
 class TextPart(_Fields):

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.errors import OctavoError
 from octavo.log import logger
+from octavo.request import CompletionOutput
 from octavo.server.answer import Answer
 from octavo.server.failure import ClientGoneError, failure_of
 from octavo.server.model import TextDelta
@@ -66,6 +67,14 @@ def usage_json(answer: Answer) -> Json:
         "total_tokens": usage.prompt + usage.completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
     }
+
+
+def ending_json(answer: TextDelta | CompletionOutput) -> Json:
+    """How a choice ended, and the scores of one that was searched for."""
+    ending: Json = {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
+    if answer.beam_score is not None:
+        ending |= {"cumulative_logprob": answer.cumulative_logprob, "beam_score": answer.beam_score}
+    return ending
 
 
 async def whole_response(reply: Reply, receive: Receive) -> Response:

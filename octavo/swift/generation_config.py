@@ -26,10 +26,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 # vLLM's fields that Octavo has nothing for, with the one value at which they do nothing.
 _NO_EFFECT: dict[str, Any] = {
-    "length_penalty": 1.0,
     "best_of": None,
     "use_beam_search": False,
-    "early_stopping": False,
     "num_beams": 1,
     "detokenize": True,
     "spaces_between_special_tokens": True,

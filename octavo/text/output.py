@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.request import (
+    BeamScore,
     CompletionOutput,
     FinishReason,
     Logprob,
@@ -36,6 +37,9 @@ class TextDelta:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    # Of an answer of a beam search, at its end: see CompletionOutput.
+    cumulative_logprob: float | None = None
+    beam_score: float | None = None
     abort: bool = False
 
 
@@ -70,6 +74,11 @@ class RequestText:
         """
         return self._sequences[index].finish(reason)
 
+    def put_beam_score(self, scored: BeamScore) -> None:
+        """Take the score of an answer of a beam search, before the answer's last token."""
+        _, index, cumulative_logprob, score = scored
+        self._sequences[index].scores = (cumulative_logprob, score)
+
     def put_prompt_logprobs(self, start: int, entries: Sequence[TokenLogprobs]) -> None:
         """Take the logprobs of the prompt tokens that follow positions `start` and on; the first token has none."""
         if self.prompt_logprobs is None:
@@ -101,6 +110,7 @@ class _SequenceText:
         "_tokenizer",
         "_with_stop",
         "output",
+        "scores",
     )
 
     def __init__(self, request: Request, tokenizer: Tokenizer, index: int):
@@ -113,6 +123,7 @@ class _SequenceText:
         # Pieces of text that left; joined when the text is asked for, since joining at each token costs its
         # length.
         self._pieces: list[str] = []
+        self.scores: tuple[float, float] | None = None
         self.output = CompletionOutput(index, "", [])
         if params.logprobs is not None:
             self.output.logprobs = []
@@ -175,6 +186,9 @@ class _SequenceText:
     def _end(self, delta: TextDelta, reason: FinishReason, stop_reason: int | str | None) -> None:
         self.output.finish_reason = delta.finish_reason = reason
         self.output.stop_reason = delta.stop_reason = stop_reason
+        if self.scores is not None:
+            self.output.cumulative_logprob, self.output.beam_score = self.scores
+            delta.cumulative_logprob, delta.beam_score = self.scores
 
 
 def to_logprobs(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[int, Logprob]:

@@ -78,8 +78,10 @@ def test_a_second_time_from_the_cache(model, alone):
     assert engine.stats().prefix_hit_tokens > 100
 
 
-def test_forced_preemption(model, alone):
-    engine = build(model, kv_cache_memory=24 * 16 * 512, block_size=8, max_model_len=128, max_num_batched_tokens=128)
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_forced_preemption(model, alone, mode):
+    few = {"kv_cache_memory": 24 * 16 * 512, "block_size": 8, "max_model_len": 128, "max_num_batched_tokens": 128}
+    engine = build(model, **few, swap_space="1MiB", preemption_mode=mode)
     assert engine.config.num_blocks == 48
     engine.scheduler._fits_ahead = lambda state, owned_hits: True
     asked = requests() + [
@@ -88,4 +90,5 @@ def test_forced_preemption(model, alone):
     ]
     answers = answer(engine, asked)
     assert engine.stats().preemptions > 0
+    assert (engine.stats().swaps > 0) == (engine.stats().blocks_swapped_in > 0) == (mode == "swap")
     assert {key: tokens for key, tokens in answers.items() if not key[0].startswith("more")} == alone

@@ -47,6 +47,20 @@ def test_texts_ids_and_mappings_are_the_same_prompt(llm):
     assert [output.prompt_token_ids for output in outputs] == [ids] * 4
 
 
+def test_a_search_finds_a_likelier_answer_than_greed(llm):
+    asked = {"max_tokens": 12, "ignore_eos": True}
+    (searched, drawn) = llm.generate(
+        ["Once upon a time, in a"] * 2,
+        [greedy(beam_width=4, n=2, **asked), greedy(logprobs=0, **asked)],
+        use_tqdm=False,
+    )
+    best, second = searched.outputs
+    assert best.beam_score == pytest.approx(best.cumulative_logprob / 12)
+    assert best.beam_score >= second.beam_score
+    assert best.text != second.text
+    assert best.cumulative_logprob > drawn.outputs[0].cumulative_logprob
+
+
 def test_logprobs_of_answer_and_prompt(llm):
     (output,) = llm.generate(
         "The capital of France is", greedy(max_tokens=3, logprobs=2, prompt_logprobs=0), use_tqdm=False

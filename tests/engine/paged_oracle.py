@@ -1,16 +1,20 @@
 """An executor without a model: it keeps tokens in a paged cache and draws a hash of what a row can see there.
 
 Because the drawn token depends on every token read through the block table, any mistake in tables, slots, sharing,
-copying or recomputing shows as a different answer than `expected` gives, which never saw a block.
+copying, swapping or recomputing shows as a different answer than `expected` gives, which never saw a block.
 """
 
 import hashlib
+import random
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
 from octavo.batch import Batch, LogprobColumns, StepResult
 from octavo.config import EngineConfig, ModelConfig, RopeConfig
+from octavo.engine.beam_search import BeamSearch
+from octavo.sampling_params import SamplingParams
 
 VOCAB = 1000
 EOS = 7
@@ -30,18 +34,40 @@ def expected(prompt: list[int], max_tokens: int, seed: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-class PagedOracle:
-    """The Executor protocol over `num_blocks` blocks of token ids; unwritten slots hold -1."""
+def likeliest(tokens: list[int], k: int) -> tuple[list[int], list[float]]:
+    """The `k` likeliest tokens after `tokens` with their logprobs, in falling order; EOS is among them now and then."""
+    rng = random.Random(repr(tokens))
+    chosen = rng.sample(range(10, VOCAB), k - 1)
+    chosen.insert(rng.randrange(3 * k) % k if rng.random() < 0.6 else k - 1, EOS)
+    return chosen, sorted((-3 * rng.random() for _ in range(k)), reverse=True)
 
-    def __init__(self, num_blocks: int, block_size: int):
+
+def expected_beams(prompt: list[int], params: SamplingParams) -> list[tuple[list[int], float]]:
+    """(answer, score) of each of the n best, from a search over whole token lists."""
+    search = BeamSearch(params, frozenset((EOS,)), params.max_tokens or 0)
+    beams = [list(prompt)]
+    while not search.done:
+        for i, beam in enumerate(beams):
+            tokens, values = likeliest(beam, search.num_candidates)
+            search.put(i, ([0, *tokens], [0.0, *values], 1))
+        beams = [[*beams[parent], token] for parent, token in search.advance()]
+    return [([link.token for link in answer.end.chain()], answer.score) for answer in search.answers()]
+
+
+class PagedOracle:
+    """The Executor protocol over `num_blocks` blocks of token ids; slots without content hold -1."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0):
         self.block_size = block_size
         self.cache = np.full(num_blocks * block_size, -1, np.int64)
+        self.host = np.full((num_host_blocks, block_size), -1, np.int64)
         self.results: deque[StepResult] = deque()
         self.batches: list[Batch] = []
 
     def submit(self, batch: Batch) -> None:
         self.batches.append(batch)
         blocks = self.cache.reshape(-1, self.block_size)
+        self.swap(batch.swap_out, batch.swap_in)
         for source, destination in batch.block_copies:
             blocks[destination] = blocks[source]
         assert len(set(batch.slots.tolist())) == batch.num_tokens, "two tokens are written to one slot"
@@ -57,7 +83,35 @@ class PagedOracle:
             prompt_logprobs = LogprobColumns(
                 targets[:, None], -targets[:, None].astype(np.float32), np.ones(len(targets), np.int32)
             )
-        self.results.append(StepResult(np.array(drawn, np.int32), None, prompt_logprobs))
+        self.results.append(StepResult(np.array(drawn, np.int32), self.logprobs(batch, rows), prompt_logprobs))
+
+    def logprobs(self, batch: Batch, rows: np.ndarray) -> LogprobColumns | None:
+        """The likeliest tokens of the samples that ask for any, in columns 1 and on."""
+        k = int(batch.sampling.num_logprobs.max(initial=-1))
+        if k < 1:
+            return None
+        found = LogprobColumns(
+            np.zeros((len(rows), 1 + k), np.int32), np.zeros((len(rows), 1 + k)), np.ones(len(rows), np.int32)
+        )
+        for i, row in enumerate(rows):
+            if (wanted := int(batch.sampling.num_logprobs[i])) > 0:
+                seen = self.read(batch, int(row), int(batch.positions[batch.sample_index[i]]) + 1)
+                tokens, values = likeliest(seen, wanted)
+                found.token_ids[i, 1 : 1 + wanted], found.logprobs[i, 1 : 1 + wanted] = tokens, values
+        return found
+
+    def swap(self, swap_out: Iterable[tuple[int, int]], swap_in: Iterable[tuple[int, int]]) -> None:
+        """Moves contents between blocks and host blocks."""
+        blocks = self.cache.reshape(-1, self.block_size)
+        for block, host in swap_out:
+            self.host[host] = blocks[block]
+        for block, host in swap_in:
+            blocks[block] = self.host[host]
+
+    def poison(self, blocks: list[int], host_blocks: list[int]) -> None:
+        """Destroys what nobody may read any more."""
+        self.cache.reshape(-1, self.block_size)[blocks] = -1
+        self.host[host_blocks] = -1
 
     def read(self, batch: Batch, row: int, length: int) -> list[int]:
         table = batch.block_tables[row]

@@ -6,7 +6,7 @@ import threading
 from multiprocessing import Pipe, Value
 
 from octavo.engine.process import Stream, _serve
-from octavo.engine.scheduler import StepOutput
+from octavo.engine.state import StepOutput
 from octavo.metrics import EngineStats
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams

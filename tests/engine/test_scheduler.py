@@ -1,15 +1,18 @@
 """The scheduler against the paged oracle: every policy must leave every answer as it is."""
 
+import itertools
 import random
 from collections import defaultdict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_oracle import EOS, PagedOracle, engine_config, expected
+from paged_oracle import EOS, PagedOracle, engine_config, expected, expected_beams
 
 from octavo.engine.rows import FORK_STRIDE
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.state import Plan
+from octavo.engine.swap import SwapCost, SwapSpace
 from octavo.errors import RequestError
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
@@ -23,11 +26,12 @@ class Bench:
         self.scheduler = Scheduler(self.config)
         if eager:  # admit whatever fits this moment, so that preemption is certain
             self.scheduler._fits_ahead = lambda state, owned_hits: True
-        self.oracle = PagedOracle(self.config.num_blocks, self.config.block_size)
+        self.oracle = PagedOracle(self.config.num_blocks, self.config.block_size, self.config.num_host_blocks)
         self.answers = defaultdict(list)
         self.reasons = {}
         self.prompt_logprobs = defaultdict(dict)
         self.cached = {}
+        self.scores = {}
 
     def add(self, name, prompt, *, priority=0, salt=None, bad_words=(), **params):
         params = {"max_tokens": 8, "ignore_eos": True, "seed": 1} | params
@@ -45,6 +49,9 @@ class Bench:
         self.oracle.submit(batch)
         output = self.scheduler.update(self.oracle.result())
         self.scheduler.check()
+        self.poison()
+        for name, index, _, score in output.beam_scores:
+            self.scores[name, index] = score
         for name, index, token, reason, stop, _ in output.tokens:
             self.answers[name, index].append(token)
             if reason:
@@ -56,11 +63,27 @@ class Bench:
             self.cached[name] = cached
         return batch
 
+    def preempt(self):
+        """Preempts the only running request, its copies made at once."""
+        (state,) = self.scheduler._running
+        plan = Plan(budget=0)
+        self.scheduler._preempt(state, plan)
+        self.oracle.swap(plan.swap_out, [])
+        self.poison()
+        self.scheduler.check()
+        return state
+
+    def poison(self):
+        """Nobody may rely on what lies in a block that is free."""
+        blocks, swap = self.scheduler.blocks, self.scheduler.swap
+        free = [block for block in blocks._free_queue if blocks._hash_of[block] is None]
+        self.oracle.poison(free, swap._free)
+
     def run(self, limit=10_000):
         for _ in range(limit):
             if self.step() is None:
                 assert not self.scheduler.has_work()
-                assert self.scheduler.blocks.num_owned == 0
+                assert self.scheduler.blocks.num_owned == self.scheduler.swap.num_used == 0
                 return self
         raise AssertionError("the scheduler does not come to an end")
 
@@ -158,6 +181,181 @@ def test_samples_share_the_prompt_and_copy_its_last_block():
         assert bench.answers["n", k] == expected(prompt_of(50), 6, (1 + k * FORK_STRIDE) % 2**64)
 
 
+def blocks_of_samples(prompt, lengths, size):
+    """Blocks of samples with so many computed tokens each: the prompt's full ones once, the others apart."""
+    return prompt // size + sum(-(-length // size) - prompt // size for length in lengths)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("prompt", [500, 512])
+def test_eight_samples_hold_a_prompt_once_at_every_step(caching, prompt):
+    bench = Bench(
+        block_size=16, num_blocks=64, max_model_len=600, max_num_batched_tokens=600, enable_prefix_caching=caching
+    )
+    bench.add("n", prompt_of(prompt), n=8, max_tokens=40)
+    first = bench.step()
+    # The prompt once, its half-filled last block too, in eight tables.
+    assert bench.scheduler.stats().blocks_owned == first.block_tables.size == 32
+    assert bench.scheduler.stats().block_references == 8 * 32
+    for length in range(prompt + 1, prompt + 39):
+        batch = bench.step()
+        # That block is copied for all but the last to write into it, and no other block ever.
+        assert len(batch.block_copies) == (7 if length == 501 else 0)
+        assert bench.scheduler.stats().blocks_owned == blocks_of_samples(prompt, [length] * 8, 16)
+        assert len(set(batch.block_tables.flat)) == blocks_of_samples(prompt, [length] * 8, 16)
+        assert bench.scheduler.stats().block_references == 8 * -(-length // 16)
+    bench.run()
+    for k in range(8):
+        assert bench.answers["n", k] == expected(prompt_of(prompt), 40, (1 + k * FORK_STRIDE) % 2**64)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_samples_hold_their_prompt_once_after_a_preemption_too(caching, mode):
+    bench = Bench(enable_prefix_caching=caching, num_host_blocks=64, preemption_mode=mode)
+    bench.add("n", prompt_of(50), n=4, max_tokens=30)
+    for _ in range(8):
+        bench.step()
+    held = blocks_of_samples(50, [57] * 4, 4)
+    assert bench.scheduler.stats().blocks_owned == held
+    state = bench.preempt()
+    stats = bench.scheduler.stats()
+    assert (stats.blocks_owned, stats.host_blocks_used) == (0, held if mode == "swap" else 0)
+    while min(seq.num_computed for seq in state.sequences) < 58:
+        bench.step()
+        ahead = [max(seq.num_computed, 50) for seq in state.sequences]
+        assert bench.scheduler.stats().blocks_owned >= blocks_of_samples(50, ahead, 4)
+    lengths = [seq.num_computed for seq in state.sequences]
+    assert bench.scheduler.stats().blocks_owned == blocks_of_samples(50, lengths, 4)
+    assert bench.scheduler.stats().host_blocks_used == 0
+    bench.run()
+    for k in range(4):
+        assert bench.answers["n", k] == expected(prompt_of(50), 30, (1 + k * FORK_STRIDE) % 2**64)
+
+
+def test_beams_share_blocks_and_give_them_back_as_they_fall():
+    bench = Bench()
+    params = {"temperature": 0.0, "beam_width": 4, "n": 3, "max_tokens": 20, "ignore_eos": False}
+    request = bench.add("beams", prompt_of(50), **params)
+    bench.step()
+    (state,) = bench.scheduler._running
+    assert bench.scheduler.stats().blocks_owned == 13
+    while bench.step() is not None and bench.scheduler._running:
+        tables = [seq.block_table for seq in state.sequences]
+        assert len(tables) == 4
+        assert bench.scheduler.stats().blocks_owned == len({block for table in tables for block in table})
+        # Where beams are alike up to a block's end, the block is one.
+        for one, other in itertools.combinations(state.sequences, 2):
+            pairs = zip(one.token_ids[:-1], other.token_ids[:-1], strict=True)
+            alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            assert one.block_table[: alike // 4] == other.block_table[: alike // 4]
+    assert 0.3 < bench.scheduler.stats().share_saved() < 0.8
+    wanted = expected_beams(prompt_of(50), request.params)
+    assert [bench.answers["beams", i] for i in range(3)] == [tokens for tokens, _ in wanted]
+    assert [bench.scores["beams", i] for i in range(3)] == pytest.approx([score for _, score in wanted])
+    assert ("beams", 3) not in bench.answers
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+@pytest.mark.parametrize("caching", [True, False])
+def test_beams_go_and_come_back_together(mode, caching):
+    bench = Bench(enable_prefix_caching=caching, num_host_blocks=64, preemption_mode=mode)
+    params = {"temperature": 0.0, "beam_width": 4, "n": 4, "max_tokens": 16}
+    request = bench.add("beams", prompt_of(30), **params)
+    for _ in range(9):
+        bench.step()
+    before = bench.scheduler.stats().blocks_owned
+    state = bench.preempt()
+    bench.step()
+    assert len(state.sequences) == 4
+    if mode == "swap":  # all that was shared is shared again; a step more has been computed
+        assert before <= bench.scheduler.stats().blocks_owned <= before + 4
+    bench.run()
+    wanted = expected_beams(prompt_of(30), request.params)
+    assert [bench.answers["beams", i] for i in range(4)] == [tokens for tokens, _ in wanted]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+@pytest.mark.parametrize("steps", range(5, 11))
+def test_beams_that_wait_for_each_other_may_be_preempted_then(mode, steps):
+    bench = Bench(enable_prefix_caching=False, max_num_batched_tokens=3, num_host_blocks=64, preemption_mode=mode)
+    params = {"temperature": 0.0, "beam_width": 4, "n": 4, "max_tokens": 6}
+    request = bench.add("beams", prompt_of(9), **params)
+    for _ in range(steps):
+        bench.step()
+    state = bench.preempt()
+    for _ in range(3):
+        bench.step()
+    if state in bench.scheduler._running:
+        bench.preempt()
+    bench.run()
+    wanted = expected_beams(prompt_of(9), request.params)
+    assert [bench.answers["beams", i] for i in range(4)] == [tokens for tokens, _ in wanted]
+
+
+def test_what_is_still_to_be_filled_for_others_is_not_kept():
+    bench = Bench(
+        enable_prefix_caching=False, max_num_batched_tokens=16, num_host_blocks=64, preemption_mode="recompute"
+    )
+    bench.add("n", prompt_of(33), n=3, max_tokens=20)
+    for _ in range(6):
+        bench.step()
+    state = bench.preempt()
+    bench.scheduler.swap._mode = "swap"
+    bench.step()
+    assert 0 < state.sequences[0].num_computed < state.sequences[0].fills
+    bench.preempt()
+    assert bench.scheduler.swap.num_used == 0
+    bench.run()
+    for k in range(3):
+        assert bench.answers["n", k] == expected(prompt_of(33), 20, (1 + k * FORK_STRIDE) % 2**64)
+
+
+def test_equal_samples_keep_a_token_each_to_compute():
+    bench = Bench(enable_prefix_caching=False)
+    bench.add("n", prompt_of(7), n=2, max_tokens=20)
+    bench.step()
+    (state,) = bench.scheduler._running
+    for seq in state.sequences:
+        seq.token_ids[-1] = 5  # as two greedy samples would; eight tokens fill two blocks
+    assert state.num_common == 7
+    bench.preempt()
+    bench.run()
+    assert [len(bench.answers["n", k]) for k in range(2)] == [20, 20]
+
+
+def test_an_aborted_search_and_an_aborted_sample_in_host_memory_leave_nothing():
+    bench = Bench(num_host_blocks=64, preemption_mode="swap")
+    for name, params in (("beams", {"temperature": 0.0, "beam_width": 4}), ("n", {"n": 3})):
+        bench.add(name, prompt_of(30), max_tokens=20, **params)
+        for _ in range(5):
+            bench.step()
+        bench.preempt()
+        bench.scheduler.abort(name, 1)
+        bench.scheduler.check()
+        if name == "beams":  # no answer exists that could be ended
+            assert len(bench.scheduler._waiting[0].sequences) == 4
+            bench.scheduler.abort(name)
+            bench.scheduler.check()
+            assert not bench.scheduler.has_work()
+    bench.run()
+    for k in (0, 2):
+        assert bench.answers["n", k] == expected(prompt_of(30), 20, (1 + k * FORK_STRIDE) % 2**64)
+
+
+def test_auto_takes_the_cheaper_kind_of_preemption():
+    config = engine_config(num_host_blocks=8)
+    bench = Bench()
+    bench.add("a", prompt_of(30), max_tokens=20)
+    bench.step()
+    (state,) = bench.scheduler._running
+    for per_token, kept in ((1.0, True), (1e-9, False)):
+        swap = SwapSpace(config.num_host_blocks, "auto", SwapCost(per_block=0.001, per_token=per_token))
+        assert swap.suits(state.sequences, bench.scheduler.blocks) is kept
+    few = SwapSpace(7, "swap", SwapCost(0.0, 1.0))
+    assert not few.suits(state.sequences, bench.scheduler.blocks)
+
+
 def test_preemption_changes_no_answer_and_is_counted():
     bench = Bench(eager=True, num_blocks=30, max_model_len=100)
     prompts = {f"r{i}": prompt_of(9 + i, seed=i) for i in range(8)}
@@ -211,7 +409,7 @@ def test_a_leader_that_goes_while_it_fills_shared_blocks_leaves_none_of_them_emp
     for _ in range(6):
         bench.step()
     state = bench.scheduler._running[0]
-    bench.scheduler._preempt(state)
+    bench.scheduler._preempt(state, None)
     bench.oracle.cache[:] = -1  # what the blocks held before must not stand in for what is to be computed
     bench.step()
     leader = state.sequences[0]
@@ -308,6 +506,13 @@ def test_prompt_logprobs_come_for_every_position_whatever_the_chunks():
         ([1000], {}, "token id 1000"),
         ([1], {"n": 17}, "n is 17"),
         (prompt_of(50), {"n": 8, "max_tokens": 100}, "KV blocks"),
+        ([1], {"beam_width": 20, "temperature": 0.0}, "beam_width is 20, but at most 16 sequences"),
+        (prompt_of(50), {"beam_width": 8, "temperature": 0.0, "max_tokens": 100}, "8 beams of up to 150 tokens need"),
+        (
+            [1],
+            {"beam_width": 8, "temperature": 0.0, "stop_token_ids": list(range(495))},
+            "beam_width is 8, too wide.* set it to 5 or less",
+        ),
         ([1], {"stop_token_ids": [-1]}, "stop_token_ids"),
         ([1], {"logit_bias": {5000: 1.0}}, "logit_bias"),
     ],
@@ -328,7 +533,7 @@ def test_the_advice_of_a_refusal_works():
         bench.add("b", prompt_of(50), n=8, max_tokens=advice + 4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_traffic_ends_with_the_right_answers(data):
     block_size = data.draw(st.sampled_from([1, 2, 4, 8]))
@@ -340,32 +545,45 @@ def test_any_traffic_ends_with_the_right_answers(data):
         max_num_seqs=data.draw(st.integers(3, 8)),
         max_num_batched_tokens=data.draw(st.integers(8, 70)),
         enable_prefix_caching=data.draw(st.booleans()),
+        num_host_blocks=data.draw(st.sampled_from([0, 5, 200])),
+        preemption_mode=data.draw(st.sampled_from(["auto", "swap", "recompute"])),
     )
+    bench.scheduler.swap._cost = SwapCost(per_block=1.0, per_token=data.draw(st.sampled_from([0.1, 1.0, 10.0])))
     wanted = {}
     for i in range(data.draw(st.integers(1, 12))):
         for _ in range(data.draw(st.integers(0, 5))):
             bench.step()
         prompt = prompt_of(data.draw(st.integers(1, 40)), seed=data.draw(st.integers(0, 2)))
         n, max_tokens = data.draw(st.sampled_from([1, 1, 1, 2, 3])), data.draw(st.integers(1, 24))
+        params = {"n": n, "max_tokens": max_tokens, "seed": i, "priority": data.draw(st.integers(0, 1))}
+        beams = data.draw(st.integers(0, 3)) == 0
+        if beams:
+            params |= {"temperature": 0.0, "beam_width": max(2, n), "ignore_eos": data.draw(st.booleans())}
         try:
-            bench.add(f"r{i}", prompt, n=n, max_tokens=max_tokens, seed=i, priority=data.draw(st.integers(0, 1)))
+            request = bench.add(f"r{i}", prompt, **params)
         except RequestError:
             continue
+        answers = [tokens for tokens, _ in expected_beams(prompt, request.params)] if beams else None
         for k in range(n):
-            wanted[f"r{i}", k] = expected(prompt, max_tokens, (i + k * FORK_STRIDE) % 2**64)
+            seed = (i + k * FORK_STRIDE) % 2**64
+            wanted[f"r{i}", k] = answers[k] if answers else expected(prompt, max_tokens, seed)
         if data.draw(st.integers(0, 9)) == 0:
-            k = data.draw(st.integers(0, n - 1))
-            aborted = [(f"r{i}", k)] if data.draw(st.booleans()) else [(f"r{i}", j) for j in range(n)]
-            for _ in range(data.draw(st.integers(0, 20))):
-                bench.step()
-            bench.scheduler.abort(f"r{i}", k if len(aborted) == 1 else None)
-            bench.scheduler.check()
-            for key in aborted if n > 1 or len(aborted) > 1 else [(f"r{i}", 0)]:
-                if bench.reasons.get(key) is None and not (
-                    n > 1 and len(aborted) == 1 and (f"r{i}", 0) not in bench.answers
-                ):
-                    wanted[key] = wanted[key][: len(bench.answers[key])]
+            abort_some(bench, f"r{i}", n, data, wanted, beams)
     bench.run()
     assert {key: answer for key, answer in bench.answers.items() if answer} == {
         key: answer for key, answer in wanted.items() if answer
     }
+
+
+def abort_some(bench, name, n, data, wanted, beams):
+    """Aborts a request or one of its samples, after some steps; `wanted` then holds what had come by then."""
+    index = None if data.draw(st.booleans()) else data.draw(st.integers(0, n - 1))
+    for _ in range(data.draw(st.integers(0, 20))):
+        bench.step()
+    bench.scheduler.abort(name, index)
+    bench.scheduler.check()
+    # A sample that does not exist yet, or a search's answer, cannot be ended alone.
+    nothing = index is not None and (beams or (n > 1 and (name, 0) not in bench.answers))
+    for k in range(n) if index is None else [index]:
+        if bench.reasons.get((name, k)) is None and not nothing:
+            wanted[name, k] = wanted[name, k][: len(bench.answers[name, k])]

@@ -30,6 +30,28 @@ def answers(model, device, **options):
     return found
 
 
+def test_beams_and_swapped_blocks(tmp_path):
+    model = str(save_llama(tmp_path))
+
+    def search(**options):
+        engine = Engine.build(EngineOptions(model=model, dtype="float32", max_model_len=64, block_size=4, **options))
+        engine.scheduler._fits_ahead = lambda state, owned_hits: True
+        params = SamplingParams(beam_width=4, n=4, temperature=0.0, max_tokens=24, ignore_eos=True)
+        for i in range(6):
+            engine.add(Request(f"r{i}", [3 + (7 * i + k * k) % 150 for k in range(5 + 4 * i)], params))
+        found = {}
+        while engine.has_work():
+            for name, index, token, *_ in engine.step().tokens:
+                found.setdefault((name, index), []).append(token)
+            engine.scheduler.check()
+        return found, engine.stats().swaps
+
+    few = {"kv_cache_memory": 64 * 4 * 512, "swap_space": "1MiB", "preemption_mode": "swap"}
+    on_gpu, swaps = search(device="cuda", **few)
+    assert swaps > 0
+    assert on_gpu == search(device="cpu", kv_cache_memory="8MiB")[0]
+
+
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 24, "max_num_seqs": 6}], ids=str)
 def test_the_tokens_are_the_cpu_s(tmp_path, options):
     model = str(save_llama(tmp_path))

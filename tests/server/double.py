@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Library
 from octavo.config import EngineOptions
 from octavo.engine.limits import Limits
 from octavo.engine.process import EngineClient, EngineInfo
-from octavo.engine.scheduler import StepOutput
+from octavo.engine.state import StepOutput
 from octavo.metrics import EngineStats
 from octavo.request import Request, TokenLogprobs, TokenOutput
 from octavo.text.chat_template import ChatTemplate
@@ -111,9 +111,15 @@ class EngineDouble(EngineClient):
                 entries = [logprobs_of(token, request.params.prompt_logprobs) for token in request.prompt_token_ids[1:]]
                 output.prompt_logprobs.append((request.request_id, 0, entries))
             for index in range(request.params.n):
+                if request.params.beams:
+                    output.beam_scores.append((request.request_id, index, -2.0 - index, -1.0 - index))
                 self._open[request.request_id, index] = (request, self.script(request, index))
         self._new.clear()
-        output.tokens = [self._token(key) for key in list(self._open)]
+        for key in list(self._open):
+            output.tokens.append(self._token(key))
+            # The answers of a beam search come whole.
+            while key in self._open and self._open[key][0].params.beams:
+                output.tokens.append(self._token(key))
         self.steps += 1
         self._count()
         self._deliver(output)

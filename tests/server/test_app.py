@@ -54,6 +54,10 @@ async def test_metrics(server: Server):
     for line in (
         "octavo_requests_running 0.0",
         'octavo_kv_blocks{state="owned"} 0.0',
+        "octavo_kv_block_references 0.0",
+        "octavo_kv_host_blocks_used 0.0",
+        "octavo_swaps_total 0.0",
+        "octavo_blocks_swapped_out_total 0.0",
         'octavo_requests_finished_total{finish_reason="stop"} 2.0',
         'octavo_requests_finished_total{finish_reason="length"} 1.0',
         "octavo_time_to_first_token_seconds_count 2.0",

@@ -1,5 +1,6 @@
 """Completions: every form of prompt, echo, and logprobs in the older shape."""
 
+from octavo.sampling_params import SamplingParams
 from tests.server.serving import EOS, TOKENIZER, Server, events, run
 
 TEXT = "Hi, wörld 🙂!"
@@ -89,3 +90,42 @@ async def test_bad_words_and_bias_reach_the_engine(server: Server):
     assert TOKENIZER.encode("no") in request.bad_words_token_ids
     assert request.params.logit_bias == {5: -100.0}
     assert (request.priority, request.cache_salt, request.params.top_k) == (3, "mine", 0)
+
+
+@run
+async def test_beams_come_at_the_end_with_their_scores(server: Server):
+    fields = {"use_beam_search": True, "best_of": 4, "n": 2, "length_penalty": 0.5, "early_stopping": "never"}
+    seen: list[SamplingParams] = []
+    script = server.engine.script
+    server.engine.script = lambda request, index: (seen.append(request.params), script(request, index))[1]
+    whole = (await server.complete(max_tokens=99, **fields)).json()
+    params = seen[0]
+    assert (params.beam_width, params.n, params.temperature) == (4, 2, 0.0)
+    assert (params.length_penalty, params.early_stopping) == (0.5, "never")
+    assert texts(whole) == [TEXT, f"{TEXT} 1"]
+    scores = [(choice["cumulative_logprob"], choice["beam_score"]) for choice in whole["choices"]]
+    assert scores == [(-2.0, -1.0), (-3.0, -2.0)]
+    chunks = events((await server.complete(max_tokens=99, stream=True, **fields)).text)
+    assert streamed(chunks) == dict(enumerate(texts(whole)))
+    told = {choice["index"]: choice["beam_score"] for chunk in chunks for choice in chunk["choices"]}
+    assert told == {0: -1.0, 1: -2.0}
+    chat = (await server.chat(use_beam_search=True, n=2)).json()
+    assert [choice["beam_score"] for choice in chat["choices"]] == [-1.0, -2.0]
+    assert "beam_score" not in (await server.complete()).json()["choices"][0]
+
+
+@run
+async def test_what_beams_do_not_go_with(server: Server):
+    for fields, param in (
+        ({"use_beam_search": True}, "best_of"),
+        ({"use_beam_search": True, "best_of": 33}, "best_of"),
+        ({"use_beam_search": True, "best_of": 2, "n": 3}, "n"),
+        ({"use_beam_search": True, "best_of": 2, "temperature": 0.5}, "temperature"),
+        ({"use_beam_search": True, "best_of": 2, "stop": "x"}, "stop"),
+        ({"best_of": 2}, "best_of"),
+        ({"length_penalty": 2.0}, "length_penalty"),
+        ({"early_stopping": True}, "early_stopping"),
+        ({"use_beam_search": True, "best_of": 2, "early_stopping": 3}, "early_stopping"),
+    ):
+        reply = await server.complete(**fields)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), fields

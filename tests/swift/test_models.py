@@ -11,7 +11,7 @@ import torch
 
 from octavo.checkpoint.hubs import find
 from octavo.checkpoint.repository import RepositoryName
-from octavo.errors import ConfigError, DownloadError
+from octavo.errors import ConfigError, DownloadError, RequestError
 from octavo.swift import (
     MODEL_MAPPING,
     TEMPLATE_MAPPING,
@@ -218,7 +218,7 @@ def test_assignments():
 def test_parameters_for_the_engine():
     params = VllmGenerationConfig(min_p=0.1, stop="a").sampling_params(["b"], [2])
     assert (params.min_p, params.stop, params.stop_token_ids, params.max_tokens) == (0.1, ["a", "b"], [2], 64)
-    with pytest.raises(ConfigError, match=r"length_penalty is 2\.0, which Octavo does not do"):
+    with pytest.raises(RequestError, match=r"length_penalty is for beam search, which is off"):
         VllmGenerationConfig(length_penalty=2.0).sampling_params([], [])
 
 

@@ -191,3 +191,14 @@ def test_bad_words(smollm2: Tokenizer) -> None:
     ids = bad_words_to_ids(smollm2, ["Paris", " Rome"])
     assert [smollm2.decode(word) for word in ids] == ["Paris", " Paris", "Rome", " Rome"]
     assert bad_words_to_ids(smollm2, ["Paris", "Paris"]) == ids[:2]
+
+
+def test_the_scores_of_a_search_come_with_the_end(smollm2: Tokenizer) -> None:
+    params = SamplingParams(beam_width=2, temperature=0.0, logprobs=0)
+    text = RequestText(Request("r", [1], params), smollm2)
+    text.put_beam_score(("r", 0, -3.0, -1.5))
+    first = text.push(("r", 0, 100, None, None, ([100], [-1.0], 1)))
+    assert (first.cumulative_logprob, first.beam_score) == (None, None)
+    last = text.push(("r", 0, 101, "length", None, ([101], [-2.0], 1)))
+    output = text.result().outputs[0]
+    assert (output.cumulative_logprob, output.beam_score) == (last.cumulative_logprob, last.beam_score) == (-3.0, -1.5)

@@ -14,6 +14,7 @@ from octavo.cli.options import Parser
 KINDS = {
     "throughput": "whole workloads in this process: tokens a second",
     "latency": "one batch in this process: time to first token and per token",
+    "beam": "beam search in the batch against an outer loop, and the blocks that sharing saves",
     "serve": "a running OpenAI-compatible server under load",
 }
 

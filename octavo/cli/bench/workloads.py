@@ -1,5 +1,6 @@
 """Workloads as lists of token ids with a number of tokens to generate each, made from a seed: the same everywhere."""
 
+import math
 from collections.abc import Callable
 from random import Random
 
@@ -28,6 +29,24 @@ def shared(count: int, prefix_len: int, own_len: int, output_len: int, seed: int
     prefix = [random.randint(_LOW, _HIGH) for _ in range(prefix_len)]
     prompts = [prefix + [random.randint(_LOW, _HIGH) for _ in range(own_len)] for _ in range(count)]
     return prompts, [output_len] * count
+
+
+# Mean tokens of a prompt and of an answer in two data sets (Kwon et al. 2023, figure 11).
+LENGTHS = {"alpaca": (19.31, 58.45), "sharegpt": (161.31, 337.99)}
+_SPREAD = 1.0  # standard deviation of the logarithm of a length: an assumption, the means alone are published
+
+
+def drawn(name: str, count: int, seed: int = 3) -> Workload:
+    """Prompts and answers whose lengths are log-normal with the means of `LENGTHS`, and at most 1024 tokens each."""
+    random = Random(seed)
+
+    def length(mean: float) -> int:
+        return min(1024, max(1, round(mean * math.exp(random.gauss(-(_SPREAD**2) / 2, _SPREAD)))))
+
+    mean_input, mean_output = LENGTHS[name]
+    shapes = [(length(mean_input), length(mean_output)) for _ in range(count)]
+    prompts = [[random.randint(_LOW, _HIGH) for _ in range(given)] for given, _ in shapes]
+    return prompts, [answer for _, answer in shapes]
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {

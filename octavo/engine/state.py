@@ -1,0 +1,100 @@
+"""The scheduler's nouns: a request as it runs, a step while it is made, and what a step tells the outside.
+
+They hold state and decide nothing.
+"""
+
+from dataclasses import dataclass, field
+
+from octavo.batch import LogprobColumns
+from octavo.engine.beam_search import BeamSearch, Hypothesis
+from octavo.request import BeamScore, Request, Sequence, TokenLogprobs, TokenOutput
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """A request in the scheduler: its unfinished sequences, which wait, run and are preempted together."""
+
+    request: Request
+    order: tuple[int, float, int]  # priority, arrival, number: the queue's order
+    sequences: list[Sequence]
+    max_len: int  # tokens of prompt and answer at which a sequence ends
+    forked: bool  # whether its samples or beams exist; until the prompt is computed there is one sequence
+    search: BeamSearch | None = None
+    started: bool = False
+    lost_tokens: int = 0  # computed before the last preemption, and not kept in host memory
+
+    @property
+    def num_rows(self) -> int:
+        """Rows to keep for it: those of samples that do not exist yet among them."""
+        if self.forked and self.search is None:
+            return len(self.sequences)
+        return self.request.params.num_sequences
+
+    @property
+    def num_common(self) -> int:
+        """Tokens with which all its sequences begin, and after which each has at least one more."""
+        tokens = [seq.token_ids for seq in self.sequences]
+        shortest = min(map(len, tokens)) - 1
+        # What the first and the last in lexical order have in common, all between them have too.
+        pairs = zip(min(tokens), max(tokens), strict=False)
+        return min(shortest, next((i for i, (low, high) in enumerate(pairs) if low != high), shortest))
+
+    @property
+    def swapped(self) -> bool:
+        """Whether its K/V is in host memory."""
+        return any(seq.host_table for seq in self.sequences)
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step while it is made, and until its result is read."""
+
+    budget: int  # tokens that may still be added
+    entries: list[tuple[Sequence, int]] = field(default_factory=list)
+    # Who draws a token, in the entries' order: (sequence, 0), and (sequence, k) for its k-th fork, still to be made.
+    samples: list[tuple[Sequence, int]] = field(default_factory=list)
+    # (sequence, prompt position of the first, number of positions) whose logprobs are wanted
+    prompt_spans: list[tuple[Sequence, int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination)
+    swap_out: list[tuple[int, int]] = field(default_factory=list)  # (device block, host block)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)  # (device block, host block)
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What one step tells the outside, in plain values: it crosses to the HTTP process as one message.
+
+    The answers of a beam search come whole when the search ends, each with its score.
+    """
+
+    tokens: list[TokenOutput]
+    # Requests admitted for the first time: (request id, seconds in the queue, prompt tokens found in the cache).
+    started: list[tuple[str, float, int]] = field(default_factory=list)
+    # (request id, prompt position of the first entry, one entry a position)
+    prompt_logprobs: list[tuple[str, int, list[TokenLogprobs]]] = field(default_factory=list)
+    beam_scores: list[BeamScore] = field(default_factory=list)
+
+    def add_answers(self, request_id: str, answers: list[Hypothesis]) -> None:
+        """Adds a search's answers, token by token."""
+        for index, answer in enumerate(answers):
+            *links, last = answer.end.chain()
+            self.tokens += [(request_id, index, link.token, None, None, link.logprobs) for link in links]
+            ending = (answer.finish_reason, answer.stop_token_id)
+            self.tokens.append((request_id, index, last.token, *ending, last.logprobs))
+            self.beam_scores.append((request_id, index, answer.cumulative_logprob, answer.score))
+
+    def add_prompt_logprobs(self, plan: Plan, columns: LogprobColumns | None) -> None:
+        """Adds what `plan` asked for, found in `columns`."""
+        first = 0
+        for seq, start, count in plan.prompt_spans:
+            assert columns is not None, "the step was asked for prompt logprobs"
+            wanted = seq.request.params.prompt_logprobs or 0
+            entries = [token_logprobs(columns, first + i, wanted) for i in range(count)]
+            self.prompt_logprobs.append((seq.request.request_id, start, entries))
+            first += count
+
+
+def token_logprobs(columns: LogprobColumns, i: int, num_logprobs: int) -> TokenLogprobs:
+    """Entry `i` as plain lists: the token itself, then the `num_logprobs` most likely ones."""
+    end = 1 + num_logprobs
+    return columns.token_ids[i, :end].tolist(), columns.logprobs[i, :end].tolist(), int(columns.rank[i])

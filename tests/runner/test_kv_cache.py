@@ -1,0 +1,53 @@
+"""Blocks on their way to host memory and back: they arrive whole, in every layer, whatever fits at once."""
+
+import numpy as np
+import pytest
+import torch
+
+from octavo import ops
+from octavo.config import ModelConfig, RopeConfig
+from octavo.runner import kv_cache
+from octavo.runner.kv_cache import KVCache
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig("Llama", 10, 16, 16, 3, 4, 2, 4, 64, 1e-5, RopeConfig(rotary_dim=4))
+BLOCK_BYTES = MODEL.kv_bytes_per_token("float32") * 4
+
+
+def pairs(*given: tuple[int, int]) -> np.ndarray:
+    return np.array(given, np.int32).reshape(-1, 2)
+
+
+def made(num_host_blocks: int = 6) -> KVCache:
+    cache = KVCache(MODEL, 8, 4, torch.float32, CPU, num_host_blocks=num_host_blocks)
+    for layer in cache.layers:
+        layer.k_PBKH.normal_()
+        layer.v_PBKH.normal_()
+    return cache
+
+
+def contents(cache: KVCache, block: int) -> torch.Tensor:
+    return torch.stack([x[block].clone() for layer in cache.layers for x in (layer.k_PBKH, layer.v_PBKH)])
+
+
+@pytest.mark.parametrize("staged", [1, 2 * BLOCK_BYTES, 2**30])
+def test_blocks_go_out_and_come_back_elsewhere(staged: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "_STAGED", staged)
+    cache = made()
+    was = [contents(cache, block) for block in range(8)]
+    cache.swap_out(pairs((1, 5), (3, 0), (4, 2)))
+    for layer in cache.layers:
+        layer.k_PBKH[[1, 3, 4]] = -1
+        layer.v_PBKH[[1, 3, 4]] = -1
+    cache.swap_in(pairs((3, 5), (7, 0), (1, 2)))
+    for block, source in ((3, 1), (7, 3), (1, 4), (0, 0), (2, 2), (5, 5), (6, 6)):
+        torch.testing.assert_close(contents(cache, block), was[source], rtol=0, atol=0)
+
+
+def test_nothing_to_copy_needs_no_host_memory() -> None:
+    cache = made(num_host_blocks=0)
+    was = contents(cache, 0)
+    cache.swap_out(pairs())
+    cache.swap_in(pairs())
+    cache.copy_blocks(pairs((0, 5)), ops.for_device(CPU))
+    torch.testing.assert_close(contents(cache, 5), was, rtol=0, atol=0)
