@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # Builds from the best to the last, with the flags of /proc/cpuinfo that each needs; the names are those of setup.py.
-# Intel's cores have bf16 products too, but do fewer of them in a second than fp32 ones; hence the maker among the flags.
+# Intel's cores have bf16 products too, but do fewer of them in a second than of fp32's: hence the maker.
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": (*_AVX512, "avx512_vnni", "avx512_bf16", "AuthenticAMD"),

@@ -58,7 +58,7 @@ class StepGraph:
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         if len(hidden_SD) > _MOST_LOGITS:
-            return torch.cat([self.logits(part).clone() for part in hidden_SD.split(_MOST_LOGITS)])
+            return torch.cat([self.logits(part).clone() for part in torch.split(hidden_SD, _MOST_LOGITS)])
         S = len(hidden_SD)
         self._head.inputs[0][:S] = hidden_SD
         self._head.run(self._kernels, self._engine, Step(tokens=S))
@@ -100,11 +100,11 @@ class _Angles:
         return found
 
 
-class _NothingBetween(TorchDispatchMode):
+class _NothingBetween(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While a model is recorded, nothing may be written into the ops' results behind their back."""
 
     def __init__(self, tape: Tape):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tape = tape
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from octavo.checkpoint import open_checkpoint
 from octavo.config import EngineOptions
 from octavo.kernels import library
 from octavo.layers.mlp import GatedMLP
-from octavo.models import read_config
+from octavo.models import read_model
 from octavo.models.loader import load_model
 from octavo.ops.cpu.tape import NotRecordableError
 from octavo.runner.build import build_executor
@@ -15,7 +16,7 @@ from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.step_graph import StepGraph
 from tests.steps import Row, Steps
-from tests.tiny_models import FolderCheckpoint, save_model, write_tiny_qwen_v1
+from tests.tiny_models import save_model, write_tiny_qwen_v1
 
 pytestmark = pytest.mark.skipif(not library.builds(), reason="the kernels were not built: no compiler")
 
@@ -41,8 +42,8 @@ def graph_runner(folder, **options):
 
 
 def plain_runner(folder, block_size=16):
-    checkpoint = FolderCheckpoint(folder)
-    model = load_model(checkpoint, read_config(checkpoint.config), torch.float32, torch.device("cpu"))
+    checkpoint = open_checkpoint(str(folder))
+    model = load_model(checkpoint, read_model(checkpoint), torch.float32, torch.device("cpu"))
     cache = KVCache(model.config, 64, block_size, torch.float32, torch.device("cpu"))
     return ModelRunner(model, cache)
 
@@ -82,8 +83,8 @@ def test_fewer_bits_stay_near(folder, options, most):
 
 def record(folder):
     kernels = library.load()
-    checkpoint = FolderCheckpoint(folder)
-    model = load_model(checkpoint, read_config(checkpoint.config), torch.float32, torch.device("cpu"))
+    checkpoint = open_checkpoint(str(folder))
+    model = load_model(checkpoint, read_model(checkpoint), torch.float32, torch.device("cpu"))
     cache = KVCache(model.config, 8, 16, torch.float32, torch.device("cpu"))
     return StepGraph(model, cache, kernels, kernels.engine(1), 64, 128)
 

@@ -69,7 +69,7 @@ class Tape:
         return Program(
             (Instruction * len(self.instructions))(*self.instructions),
             len(self.instructions),
-            (Buffer * len(buffers))(*buffers),
+            (Buffer * len(buffers))(*[Buffer(*buffer) for buffer in buffers]),
             self.most_inputs,
         )
 
