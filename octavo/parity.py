@@ -17,7 +17,6 @@ from octavo.checkpoint import Checkpoint, open_checkpoint
 from octavo.config import EngineOptions
 from octavo.engine.engine import Engine
 from octavo.errors import ConfigError, RequestError
-from octavo.layers.context import ForwardContext
 from octavo.models import read_config
 from octavo.models.loader import CheckpointTensors
 from octavo.request import Request
@@ -164,8 +163,7 @@ def _prompt_logits(runner: ModelRunner, prompt: list[int]) -> Iterator[tuple[int
             sampling=_NO_SAMPLES,
             block_copies=np.empty((0, 2), np.int32),
         )
-        ctx = ForwardContext.build(batch, runner.kv_cache.layers, runner.model.rope, runner.ops, runner.device)
-        yield start, runner.model.logits(runner.model.forward(ctx), ctx)
+        yield start, runner.forward.logits(runner.forward.hidden(batch))
 
 
 _FLOATS, _INTS = np.empty(0, np.float32), np.empty(0, np.int32)

@@ -47,6 +47,7 @@ class Weight(Structure):
         ("minima", ctypes.c_bool),
         ("wide", ctypes.c_bool),
         ("exact", ctypes.c_bool),
+        ("halves", c_int32),
         ("panel_bytes", c_int64),
         ("scales_at", c_int64),
         ("minima_at", c_int64),
@@ -119,6 +120,9 @@ class Step(Structure):
     )
 
 
+# How to draw a sample, an entry a row of logits; a numpy structure.
+DRAW = [("temperature", "<f4"), ("top_k", "<i4"), ("top_p", "<f4"), ("min_p", "<f4"), ("key", "<u4", 2)]
+
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "octavo_allocate": (c_void_p, (c_int64,)),
     "octavo_free": (None, (c_void_p, c_int64)),
@@ -130,7 +134,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "octavo_read_rows": (None, (c_int32, c_void_p, c_int64, c_int64, c_void_p)),
     "octavo_run": (None, (c_void_p, POINTER(Program), POINTER(Step))),
     "octavo_profile": (None, (c_void_p, c_void_p)),
-    "octavo_argmax": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "octavo_sample": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "octavo_lanes": (c_int32, ()),
 }
 

@@ -1,15 +1,19 @@
-"""A model on the CPU's own kernels: packed weights, the kernels' cache, and the step graph over both."""
+"""A model on the CPU's own kernels: packed weights, the kernels' cache, the step graph over both, and the draw."""
 
+import numpy as np
 import torch
 
+from octavo.batch import SamplingColumns
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
 from octavo.kernels import library
+from octavo.kernels.library import Kernels
 from octavo.kernels.weights import Packer
 from octavo.log import logger
 from octavo.models.loader import load_model
 from octavo.ops.cpu.calls import KernelOps
 from octavo.ops.cpu.tape import NotRecordableError
+from octavo.runner import noise
 from octavo.runner.forward import Forward, PlainForward
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
@@ -34,4 +38,25 @@ def kernel_runner(checkpoint: Checkpoint, config: EngineConfig, load_format: str
     except NotRecordableError as why:
         logger.warning("the model's step cannot be recorded, so its kernels are called one by one, slower: %s", why)
         forward = PlainForward(model, cache, KernelOps(kernels, engine))
-    return ModelRunner(model, cache, forward)
+    return ModelRunner(model, cache, forward, KernelDraw(kernels, engine))
+
+
+class KernelDraw:
+    """`sampler.Draw` in C++."""
+
+    def __init__(self, kernels: Kernels, engine: int):
+        self._kernels = kernels
+        self._engine = engine
+
+    def __call__(self, logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
+        S, V = logits_SV.shape
+        draws = np.zeros(S, library.DRAW)
+        draws["temperature"] = columns.temperature
+        draws["top_k"] = columns.top_k
+        draws["top_p"] = columns.top_p
+        draws["min_p"] = columns.min_p
+        draws["key"] = noise.keys(columns.seed, columns.counter).view(np.uint32)
+        tokens = np.empty(S, np.int32)
+        logits = logits_SV.data_ptr(), S, V, logits_SV.stride(0)
+        self._kernels.sample(self._engine, *logits, draws.ctypes.data, tokens.ctypes.data)
+        return torch.from_numpy(tokens).long()

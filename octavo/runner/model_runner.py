@@ -23,12 +23,15 @@ _PROMPT_LOGPROBS_AT_ONCE = 256
 class ModelRunner:
     """Runs `model` over `kv_cache`, both on the model's device, by `forward` or else op by op."""
 
-    def __init__(self, model: Decoder, kv_cache: KVCache, forward: Forward | None = None):
+    def __init__(
+        self, model: Decoder, kv_cache: KVCache, forward: Forward | None = None, draw: sampler.Draw = sampler.draw
+    ):
         self.model = model
         self.kv_cache = kv_cache
         self.device = model.device
         self.ops = ops.for_device(self.device)
         self.forward = forward or PlainForward(model, kv_cache, self.ops)
+        self.draw = draw
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
@@ -46,7 +49,7 @@ class ModelRunner:
             logits_SV = self.forward.logits(hidden_TD[on_device(index, self.device)])
             if len(index) < len(inverse) or (np.diff(inverse) != 1).any():
                 logits_SV = logits_SV[on_device(inverse, self.device)]
-            tokens_S, result.logprobs = sampler.sample(logits_SV, batch.sampling)
+            tokens_S, result.logprobs = sampler.sample(logits_SV, batch.sampling, self.draw)
             result.token_ids = tokens_S.int().cpu().numpy()
         return result
 

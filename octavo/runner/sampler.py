@@ -6,6 +6,8 @@ operations that treat rows apart are used. Work that a row does not ask for is n
 Shapes: S samples, V vocabulary, F samples that ask for a feature, E entries of log probabilities.
 """
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,7 +20,16 @@ from octavo.runner import noise
 _NUCLEUS_GUESS = 1024
 
 
-def sample(logits_SV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor, LogprobColumns | None]:
+class Draw(Protocol):
+    """The last part of sampling: temperature, filters, and the draw; it may use the logits up."""
+
+    def __call__(self, logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
+        """A token a row, [S] int64."""
+
+
+def sample(
+    logits_SV: torch.Tensor, columns: SamplingColumns, draw_tokens: Draw | None = None
+) -> tuple[torch.Tensor, LogprobColumns | None]:
     """A token a row, [S] int64, and log probabilities if any row asks. `logits_SV` (fp32) is used up.
 
     Order: bias, allowed lists, penalties; then argmax where temperature is 0, else temperature, top_k, top_p,
@@ -29,7 +40,7 @@ def sample(logits_SV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Ten
     _add_bias(logits_SV, columns)
     _keep_allowed(logits_SV, columns)
     _penalize(logits_SV, columns)
-    tokens_S = _draw(logits_SV, columns)
+    tokens_S = (draw_tokens or draw)(logits_SV, columns)
     if raw_EV is None:
         return tokens_S, None
     found = logprobs(raw_EV, tokens_S[_index(asks, logits_SV)], int(columns.num_logprobs.max()))
@@ -84,7 +95,8 @@ def _column(values: Floats | Ints, like: torch.Tensor) -> torch.Tensor:
     return on_device(values, like.device)[:, None]
 
 
-def _draw(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
+def draw(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
+    """`Draw` in torch, on any device."""
     drawn = np.flatnonzero(columns.temperature > 0)
     if not len(drawn):
         return logits_SV.argmax(dim=-1)

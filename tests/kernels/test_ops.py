@@ -8,6 +8,9 @@ from octavo.kernels import library
 from octavo.kernels.weights import Packer, StoredRows
 from octavo.ops import reference
 from octavo.ops.cpu.calls import KernelOps
+from octavo.runner import sampler
+from octavo.runner.cpu import KernelDraw
+from tests.steps import columns
 
 BUILDS = list(library.builds())
 THREADS = 2
@@ -190,11 +193,39 @@ def test_linear_is_the_same_in_any_company(ops, precision):
         assert torch.equal(ops.linear(x_TI[first:last].contiguous(), packed), whole[first:last])
 
 
-def test_argmax_takes_the_first_of_equals(ops):
-    rows = torch.randn(5, 1003)
-    rows[1, [7, 900]] = 9.0
-    rows[2, 1002] = 10.0
-    rows[3] = float("-inf")
-    found = np.zeros(5, np.int32)
-    ops.kernels.argmax(ops.engine, rows.data_ptr(), 5, 1003, 1003, found.ctypes.data)
-    assert found.tolist() == rows.argmax(-1).tolist()
+def columns_of(count, **given):
+    """Columns of so many samples with seeds of their own."""
+    return columns(count, seed=np.arange(count, dtype=np.uint64), counter=np.arange(count), **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 1e-6},
+        {"temperature": 3.0, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.5},
+        {"temperature": 1.0, "top_p": 0.999},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 2.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": [0.0, 1.0] * 100, "top_k": [0, 3] * 100},
+    ],
+    ids=str,
+)
+def test_draws_are_those_of_torch(ops, given):
+    """The noise is a function of the key and the token; only the last bits of logarithms differ."""
+    for scale in (0.1, 3.0):
+        logits_SV = torch.randn(200, 1003) * scale
+        logits_SV[3, 10:] = float("-inf")
+        found = KernelDraw(ops.kernels, ops.engine)(logits_SV.clone(), columns_of(200, **given))
+        assert found.tolist() == sampler.draw(logits_SV.clone(), columns_of(200, **given)).tolist()
+
+
+def test_equals_are_kept_or_dropped_together_and_the_first_wins(ops):
+    logits_SV = torch.full((4, 50), -5.0)
+    logits_SV[:, [7, 20, 33]] = 4.0
+    draw = KernelDraw(ops.kernels, ops.engine)
+    assert draw(logits_SV.clone(), columns_of(4, temperature=0.0)).tolist() == [7] * 4
+    seen = {int(t) for s in range(60) for t in draw(logits_SV.clone(), columns(4, temperature=1.0, top_k=1, seed=s))}
+    assert seen == {7, 20, 33}

@@ -144,7 +144,7 @@ def test_registering():
 def test_what_an_engine_tells(engine, modelscope_cache):
     assert engine.model_type == "qwen-7b-chat"
     assert engine.model_dir == str(modelscope_cache / "qwen/Qwen-7B-Chat")
-    assert engine.dtype is torch.float32
+    assert engine.dtype is torch.bfloat16
     assert engine.max_model_len == engine.model_config.max_model_len == 8192
     assert engine.is_multimodal is False
     assert engine.engine_args.max_num_seqs == 256

@@ -1,6 +1,7 @@
 // The library's functions, in C: what octavo/kernels/library.py calls. One build for each instruction set.
 
 #include "program.h"
+#include "sampling.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -40,6 +41,7 @@ int64_t octavo_lay_out(Weight* weight) {
   weight->bits = 4;
   weight->group = 32;
   weight->offset = 8;
+  weight->halves = 1;
   weight->minima = weight->wide = weight->exact = false;
   return lay_out(*weight);
 }
@@ -73,19 +75,12 @@ void octavo_run(Engine* engine, const Program* program, const Step* step) { engi
 // From now on adds the seconds of each kind of instruction to `seconds`, one entry a Code; null to stop.
 void octavo_profile(Engine* engine, double* seconds) { engine->seconds = seconds; }
 
-// The place of the largest number of each row; the first of equals.
-void octavo_argmax(Engine* engine, const float* rows, int64_t count, int64_t width, int64_t stride, int32_t* out) {
+// Draws a token from each of `count` rows of logits, which are used up.
+void octavo_sample(Engine* engine, float* logits, int64_t count, int64_t width, int64_t stride, const Draw* draws,
+                   int32_t* out) {
   engine->together([&](Team& team) {
-    for (int64_t r = team.next(); r < count; r = team.next()) {
-      const float* x = rows + r * stride;
-      float best = x[0];
-      int64_t i = 0;
-      vf most = set(x[0]);
-      for (; i + W <= width; i += W) most = max(most, load(x + i));
-      best = largest(most);
-      for (; i < width; i++) best = x[i] > best ? x[i] : best;
-      out[r] = int32_t(std::find(x, x + width, best) - x);
-    }
+    Sampler sampler;
+    for (int64_t r = team.next(); r < count; r = team.next()) out[r] = sampler.draw(logits + r * stride, width, draws[r]);
   });
 }
 

@@ -1,7 +1,8 @@
 // y = x W^T + b for packed weights: activations are brought to the weights' precision, then multiplied in tiles.
 //
-// bf16 weights take bf16 activations. int8 weights take int8 activations with a scale a token (W8A8); grouped weights
-// take int8 activations with a scale a token and group, as the formats' own project computes them.
+// bf16 weights take bf16 activations (or fp32 ones, see DotBF16). int8 weights take int8 activations with a scale a token
+// (W8A8). Grouped weights take integers with a scale a token and group: int8 where weights were rounded to 4 bits here,
+// and 16 bits, as two int8 halves, for a file's own precision, so that nothing but that precision is lost.
 #pragma once
 
 #include "team.h"
@@ -37,25 +38,39 @@ inline int64_t lanes_of(const Weight& w) {
   switch (w.format) {
     case kPlainF32: return w.inputs;
     case kPlainBF16: return w.inputs / 2 * DotBF16::a_lanes;
-    default: return w.inputs / 4;
+    case kInt8: return w.inputs / 4;
+    case kGrouped: return w.inputs / 4 * w.halves;
   }
+  __builtin_unreachable();
 }
 
-// Rounds `count` floats to int8 with one scale; returns (scale, sum of the integers). `count` is a multiple of 16.
-inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t* out) {
+OCTAVO_INLINE void store_int8(int8_t* out, vi v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  for (int i = 0; i < W; i++) out[i] = int8_t(v[i]);
+#endif
+}
+
+// Rounds `count` floats to integers with one scale: int8 to `out`, or with `lower` two halves, the upper ones to `out`.
+// Returns (scale, sum of the integers). `count` is a multiple of 16.
+inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t* out, int8_t* lower = nullptr) {
   vf most{};
   for (int64_t k = 0; k < count; k += W) most = max(most, max(load(x + k), -load(x + k)));
-  const float scale = largest(most) / 127.0f;
+  const float scale = largest(most) / (lower ? 127.0f * kHalf + 126.0f : 127.0f);
   const vf inverse = set(scale > 0 ? 1.0f / scale : 0.0f), magic = set(12582912.0f);
   vi total{};
   for (int64_t k = 0; k < count; k += W) {
-    const vi q = as_lanes(load(x + k) * inverse + magic) - as_lanes(magic);
+    const vf rounded = load(x + k) * inverse + magic;
+    const vi q = as_lanes(rounded) - as_lanes(magic);
     total += q;
-#if defined(__AVX512F__)
-    _mm_storeu_si128((__m128i*)(out + k), _mm512_cvtepi32_epi8((__m512i)q));
-#else
-    for (int i = 0; i < W; i++) out[k + i] = int8_t(q[i]);
-#endif
+    if (!lower) {
+      store_int8(out + k, q);
+      continue;
+    }
+    const vi upper = as_lanes((rounded - magic) * set(1.0f / kHalf) + magic) - as_lanes(magic);
+    store_int8(out + k, upper);
+    store_int8(lower + k, q - upper * kHalf);
   }
   int32_t sum = 0;
   for (int i = 0; i < W; i++) sum += total[i];
@@ -97,7 +112,9 @@ inline void prepare_row(const Weight& w, const float* x, int64_t width, int64_t 
       for (int64_t g = 0; g < groups; g++) {
         const int64_t k = g * w.group;
         const float* from = part(k / 32 * 32) + k % 32;
-        std::tie(out.scale[m * groups + g], out.sums[m * groups + g]) = quantize(from, w.group, (int8_t*)(row + k / 4));
+        int8_t* lower = w.halves == 2 ? (int8_t*)(row + w.inputs / 4) + k : nullptr;
+        std::tie(out.scale[m * groups + g], out.sums[m * groups + g]) =
+            quantize(from, w.group, (int8_t*)row + k, lower);
       }
     }
   }
@@ -147,10 +164,10 @@ inline void plain_columns(const Weight& w, const Activations& a, int64_t first, 
   });
 }
 
-template <int Bits, int Lanes, bool Minima, bool Wide>
+template <int Bits, int Lanes, bool Minima, bool Wide, int Halves = 2>
 inline void grouped_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
                             const float* bias, Matrix out) {
-  constexpr int Vectors = kGroupVectors;
+  constexpr int Vectors = kGroupVectors, kRows = Halves == 2 ? kGroupRows * 2 / 3 : kGroupRows;
   const int64_t lanes = lanes_of(w), groups = w.inputs / w.group;
   const uint8_t* panel[Vectors];
   int column[Vectors];
@@ -158,13 +175,13 @@ inline void grouped_columns(const Weight& w, const Activations& a, int64_t first
     panel[v] = w.panel(std::min((n + v * W) / 16, w.panels() - 1));
     column[v] = int((n + v * W) % 16);
   }
-  in_tiles<kGroupRows>(rows, [&](int64_t start, auto height) {
+  in_tiles<kRows>(rows, [&](int64_t start, auto height) {
     constexpr int Rows = decltype(height)::value;
     const int64_t row = first + start;
-    const GroupedRows part = {a.lanes.data() + row * lanes, lanes, a.scale.data() + row * groups,
+    const GroupedRows part = {a.lanes.data() + row * lanes, lanes, w.inputs / 4, a.scale.data() + row * groups,
                               a.sums.data() + row * groups, groups};
     vf sum[Rows][Vectors];
-    multiply_groups<Bits, Lanes, Minima, Wide>(sum, part, w, panel, column);
+    multiply_groups<Bits, Lanes, Minima, Wide, Halves>(sum, part, w, panel, column);
     for (int m = 0; m < Rows; m++)
       for (int v = 0; v < Vectors; v++) {
         const int64_t at = n + v * W;
@@ -184,6 +201,7 @@ inline Columns columns_of(const Weight& w) {
     case kGrouped: break;
   }
   const int lanes = w.group / 4;
+  if (w.halves == 1) return grouped_columns<4, 8, false, false, 1>;
   if (w.bits == 4 && lanes == 8 && !w.minima) return grouped_columns<4, 8, false, false>;
   if (w.bits == 4 && lanes == 8 && !w.wide) return grouped_columns<4, 8, true, false>;
   if (w.bits == 4 && lanes == 8) return grouped_columns<4, 8, true, true>;

@@ -28,6 +28,7 @@ struct Weight {
   int64_t outputs, inputs;  // inputs are a multiple of 32
   int32_t bits, group, offset;  // of kGrouped; offset is taken off the integers where there are no minima
   bool minima, wide, exact;     // wide: fp32 scales; exact: the integers are those of the file
+  int32_t halves;               // of kGrouped: the bytes of an activation, see linear.h
   int64_t panel_bytes, scales_at, minima_at;  // within a panel
   uint8_t* data;                              // [panels][panel_bytes]
   float* scale;                               // [panels * 16], of kInt8
@@ -58,6 +59,7 @@ inline int64_t lay_out(Weight& w) {
 inline void exact_layout(Stored type, Weight& w) {
   w.format = kGrouped;
   w.exact = true;
+  w.halves = 2;
   w.minima = type == kQ4_1 || type == kQ5_1 || type == kQ2_K || type == kQ4_K || type == kQ5_K;
   w.wide = type >= kQ2_K;
   w.group = type == kQ2_K || type == kQ3_K || type == kQ6_K ? 16 : 32;

@@ -67,17 +67,22 @@ OCTAVO_INLINE void multiply(typename Dot::Sum (&sum)[Rows][Vectors], const int32
   }
 }
 
-// Activations quantized to int8 by groups: q, scale and sum of each row and group.
+// Activations as integers by groups: a row's lanes of int8 (with two halves first all the upper ones, then the lower),
+// and the scale and sum of each row and group.
 struct GroupedRows {
   const int32_t* lanes;
   int64_t stride;       // lanes from row to row
+  int64_t lower;        // lanes from an upper half to its lower one
   const float* scale;   // [row][groups]
   const int32_t* sums;  // [row][groups]
   int64_t groups;
 };
 
+// An activation of two halves is kHalf * upper + lower, both from -127 to 127.
+constexpr int kHalf = 254;
+
 // out[m][v] = rows of A times weights in groups of `Lanes` lanes; `panel[v]` is where vector v's columns start.
-template <int Bits, int Lanes, bool Minima, bool Wide, int Rows, int Vectors>
+template <int Bits, int Lanes, bool Minima, bool Wide, int Halves, int Rows, int Vectors>
 OCTAVO_INLINE void multiply_groups(vf (&out)[Rows][Vectors], const GroupedRows& a, const Weight& w,
                                    const uint8_t* const (&panel)[Vectors], const int (&column)[Vectors]) {
   constexpr int kLoads = Bits == 4 ? Lanes / 2 : Lanes;
@@ -85,14 +90,7 @@ OCTAVO_INLINE void multiply_groups(vf (&out)[Rows][Vectors], const GroupedRows& 
   for (int m = 0; m < Rows; m++)
     for (int v = 0; v < Vectors; v++) out[m][v] = vf{};
   for (int64_t g = 0; g < a.groups; g++) {
-    vi sum[Rows][Vectors];
-#pragma GCC unroll 8
-    for (int m = 0; m < Rows; m++) {
-      const int shift = Minima ? 0 : Bits == 4 ? w.offset : kBias8;
-      const vi start = set_lanes(-shift * a.sums[m * a.groups + g]);
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; v++) sum[m][v] = start;
-    }
+    vi sum[Rows][Vectors] = {}, fine[Rows][Vectors] = {};
 #pragma GCC unroll 8
     for (int j = 0; j < kLoads; j++) {
       vi low[Vectors], high[Vectors];
@@ -105,15 +103,16 @@ OCTAVO_INLINE void multiply_groups(vf (&out)[Rows][Vectors], const GroupedRows& 
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; m++) {
         const int32_t* row = a.lanes + m * a.stride + g * Lanes + j;
-        const vi x = set_lanes(row[0]);
+        auto add = [&](vi(&total)[Vectors], const vi(&weights)[Vectors], int32_t lane) {
+          const vi x = set_lanes(lane);
 #pragma GCC unroll 8
-        for (int v = 0; v < Vectors; v++)
-          sum[m][v] = Bits == 4 || Minima ? dot_u7s8(sum[m][v], low[v], x) : dot_u8s8(sum[m][v], low[v], x);
-        if (Bits == 4) {
-          const vi y = set_lanes(row[Lanes / 2]);
-#pragma GCC unroll 8
-          for (int v = 0; v < Vectors; v++) sum[m][v] = dot_u7s8(sum[m][v], high[v], y);
-        }
+          for (int v = 0; v < Vectors; v++)
+            total[v] = Bits == 4 || Minima ? dot_u7s8(total[v], weights[v], x) : dot_u8s8(total[v], weights[v], x);
+        };
+        add(sum[m], low, row[0]);
+        if (Halves == 2) add(fine[m], low, row[a.lower]);
+        if (Bits == 4) add(sum[m], high, row[Lanes / 2]);
+        if (Bits == 4 && Halves == 2) add(fine[m], high, row[a.lower + Lanes / 2]);
       }
     }
 #pragma GCC unroll 8
@@ -127,7 +126,11 @@ OCTAVO_INLINE void multiply_groups(vf (&out)[Rows][Vectors], const GroupedRows& 
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; m++) {
         const float x_scale = a.scale[m * a.groups + g];
-        out[m][v] = fma(to_float(sum[m][v]), scale * set(x_scale), out[m][v]);
+        const int shift = Minima ? 0 : Bits == 4 ? w.offset : kBias8;
+        vi exact = sum[m][v];
+        if (Halves == 2) exact = (exact << 8) - (exact << 1) + fine[m][v];  // kHalf times the upper halves
+        exact -= set_lanes(shift * a.sums[m * a.groups + g]);
+        out[m][v] = fma(to_float(exact), scale * set(x_scale), out[m][v]);
         if (Minima) out[m][v] = fma(minimum, set(x_scale * float(a.sums[m * a.groups + g])), out[m][v]);
       }
     }
