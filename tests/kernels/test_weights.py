@@ -50,15 +50,13 @@ def test_rows_are_read_exactly(ops, word):
 @pytest.mark.parametrize("word", TYPES)
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_quantized_weights_keep_their_precision(ops, word, tokens):
-    """With activations that int8 holds exactly, nothing is lost but the order of the sums."""
+    """Activations are rounded to 16 bits: beside the weights' own error, which is in both, that is nothing."""
     rows, weights = stored(word, 50, 512)
     packed = Packer(ops.kernels, ops.engine, "stored", 2**20).pack([rows])
-    x_TI = torch.randint(-127, 128, (tokens, 512), generator=torch.Generator().manual_seed(1)).float()
-    x_TI[:, ::16] = 127.0  # so that every group's scale is 1
+    x_TI = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(1))
+    x_TI[0, :32] = 0.0
     wanted = x_TI.double() @ torch.from_numpy(weights).double().T
-    torch.testing.assert_close(
-        ops.linear(x_TI, packed).double(), wanted, rtol=1e-5, atol=float(wanted.abs().max()) * 1e-6
-    )
+    assert float((ops.linear(x_TI, packed) - wanted).norm() / wanted.norm()) < 1e-4
 
 
 def test_parts_of_different_types_make_one_matrix(ops):
@@ -69,7 +67,7 @@ def test_parts_of_different_types_make_one_matrix(ops):
     x_TI, bias_O = torch.randn(5, 512), torch.randn(72)
     wanted = torch.cat([x_TI @ torch.from_numpy(weights).T for _, weights in parts], dim=1) + bias_O
     found = ops.linear(x_TI, packed, bias_O)
-    assert float((found - wanted).norm() / wanted.norm()) < 0.01  # int8 activations
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4", "stored"])
