@@ -233,7 +233,7 @@ class _Route:
                     if data == b"[DONE]":
                         return
                     found = json.loads(data)
-                    if "error" in found:
+                    if "error" in found or found.get("object") == "error":
                         raise ServerError(_message(found))
                     yield found
         except (OSError, http.client.HTTPException) as error:
