@@ -81,6 +81,31 @@ def test_contradictions(options, error, words):
         settle(10**9, **options)
 
 
+def on_gpu(free, total, **options):
+    options = EngineOptions(**options)
+    return resolve(options, MODEL, WEIGHTS, device="cuda", dtype="float32", free=free, total=total)
+
+
+def test_a_gpu_s_share_is_of_its_whole_memory():
+    total, others = 10**9, 3 * 10**8
+    _, plan = on_gpu(total - others, total, gpu_memory_utilization=0.9)
+    assert plan.budget == int(0.9 * total) - others
+    assert plan.weights + plan.working + plan.kv_cache <= plan.budget
+    assert plan.lines()[0].startswith("memory: 667.57 MiB free of 953.67 MiB, 572.20 MiB to use")
+    _, alone = on_gpu(total, total, gpu_memory_utilization=0.9)
+    assert alone.budget - plan.budget == others
+
+
+def test_a_gpu_that_others_fill_is_refused_with_both_numbers():
+    for free in (10**8, 16 * 10**7):
+        with pytest.raises(
+            CapacityError, match=r"of 953\.67 MiB memory, \S+ MiB of it taken by others, only"
+        ) as refused:
+            on_gpu(free, 10**9, gpu_memory_utilization=0.85)
+        assert "--gpu-memory-utilization 0.85" in str(refused.value)
+    assert "only 0 B may be used" in str(pytest.raises(CapacityError, on_gpu, 10**8, 10**9).value)
+
+
 def test_every_sequence_has_room_for_a_token():
     config, _ = settle(10**12, max_num_seqs=1000)
     assert config.max_num_batched_tokens == 1000

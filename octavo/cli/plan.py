@@ -58,7 +58,7 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
     """The plan as JSON has it; sizes in bytes. Raises `CheckpointError`, `ConfigError` or `DownloadError`."""
     source = _find(options)
     model = read_config(source.what.config)
-    device, free, place = _memory(options.device)
+    device, free, total, place = _memory(options.device)
     dtype = default_dtype(model, device, has_bfloat16=True) if options.dtype == "auto" else options.dtype
     count = num_weights(source.what.tensors, model)
     found: dict[str, Any] = {
@@ -73,6 +73,7 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
         "device": device,
         "memory": place,
         "free_memory": free,
+        "total_memory": total,
         "disk": _disk(source),
         "problems": [],
     }
@@ -84,7 +85,14 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
         )
     try:
         config, plan = resolve(
-            options, model, found["weights"][dtype], device=device, dtype=dtype, free=free, host_free=free_ram()
+            options,
+            model,
+            found["weights"][dtype],
+            device=device,
+            dtype=dtype,
+            free=free,
+            total=total,
+            host_free=free_ram(),
         )
     except CapacityError as error:
         found |= {"step_memory": None, "kv_memory": 0, "max_model_len": 0, "cached_tokens": 0, "table": []}
@@ -117,11 +125,11 @@ def _find(options: EngineOptions) -> _Source:
     return _Source(checkpoint, str(path), 0, folder, "OCTAVO_HOME")
 
 
-def _memory(wanted: str) -> tuple[str, int, str]:
-    """(device, free bytes, words) for the device that the engine would take."""
+def _memory(wanted: str) -> tuple[str, int, int | None, str]:
+    """(device, free bytes, a GPU's bytes in all, words) for the device that the engine would take."""
     if wanted != "cpu" and torch_may_use_gpu() and (found := gpus()):
-        return "cuda", found[0].free, f"GPU {found[0].index} ({found[0].name})"
-    return "cpu", free_ram(), "RAM"
+        return "cuda", found[0].free, found[0].total, f"GPU {found[0].index} ({found[0].name})"
+    return "cpu", free_ram(), None, "RAM"
 
 
 def _disk(source: _Source) -> dict[str, Any]:
