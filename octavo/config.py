@@ -163,7 +163,7 @@ class EngineOptions:
         metavar="SIZE",
         parse=parse_size,
     )
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's whole memory that may be taken, by Octavo and others")
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's whole memory to fill, with what others hold")
     cpu_memory_utilization: float = option(0.5, "share of the free memory that weights and KV cache may take")
     max_num_seqs: int | None = option(None, "most sequences in one step (default: 64 on a CPU, 256 on a GPU)")
     max_num_batched_tokens: int | None = option(

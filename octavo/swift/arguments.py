@@ -95,7 +95,7 @@ class InferArguments:
     stream: bool = switch(True, "show answers as they grow")
     merge_lora: bool = switch(False, "merge an adapter first")
     verbose: bool = switch(False, "say more while working")
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's whole memory that may be taken, by Octavo and others")
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's whole memory to fill, with what others hold")
     tensor_parallel_size: int = option(1, "cards that one model is spread over")
     max_num_seqs: int = option(256, "most sequences in one step")
     max_model_len: int | None = option(None, "longest context (prompt and answer) in tokens")

@@ -127,7 +127,8 @@ class TemplateModel(ServedModel):
 
 def _served(model: ServedModel, arguments: DeployArguments, server_options: ServerOptions) -> ServedModel:
     """`model` with the template and the sampling defaults that the flags ask for."""
-    defaults = {**model.sampling_defaults, **arguments.sampling()}
+    # Where the model's file is silent, ms-swift draws from the 50 likeliest tokens.
+    defaults = {"top_k": 50, **model.sampling_defaults, **arguments.sampling()}
     template_type = arguments.resolved_template_type()
     if template_type is None:
         return ServedModel(model.name, model.tokenizer, defaults)

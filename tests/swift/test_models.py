@@ -144,7 +144,7 @@ def test_registering():
 def test_what_an_engine_tells(engine, modelscope_cache):
     assert engine.model_type == "qwen-7b-chat"
     assert engine.model_dir == str(modelscope_cache / "qwen/Qwen-7B-Chat")
-    assert engine.dtype is torch.bfloat16
+    assert engine.dtype is getattr(torch, engine.model_config.dtype)
     assert engine.max_model_len == engine.model_config.max_model_len == 8192
     assert engine.is_multimodal is False
     assert engine.engine_args.max_num_seqs == 256
@@ -225,3 +225,14 @@ def test_parameters_for_the_engine():
 def test_a_file_s_do_sample_means_nothing():
     config = VllmGenerationConfig.from_model(json.loads('{"do_sample": false, "top_k": 0, "max_new_tokens": 9}'))
     assert (config.temperature, config.top_k, config.max_tokens) == (1.0, -1, 9)
+
+
+def test_every_public_name_is_there_whatever_was_imported_before():
+    code = """
+import octavo.swift, pkgutil, importlib, types
+for module in pkgutil.iter_modules(octavo.swift.__path__):
+    importlib.import_module(f"octavo.swift.{module.name}")
+for name in octavo.swift.__all__:
+    assert not isinstance(getattr(octavo.swift, name), types.ModuleType), name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
