@@ -5,22 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from octavo.config import EngineOptions, ModelConfig, RopeConfig, format_size, parse_size
+from octavo.config import EngineOptions, format_size, parse_size
 from octavo.errors import CapacityError, ConfigError
 from octavo.memory import free_ram, resolve, working_bytes
+from tests.tiny_config import model_config
 
-MODEL = ModelConfig(
-    architecture="Llama",
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position=1024,
-    norm_eps=1e-6,
-    rope=RopeConfig(rotary_dim=16),
+MODEL = model_config(
+    hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, max_position=1024
 )
 PER_TOKEN = 2 * 2 * 2 * 16 * 4
 WEIGHTS = 10_000_000
@@ -103,7 +94,8 @@ def test_a_gpu_that_others_fill_is_refused_with_both_numbers():
         ) as refused:
             on_gpu(free, 10**9, gpu_memory_utilization=0.85)
         assert "--gpu-memory-utilization 0.85" in str(refused.value)
-    assert "only 0 B may be used" in str(pytest.raises(CapacityError, on_gpu, 10**8, 10**9).value)
+    with pytest.raises(CapacityError, match="only 0 B may be used"):
+        on_gpu(10**8, 10**9)
 
 
 def test_every_sequence_has_room_for_a_token():

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from octavo.errors import ConfigError, OctavoError, nearest
-from octavo.llm import Progress
+from octavo.progress import Progress
 from octavo.swift.messages import history_to_messages
 from octavo.swift.protocol import (
     ChatCompletionResponse,

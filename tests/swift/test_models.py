@@ -19,11 +19,15 @@ from octavo.swift import (
     TemplateType,
     VllmGenerationConfig,
     get_default_template_type,
+    get_template,
     get_vllm_engine,
+    inference_vllm,
     register_model,
 )
 from octavo.swift.engine import dtype_name, warn_of_idle_cards
 from octavo.swift.models import guess_model_type, locate
+from tests.checkpoint.fake_hubs import FakeHub, serving
+from tests.tiny_models import write_tiny_qwen_v1
 
 
 @pytest.fixture
@@ -122,6 +126,26 @@ def test_a_model_that_is_nowhere_is_asked_of_the_hub(caches, monkeypatch):
         locate("qwen-7b-chat", None)
     with pytest.raises(DownloadError, match=r"there is no model at \./nowhere"):
         locate(None, "./nowhere")
+
+
+def test_a_model_type_is_fetched_from_modelscope_and_answers(caches, monkeypatch):
+    folder = write_tiny_qwen_v1(caches / "source")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with serving(FakeHub("qwen/Qwen-7B-Chat", files)) as hub:
+        monkeypatch.setenv("MODELSCOPE_DOMAIN", hub.url)
+        made = get_vllm_engine(ModelType.qwen_7b_chat, engine_kwargs={"kv_cache_memory": "32MiB"})
+        asked = hub.asked.total()
+        assert locate("qwen-7b-chat", None) == made.engine_args.model
+        assert hub.asked.total() == asked, "what is here is not asked for again"
+    try:
+        assert Path(made.model_dir).is_relative_to(caches / "ms")
+        assert (Path(made.model_dir) / "qwen.tiktoken").read_bytes() == files["qwen.tiktoken"]
+        template = get_template(get_default_template_type("qwen-7b-chat"), made.hf_tokenizer)
+        config = VllmGenerationConfig(max_tokens=4, temperature=0.0, ignore_eos=True, skip_special_tokens=True)
+        (answer,) = inference_vllm(made, template, [{"query": "你好"}], generation_config=config)
+        assert answer["history"] == [["你好", answer["response"]]]
+    finally:
+        made.shutdown()
 
 
 def test_types_are_guessed_from_ids_and_folders(tmp_path):
