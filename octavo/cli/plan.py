@@ -19,13 +19,14 @@ from octavo.cli.machine import gpus, torch_may_use_gpu
 from octavo.cli.options import add_options, from_args
 from octavo.config import DTYPE_BYTES, EngineOptions, ModelConfig, format_size
 from octavo.errors import CapacityError, CheckpointError
-from octavo.memory import MemoryPlan, default_dtype, free_ram, resolve
+from octavo.kernels.support import settle
+from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_config
-from octavo.models.sizes import num_weights
+from octavo.models.sizes import num_weights, stored_types, weight_bytes
 
 _CONCURRENT = (1, 4, 16, 64)
 _OPTIONS = (
-    *("model", "hub", "revision", "dtype", "device", "max_model_len", "block_size", "kv_cache_memory"),
+    *("model", "hub", "revision", "dtype", "device", "quantize", "max_model_len", "block_size", "kv_cache_memory"),
     *("gpu_memory_utilization", "cpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens"),
 )
 
@@ -59,8 +60,9 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
     source = _find(options)
     model = read_config(source.what.config)
     device, free, total, place = _memory(options.device)
-    dtype = default_dtype(model, device, has_bfloat16=True) if options.dtype == "auto" else options.dtype
-    count = num_weights(source.what.tensors, model)
+    tensors = source.what.tensors
+    dtype, precision, _ = settle(options, model, stored_types(tensors), device)
+    count, weights = num_weights(tensors, model), weight_bytes(tensors, model, dtype, precision)
     found: dict[str, Any] = {
         "model": options.model,
         "architecture": model.architecture,
@@ -68,6 +70,8 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
         "parameters": count,
         "weights": {name: count * size for name, size in DTYPE_BYTES.items()},
         "dtype": dtype,
+        "precision": precision,
+        "weight_memory": weights,
         "kv_bytes_per_token": model.kv_bytes_per_token(dtype),
         "max_position": model.max_position,
         "device": device,
@@ -87,11 +91,12 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
         config, plan = resolve(
             options,
             model,
-            found["weights"][dtype],
+            weights,
             device=device,
             dtype=dtype,
             free=free,
             total=total,
+            precision=precision,
             host_free=free_ram(),
         )
     except CapacityError as error:
@@ -193,7 +198,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         rows.append(
             (
                 "here",
-                f"{format_size(found['budget'])} to use, {format_size(found['step_memory'])} for a step,"
+                f"{format_size(found['budget'])} to use, {format_size(found['weight_memory'])} for weights,"
+                f" {format_size(found['step_memory'])} for a step,"
                 f" {format_size(found['kv_memory'])} for {found['cached_tokens']:,} tokens of KV cache,"
                 f" context {found['max_model_len']:,}",
             )

@@ -120,7 +120,8 @@ class InferClient:
             piece = _chat_piece(found)
             for metric in metrics:
                 metric.update(piece)
-            yield piece
+            if piece.choices:  # the last of an OpenAI server has counts alone
+                yield piece
 
 
 # ---- the functions of 2.x -------------------------------------------------------------------------------------
@@ -170,13 +171,13 @@ def inference_client(
     if not is_chat_request:
         body["prompt"] = query
         if config.stream:
-            return (_completion_piece(found) for found in route.stream("/completions", body))
+            return (_completion_piece(found) for found in route.stream("/completions", body) if found["choices"])
         return _completion_response(route.post("/completions", body))
     body["messages"] = history_to_messages([*(history or ()), (query, None)], system)
     if tools:
         body |= {"tools": list(tools), "tool_choice": tool_choice}
     if config.stream:
-        return (_chat_piece(found) for found in route.stream("/chat/completions", body))
+        return (_chat_piece(found) for found in route.stream("/chat/completions", body) if found["choices"])
     return _chat_response(route.post("/chat/completions", body))
 
 
