@@ -7,18 +7,22 @@ import argparse
 import json
 import logging
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from octavo.batch import StepResult
-from octavo.config import EngineConfig, ModelConfig, RopeConfig
+from octavo.config import EngineConfig
 from octavo.engine import forecast
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.state import RequestState
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tiny configuration is the tests'
+from tests.tiny_config import engine_config, model_config
 
 EOS = 7
 
@@ -56,33 +60,13 @@ RULES: dict[str, tuple[type[Scheduler], float]] = {
 
 
 def config(num_blocks: int) -> EngineConfig:
-    model = ModelConfig(
-        architecture="none",
-        vocab_size=1000,
-        hidden_size=8,
-        intermediate_size=8,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position=4096,
-        norm_eps=1e-6,
-        rope=RopeConfig(),
-        eos_token_ids=(EOS,),
-    )
-    return EngineConfig(
-        model=model,
-        dtype="float32",
-        kv_dtype="float32",
-        weights="plain",
-        device="cpu",
+    return engine_config(
+        model_config(eos_token_ids=(EOS,)),
         max_model_len=4096,
         block_size=16,
         num_blocks=num_blocks,
         max_num_seqs=256,
         max_num_batched_tokens=2048,
-        enable_prefix_caching=True,
-        seed=0,
     )
 
 

@@ -163,7 +163,7 @@ class EngineOptions:
         metavar="SIZE",
         parse=parse_size,
     )
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's free memory that Octavo may take")
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's whole memory to fill, with what others hold")
     cpu_memory_utilization: float = option(0.5, "share of the free memory that weights and KV cache may take")
     max_num_seqs: int | None = option(None, "most sequences in one step (default: 64 on a CPU, 256 on a GPU)")
     max_num_batched_tokens: int | None = option(
@@ -242,6 +242,13 @@ class ServerOptions:
     port: int = option(8000, "port to listen on")
     served_model_name: str | None = option(None, "name that clients use; the model's own by default")
     api_key: str | None = option(None, "clients must send this key (Authorization: Bearer KEY)")
+    allowed_origins: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "origins whose pages a browser lets read answers, such as https://example.org; * for all",
+            "metavar": "ORIGIN",
+        },
+    )
     max_queued_requests: int = option(1024, "waiting requests before new ones get 429")
     max_body_bytes: int = option(32 * 1024**2, "largest request body", metavar="SIZE", parse=parse_size)
     drain_seconds: float = option(30.0, "how long running requests may go on after SIGTERM")

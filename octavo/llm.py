@@ -5,8 +5,6 @@ one in a process of its own. Names and results are those that vLLM's users know.
 """
 
 import itertools
-import sys
-import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -16,6 +14,7 @@ from octavo.config import EngineOptions
 from octavo.engine.engine import Engine
 from octavo.engine.process import Arrived, EngineClient
 from octavo.errors import ConfigError, RequestError, nearest
+from octavo.progress import Progress
 from octavo.request import CompletionOutput, Request, RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.text.chat_template import encode_chat
@@ -392,35 +391,3 @@ def _delta_output(text: RequestText, deltas: list[TextDelta]) -> RequestOutput:
     whole = text.result()
     whole.outputs = list(new.values())
     return whole
-
-
-class Progress:
-    """A line on the terminal while a batch runs: requests done, tokens a second. Silent when it is not a terminal."""
-
-    def __init__(self, total: int, show: bool):
-        self.total = total
-        self.requests = 0
-        self.tokens = 0
-        self._visible = show and sys.stderr.isatty()
-        self._began = time.monotonic()
-        self._shown = 0.0
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._visible:
-            self._write()
-            sys.stderr.write("\n")
-
-    def show(self) -> None:
-        if self._visible and time.monotonic() - self._shown > 0.1:
-            self._shown = time.monotonic()
-            self._write()
-
-    def _write(self) -> None:
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        sys.stderr.write(
-            f"\r{self.requests}/{self.total} requests, {self.tokens:,} tokens, {self.tokens / seconds:,.1f} tokens/s "
-        )
-        sys.stderr.flush()

@@ -21,8 +21,9 @@ STEP_SIZES = {"cpu": (64, 512), "cuda": (256, 8192)}
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Where the memory goes, in bytes; `budget` is what Octavo may take of `free`."""
+    """Where the memory goes, in bytes; `budget` is what Octavo may take of `free`, which are left of `total`."""
 
+    total: int
     free: int
     budget: int
     weights: int
@@ -33,7 +34,7 @@ class MemoryPlan:
     num_blocks: int
     max_model_len: int
     wanted_model_len: int
-    share_option: str  # the flag that sets budget / free
+    share_option: str  # the flag that decides over `budget`
     swap_space: int = 0  # of host memory
 
     @property
@@ -44,7 +45,7 @@ class MemoryPlan:
         """The plan for a person, one fact a line."""
         full = self.num_tokens / self.max_model_len
         lines = [
-            f"memory: {format_size(self.free)} free, {format_size(self.budget)} to use: weights"
+            f"memory: {self._whole()}, {format_size(self.budget)} to use: weights"
             f" {format_size(self.weights)}, working memory {format_size(self.working)},"
             f" KV cache {format_size(self.kv_cache)}",
             f"KV cache: {self.kv_per_token:,} bytes a token, {self.num_blocks:,} blocks of {self.block_size} ="
@@ -58,6 +59,10 @@ class MemoryPlan:
                 f" raise --kv-cache-memory or {self.share_option} for more"
             )
         return lines
+
+    def _whole(self) -> str:
+        of_total = f" of {format_size(self.total)}" if self.total != self.free else ""
+        return f"{format_size(self.free)} free{of_total}"
 
 
 def free_ram() -> int:
@@ -83,6 +88,13 @@ def default_dtype(model: ModelConfig, device: str, has_bfloat16: bool) -> str:
     return "bfloat16" if has_bfloat16 and model.dtype != "float16" else "float16"
 
 
+def _of(total: int, taken: int) -> str:
+    """The memory that a share is of, in words."""
+    if not taken:
+        return f"{format_size(total)} free memory"
+    return f"{format_size(total)} memory, {format_size(taken)} of it taken by others,"
+
+
 def working_bytes(model: ModelConfig, dtype: str, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """Bytes that a step of the largest size needs beside weights and cache: activations, and logits in fp32."""
     width = 6 * model.hidden_size + 3 * model.intermediate_size + 4 * model.num_heads * model.head_dim
@@ -99,13 +111,15 @@ def resolve(
     dtype: str,
     free: int,
     precision: Precision = "plain",
+    total: int | None = None,
     host_free: int = 0,
 ) -> tuple[EngineConfig, MemoryPlan]:
     """Settles every open option for a `model` of `weights` bytes on a device with `free` bytes.
 
-    `host_free` are the bytes of RAM beside a GPU; on a CPU `free` is all there is. Raises `CapacityError` with the
-    numbers and the option to set when weights, one request of the wanted length or the swap space do not fit;
-    `ConfigError` when options contradict each other.
+    A GPU has `total` bytes, and the share is of these, as in vLLM: what others have taken of it is theirs. Without
+    `total`, as on a CPU, the share is of what is free. `host_free` are the bytes of RAM beside a GPU; on a CPU `free`
+    is all there is. Raises `CapacityError` with the numbers and the option to set when weights, one request of the
+    wanted length or the swap space do not fit; `ConfigError` when options contradict each other.
     """
     seqs, tokens = STEP_SIZES[device]
     max_num_seqs = options.max_num_seqs or seqs
@@ -116,7 +130,9 @@ def resolve(
             " must have room for one token; raise the first or lower the second"
         )
     name = f"{'gpu' if device == 'cuda' else 'cpu'}_memory_utilization"
-    budget = int(free * getattr(options, name))
+    share, total = getattr(options, name), free if total is None else total
+    taken = total - free
+    budget = int(total * share) - taken
     working = working_bytes(model, dtype, max_num_seqs, max_tokens)
     per_token = model.kv_bytes_per_token(dtype)
     wanted = options.max_model_len or model.max_position
@@ -126,9 +142,9 @@ def resolve(
         )
     if weights + working > (free if options.kv_cache_memory else budget):
         raise CapacityError(
-            f"weights need {format_size(weights)} and a step {format_size(working)}, but of {format_size(free)} free"
-            f" memory only {format_size(budget)} may be used (--{name.replace('_', '-')} {getattr(options, name)});"
-            " use a smaller or quantized model, or free memory"
+            f"weights need {format_size(weights)} and a step {format_size(working)}, but of"
+            f" {_of(total, taken)} only {format_size(max(0, budget))} may be used"
+            f" (--{name.replace('_', '-')} {share}); use a smaller or quantized model, or free memory"
         )
     kv_cache = options.kv_cache_memory or budget - weights - working
     if options.kv_cache_memory and weights + working + kv_cache > free:
@@ -166,6 +182,7 @@ def resolve(
         preemption_mode=options.preemption_mode,
     )
     plan = MemoryPlan(
+        total=total,
         free=free,
         budget=budget,
         weights=weights,

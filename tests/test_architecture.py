@@ -15,7 +15,7 @@ import octavo
 
 ROOT = Path(octavo.__file__).parent
 FLOORS = [
-    {"config", "kernels", "memory", "sampling_params", "request", "batch", "metrics", "errors", "log"},
+    {"config", "kernels", "memory", "sampling_params", "request", "batch", "metrics", "errors", "log", "progress"},
     {"checkpoint", "distributed", "ops"},
     {"text", "grammar", "layers"},
     {"models"},

@@ -5,22 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from octavo.config import EngineOptions, ModelConfig, RopeConfig, format_size, parse_size
+from octavo.config import EngineOptions, format_size, parse_size
 from octavo.errors import CapacityError, ConfigError
 from octavo.memory import free_ram, resolve, working_bytes
+from tests.tiny_config import model_config
 
-MODEL = ModelConfig(
-    architecture="Llama",
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position=1024,
-    norm_eps=1e-6,
-    rope=RopeConfig(rotary_dim=16),
+MODEL = model_config(
+    hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, max_position=1024
 )
 PER_TOKEN = 2 * 2 * 2 * 16 * 4
 WEIGHTS = 10_000_000
@@ -79,6 +70,32 @@ def test_a_wanted_context_that_does_not_fit_is_refused_with_the_one_that_does():
 def test_contradictions(options, error, words):
     with pytest.raises(error, match=re.escape(words)):
         settle(10**9, **options)
+
+
+def on_gpu(free, total, **options):
+    options = EngineOptions(**options)
+    return resolve(options, MODEL, WEIGHTS, device="cuda", dtype="float32", free=free, total=total)
+
+
+def test_a_gpu_s_share_is_of_its_whole_memory():
+    total, others = 10**9, 3 * 10**8
+    _, plan = on_gpu(total - others, total, gpu_memory_utilization=0.9)
+    assert plan.budget == int(0.9 * total) - others
+    assert plan.weights + plan.working + plan.kv_cache <= plan.budget
+    assert plan.lines()[0].startswith("memory: 667.57 MiB free of 953.67 MiB, 572.20 MiB to use")
+    _, alone = on_gpu(total, total, gpu_memory_utilization=0.9)
+    assert alone.budget - plan.budget == others
+
+
+def test_a_gpu_that_others_fill_is_refused_with_both_numbers():
+    for free in (10**8, 16 * 10**7):
+        with pytest.raises(
+            CapacityError, match=r"of 953\.67 MiB memory, \S+ MiB of it taken by others, only"
+        ) as refused:
+            on_gpu(free, 10**9, gpu_memory_utilization=0.85)
+        assert "--gpu-memory-utilization 0.85" in str(refused.value)
+    with pytest.raises(CapacityError, match="only 0 B may be used"):
+        on_gpu(10**8, 10**9)
 
 
 def test_every_sequence_has_room_for_a_token():

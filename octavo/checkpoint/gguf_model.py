@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from octavo.checkpoint import TensorInfo, TokenizerData
 from octavo.checkpoint.gguf import GgufFile
+from octavo.checkpoint.mapped import release
 from octavo.errors import CheckpointError
 
 
@@ -113,7 +114,9 @@ class GgufCheckpoint:
         if not len(data) or num_rows % (2 * self.config[heads]):
             raise CheckpointError(f"{self.path} gives {stored} {num_rows} rows for {self.config[heads]} heads")
         rows = data.reshape(self.config[heads], -1, 2, len(data) // num_rows)
-        return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
+        copy = np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
+        release(data)
+        return copy
 
     def tokenizer_data(self) -> TokenizerData:
         """What the file says about its tokenizer."""

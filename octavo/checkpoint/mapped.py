@@ -15,6 +15,10 @@ from octavo.errors import CheckpointError
 # Without a reservation a file larger than the memory can be mapped; Python names the flag from 3.13 on.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if hasattr(mmap, "MAP_POPULATE") else 0x40)
 
+# The system maps what its cache holds around a page that is touched, up to a huge page, and so brings back pages that
+# were given back before; those go again.
+_AROUND = 1 << 21
+
 
 def map_file(path: Path) -> NDArray[np.uint8]:
     """The bytes of `path` as uint8 [size];
@@ -34,3 +38,18 @@ def map_file(path: Path) -> NDArray[np.uint8]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     return np.frombuffer(mapping, np.uint8)
+
+
+def release(view: NDArray[np.uint8]) -> None:
+    """Gives the memory of a mapped file's part back to the system; what is no view of one is left alone.
+
+    The bytes stay readable: a page that is touched again comes from the file.
+    """
+    owner: object = view
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    if not isinstance(owner, mmap.mmap) or not view.size:
+        return
+    start = view.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+    first = max(0, start - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+    owner.madvise(mmap.MADV_DONTNEED, first, start + view.nbytes - first)

@@ -19,13 +19,14 @@ from octavo.cli.machine import gpus, torch_may_use_gpu
 from octavo.cli.options import add_options, from_args
 from octavo.config import DTYPE_BYTES, EngineOptions, ModelConfig, format_size
 from octavo.errors import CapacityError, CheckpointError
-from octavo.memory import MemoryPlan, default_dtype, free_ram, resolve
+from octavo.kernels.support import settle
+from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_config
-from octavo.models.sizes import num_weights
+from octavo.models.sizes import num_weights, stored_types, weight_bytes
 
 _CONCURRENT = (1, 4, 16, 64)
 _OPTIONS = (
-    *("model", "hub", "revision", "dtype", "device", "max_model_len", "block_size", "kv_cache_memory"),
+    *("model", "hub", "revision", "dtype", "device", "quantize", "max_model_len", "block_size", "kv_cache_memory"),
     *("gpu_memory_utilization", "cpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens"),
 )
 
@@ -58,9 +59,10 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
     """The plan as JSON has it; sizes in bytes. Raises `CheckpointError`, `ConfigError` or `DownloadError`."""
     source = _find(options)
     model = read_config(source.what.config)
-    device, free, place = _memory(options.device)
-    dtype = default_dtype(model, device, has_bfloat16=True) if options.dtype == "auto" else options.dtype
-    count = num_weights(source.what.tensors, model)
+    device, free, total, place = _memory(options.device)
+    tensors = source.what.tensors
+    dtype, precision, _ = settle(options, model, stored_types(tensors), device)
+    count, weights = num_weights(tensors, model), weight_bytes(tensors, model, dtype, precision)
     found: dict[str, Any] = {
         "model": options.model,
         "architecture": model.architecture,
@@ -68,11 +70,14 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
         "parameters": count,
         "weights": {name: count * size for name, size in DTYPE_BYTES.items()},
         "dtype": dtype,
+        "precision": precision,
+        "weight_memory": weights,
         "kv_bytes_per_token": model.kv_bytes_per_token(dtype),
         "max_position": model.max_position,
         "device": device,
         "memory": place,
         "free_memory": free,
+        "total_memory": total,
         "disk": _disk(source),
         "problems": [],
     }
@@ -84,7 +89,15 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
         )
     try:
         config, plan = resolve(
-            options, model, found["weights"][dtype], device=device, dtype=dtype, free=free, host_free=free_ram()
+            options,
+            model,
+            weights,
+            device=device,
+            dtype=dtype,
+            free=free,
+            total=total,
+            precision=precision,
+            host_free=free_ram(),
         )
     except CapacityError as error:
         found |= {"step_memory": None, "kv_memory": 0, "max_model_len": 0, "cached_tokens": 0, "table": []}
@@ -117,11 +130,11 @@ def _find(options: EngineOptions) -> _Source:
     return _Source(checkpoint, str(path), 0, folder, "OCTAVO_HOME")
 
 
-def _memory(wanted: str) -> tuple[str, int, str]:
-    """(device, free bytes, words) for the device that the engine would take."""
+def _memory(wanted: str) -> tuple[str, int, int | None, str]:
+    """(device, free bytes, a GPU's bytes in all, words) for the device that the engine would take."""
     if wanted != "cpu" and torch_may_use_gpu() and (found := gpus()):
-        return "cuda", found[0].free, f"GPU {found[0].index} ({found[0].name})"
-    return "cpu", free_ram(), "RAM"
+        return "cuda", found[0].free, found[0].total, f"GPU {found[0].index} ({found[0].name})"
+    return "cpu", free_ram(), None, "RAM"
 
 
 def _disk(source: _Source) -> dict[str, Any]:
@@ -185,7 +198,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         rows.append(
             (
                 "here",
-                f"{format_size(found['budget'])} to use, {format_size(found['step_memory'])} for a step,"
+                f"{format_size(found['budget'])} to use, {format_size(found['weight_memory'])} for weights,"
+                f" {format_size(found['step_memory'])} for a step,"
                 f" {format_size(found['kv_memory'])} for {found['cached_tokens']:,} tokens of KV cache,"
                 f" context {found['max_model_len']:,}",
             )

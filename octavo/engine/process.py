@@ -127,6 +127,7 @@ class EngineClient:
         self._queued = 0
         self._last_words = ""
         self._ready: asyncio.Future[EngineInfo] | None = None
+        self._mourning: asyncio.Future[None] | None = None
 
     async def start(self) -> EngineInfo:
         """Starts the engine process and waits until its model is loaded; raises what went wrong there."""
@@ -187,6 +188,8 @@ class EngineClient:
 
     async def close(self) -> None:
         """Stops the engine process; open requests end with an error."""
+        if self._mourning is not None:
+            self._mourning.cancel()
         self._fail_all("the server is shutting down")
         if self._connection is not None:
             self._send(("stop",))
@@ -215,7 +218,9 @@ class EngineClient:
             while self._connection is not None and self._connection.poll():
                 self._take(self._connection.recv())
         except (EOFError, OSError):
-            self._mourn()
+            self._disconnect()
+            process, self._process, self.info = self._process, None, None
+            self._mourning = asyncio.ensure_future(self._mourn(process))
 
     def _take(self, message: tuple[Any, ...]) -> None:
         kind, *values = message
@@ -254,13 +259,11 @@ class EngineClient:
         if self._streams.pop(stream.request.request_id, None) and not stream.started:
             self._queued -= 1
 
-    def _mourn(self) -> None:
+    async def _mourn(self, process: multiprocessing.process.BaseProcess | None) -> None:
         """The engine process has ended without being asked to."""
-        self._disconnect()
-        process, self._process, self.info = self._process, None, None
         if process is not None:
             atexit.unregister(process.kill)
-            process.join(1)
+            await asyncio.to_thread(process.join, 1)  # its pipe may close a moment before it ends
             code = process.exitcode
             if not self._last_words and code is not None and code < 0:
                 self._last_words = f"killed by {signal.Signals(-code).name}"

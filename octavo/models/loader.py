@@ -5,11 +5,15 @@ where dtype and device already fit. What a checkpoint holds and nobody asked for
 computes nonsense.
 """
 
+import ctypes
 import warnings
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from octavo.checkpoint import Checkpoint, TensorInfo
+from octavo.checkpoint.mapped import release
 from octavo.config import ModelConfig
 from octavo.errors import CheckpointError, nearest
 from octavo.kernels.weights import Packer, StoredRows
@@ -44,6 +48,7 @@ def load_model(
     source = CheckpointTensors(checkpoint, dtype, device)
     decoder = Decoder(config, Weights(PackedTensors(source, packer) if packer else source, names), device)
     source.check_all_taken(unused_tensors(config))
+    _return_freed_memory()
     return decoder
 
 
@@ -58,11 +63,14 @@ class CheckpointTensors:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         info = self.info(name, shape)
-        data = _mapped(self.checkpoint, name).to(self.device)
+        stored = self.checkpoint.read(name)
         try:
-            return dequantize(data, info.dtype, shape, self.dtype)
+            tensor = dequantize(_tensor_of(stored).to(self.device), info.dtype, shape, self.dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{self.checkpoint.path}: tensor {name}: {error}") from None
+        if tensor.data_ptr() != stored.ctypes.data:
+            release(stored)
+        return tensor
 
     def weight(self, names: list[str], rows: list[int], in_features: int) -> Weight:
         tensors = [self.tensor(name, (count, in_features)) for name, count in zip(names, rows, strict=True)]
@@ -111,15 +119,24 @@ class CheckpointTensors:
             )
 
 
-def _mapped(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """The tensor's bytes without a copy, unless they lie where no number may start."""
-    array = checkpoint.read(name)
+def _tensor_of(array: NDArray[np.uint8]) -> torch.Tensor:
+    """The bytes without a copy, unless they lie where no number may start."""
     if array.ctypes.data % 4:
         array = array.copy()
     with warnings.catch_warnings():
         # A mapped file is read-only, and nobody writes to weights.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
+
+
+def _return_freed_memory() -> None:
+    """Has the C library give back what it keeps of the tensors that were joined and converted.
+
+    glibc would keep it, and its users would see a process larger than was planned (docs/decisions/0055).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class RandomTensors:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from octavo.checkpoint.mapped import release
 from octavo.kernels.weights import Packer, StoredRows
 from octavo.ops.weight import Table, Weight
 
@@ -30,13 +31,18 @@ class PackedTensors:
         return self._source.tensor(name, shape)
 
     def weight(self, names: list[str], rows: list[int], in_features: int) -> Weight:
-        return self._packer.pack(
-            [self._source.rows(name, (count, in_features)) for name, count in zip(names, rows, strict=True)]
-        )
+        parts = [self._source.rows(name, (count, in_features)) for name, count in zip(names, rows, strict=True)]
+        return self._pack(parts)
 
     def table(self, name: str, shape: tuple[int, int]) -> Table:
         return self._source.rows(name, shape)
 
     def tied(self, name: str, shape: tuple[int, int], table: Table) -> Weight:
         assert isinstance(table, StoredRows)
-        return self._packer.pack([table])
+        return self._pack([table])
+
+    def _pack(self, parts: list[StoredRows]) -> Weight:
+        packed = self._packer.pack(parts)
+        for part in parts:
+            release(part.data)
+        return packed

@@ -44,7 +44,7 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
     dtype, precision, why = settle(options, model, stored_types(checkpoint.tensors), device, has_bfloat16)
     if why:
         logger.warning("the CPU's own kernels cannot run this model, so plain torch does, much slower: %s", why)
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_ram()
+    free, total = torch.cuda.mem_get_info() if device == "cuda" else (free_ram(), None)
     weights = weight_bytes(checkpoint.tensors, model, dtype, precision)
     config, plan = resolve(
         options,
@@ -53,6 +53,7 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
         device=device,
         dtype=dtype,
         free=free,
+        total=total,
         host_free=free_ram(),
         precision=precision,
     )

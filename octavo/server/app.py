@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -18,7 +19,7 @@ from octavo import __version__
 from octavo.errors import OctavoError, RequestError, nearest
 from octavo.server.chat import start_chat
 from octavo.server.completions import start_completion
-from octavo.server.failure import ClientGoneError, Failure, RefusedError, failure_of
+from octavo.server.failure import ClientGoneError, Failure, RefusedError
 from octavo.server.front import Front
 from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.model import ServedModel
@@ -34,7 +35,7 @@ from octavo.server.service import Service
 from octavo.server.stream import Json, Reply, StreamedResponse, json_response, whole_response
 
 # Open without a key: what a load balancer, a monitor or a curious client asks.
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -47,20 +48,25 @@ def build_app(service: Service) -> ASGIApp:
     _add_answers(app, service)
 
     async def tell(request: Request, error: Exception) -> Response:
-        return _failed(failure_of(error))
+        return _failed(service.dialect.failure(error))
 
     async def tell_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), "registered for it alone"
-        return _no_route(app, request, error)
+        return _no_route(app, service, request, error)
 
     app.add_exception_handler(OctavoError, tell)
     app.add_exception_handler(Exception, tell)
     app.add_exception_handler(HTTPException, tell_http)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
-    return Front(app, service, OPEN_PATHS, frozenset(paths))
+    front = Front(app, service, OPEN_PATHS, frozenset(paths))
+    if not service.options.allowed_origins:
+        return front
+    # In front of the key: a browser asks whether it may ask, and sends no key with that.
+    return CORSMiddleware(front, service.options.allowed_origins, allow_methods=["*"], allow_headers=["*"])
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
+    @app.get("/ping")
     @app.get("/health")
     async def health() -> Response:
         """Whether the engine is alive and stepping."""
@@ -91,13 +97,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 def _add_model(app: FastAPI, service: Service) -> None:
     def card(model: ServedModel) -> Json:
-        return {
-            "id": model.name,
-            "object": "model",
-            "created": model.created,
-            "owned_by": "octavo",
-            "max_model_len": service.limits.max_model_len,
-        }
+        return service.dialect.card(model, service.limits.max_model_len)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -135,12 +135,12 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @_post(app, "/v1/chat/completions", ChatRequest)
     async def chat_completions(request: Request) -> Response:
         asked = await _parsed(service, request, ChatRequest)
-        return await _answered(await start_chat(service, asked), asked.stream, request)
+        return await _answered(service, await start_chat(service, asked), asked.stream, request)
 
     @_post(app, "/v1/completions", CompletionRequest)
     async def completions(request: Request) -> Response:
         asked = await _parsed(service, request, CompletionRequest)
-        return await _answered(await start_completion(service, asked), asked.stream, request)
+        return await _answered(service, await start_completion(service, asked), asked.stream, request)
 
 
 def _post(app: FastAPI, path: str, kind: type[BaseModel]) -> Callable[[Handler], Handler]:
@@ -159,8 +159,8 @@ def _post(app: FastAPI, path: str, kind: type[BaseModel]) -> Callable[[Handler],
     return register
 
 
-async def _answered(reply: Reply, stream: bool | None, request: Request) -> Response:
-    return StreamedResponse(reply) if stream else await whole_response(reply, request.receive)
+async def _answered(service: Service, reply: Reply, stream: bool | None, request: Request) -> Response:
+    return StreamedResponse(reply, service.dialect) if stream else await whole_response(reply, request.receive)
 
 
 async def _parsed(service: Service, request: Request, kind: type[Any]) -> Any:
@@ -194,15 +194,14 @@ def _failed(failure: Failure) -> Response:
     return Response(failure.body(), failure.status, failure.headers, media_type="application/json")
 
 
-def _no_route(app: FastAPI, request: Request, error: HTTPException) -> Response:
+def _no_route(app: FastAPI, service: Service, request: Request, error: HTTPException) -> Response:
     path = request.url.path
     if error.status_code == 405:
         message = f"{path} does not take {request.method}"
     else:
         known = [route.path for route in app.routes if hasattr(route, "path")]
         message = f"there is no {path} here.{nearest(path, known)}"
-    failure = failure_of(
-        RefusedError(error.status_code, message, code="not_found" if error.status_code == 404 else None)
-    )
+    code = "not_found" if error.status_code == 404 else None
+    failure = service.dialect.failure(RefusedError(error.status_code, message, code=code))
     failure.headers.update(error.headers or {})
     return _failed(failure)

@@ -19,13 +19,11 @@ async def start_chat(service: Service, asked: ChatRequest) -> "ChatReply":
     """Submits a chat; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
     model = service.model_named(asked.model)
     asked.check()
+    service.dialect.check_chat(model)
     token_ids = await model.encode_chat(
         asked.plain_messages(), asked.add_generation_prompt, asked.chat_template_kwargs or {}
     )
-    limit = asked.limit
-    if limit is None:
-        # The answer may be as long as fits; a prompt that is too long is refused later, with the numbers.
-        limit = max(1, service.limits.room(len(token_ids), asked.num_sequences))
+    limit = service.dialect.chat_tokens(asked.limit, service.limits.room(len(token_ids), asked.num_sequences))
     params = asked.sampling(model.sampling_defaults, max_tokens=limit, logprobs=asked.num_logprobs)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     request = Request(answer_id, token_ids, params, asked.priority, asked.cache_salt, model.bad_words(params.bad_words))

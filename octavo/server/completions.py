@@ -16,27 +16,30 @@ from octavo.server.protocol import CompletionRequest
 from octavo.server.service import Service
 from octavo.server.stream import Json, ending_json, usage_json
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
-
 
 async def start_completion(service: Service, asked: CompletionRequest) -> "CompletionReply":
     """Submits the prompts; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
     model = service.model_named(asked.model)
     asked.check()
-    limit = DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
+    service.dialect.check_completion(model)
+    prompts = asked.prompts()
+    encoded = [
+        await model.encode(prompt, asked.add_special_tokens) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+    room = service.limits.room(max(map(len, encoded), default=0), asked.num_sequences)
+    limit = service.dialect.completion_tokens(asked.max_tokens, room)
     params = asked.sampling(model.sampling_defaults, max_tokens=limit, logprobs=asked.logprobs)
     if asked.echo and asked.logprobs is not None and params.prompt_logprobs is None:
         params.prompt_logprobs = asked.logprobs
     bad_words = model.bad_words(params.bad_words)
     answer_id = f"cmpl-{uuid.uuid4().hex}"
-    requests: list[Request] = []
-    prompts: list[str | None] = []
-    for place, prompt in enumerate(asked.prompts()):
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = await model.encode(prompt, asked.add_special_tokens) if isinstance(prompt, str) else prompt
-        requests.append(Request(f"{answer_id}-{place}", token_ids, params, asked.priority, asked.cache_salt, bad_words))
-        prompts.append(text)
-    answer = service.answer(requests, prompts, whole=not asked.stream)
+    requests = [
+        Request(f"{answer_id}-{place}", token_ids, params, asked.priority, asked.cache_salt, bad_words)
+        for place, token_ids in enumerate(encoded)
+    ]
+    texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+    answer = service.answer(requests, texts, whole=not asked.stream)
     return CompletionReply(answer, answer_id, model, asked, params)
 
 

@@ -6,7 +6,7 @@ import hmac
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.log import logger
-from octavo.server.failure import Failure, RefusedError, failure_of
+from octavo.server.failure import Failure, RefusedError
 from octavo.server.service import Service
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -46,7 +46,7 @@ class Front:
             self._check_key(scope)
             await self._app(scope, receive, counted)
         except Exception as error:
-            failure = failure_of(error)
+            failure = self._service.dialect.failure(error)
             if failure.status >= 500:
                 logger.exception("an unexpected error")
             if status == 0:

@@ -38,6 +38,11 @@ class ServedModel:
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether it answers messages, and not only prompts."""
+        return self.tokenizer.chat_template is not None
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt."""
         if len(text) > LONG_TEXT:

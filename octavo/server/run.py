@@ -22,6 +22,7 @@ from octavo.config import EngineOptions, ServerOptions
 from octavo.engine.process import EngineClient
 from octavo.errors import ConfigError
 from octavo.log import logger
+from octavo.server.dialect import Dialect
 from octavo.server.metrics import Metrics
 from octavo.server.model import ServedModel, load_model
 from octavo.server.service import Service
@@ -37,10 +38,12 @@ def run_server(
     *,
     verbose: bool = False,
     load: Callable[[], ServedModel] | None = None,
+    dialect: Dialect | None = None,
 ) -> int:
     """Serves until a signal; returns the exit code. Raises an `OctavoError` if the server cannot start or go on.
 
     `load` makes what the front knows of the model; by default that is what the model's own files say.
+    `dialect` is how the server speaks where servers differ; by default as OpenAI's.
     """
     began = time.monotonic()
     with listen(server_options.host, server_options.port) as listener:
@@ -51,22 +54,21 @@ def run_server(
         async def serve_model() -> int:
             engine = EngineClient(options, max_queued_requests=server_options.max_queued_requests, verbose=verbose)
             reader = load or (lambda: load_model(options, server_options))
-            return await serve(engine, reader, server_options, listener, [("files", files)])
+            service = Service(engine, server_options, Metrics(lambda: engine.stats), dialect=dialect or Dialect())
+            return await serve(service, reader, listener, [("files", files)])
 
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(serve_model())
 
 
 async def serve(
-    engine: EngineClient,
+    service: Service,
     load: Callable[[], ServedModel],
-    options: ServerOptions,
     listener: socket.socket,
     timeline: list[tuple[str, float]],
 ) -> int:
-    """Serves `engine` on `listener` until a signal or the engine's end; `timeline` holds the phases so far."""
+    """Serves `service` on `listener` until a signal or the engine's end; `timeline` holds the phases so far."""
     began = time.monotonic()
-    service = Service(engine, options, Metrics(lambda: engine.stats))
     supervisor = Supervisor(service, load)
     supervisor.timeline += timeline
     loop = asyncio.get_running_loop()
@@ -175,10 +177,9 @@ def url_of(listener: socket.socket) -> str:
 def curl_line(model: ServedModel, url: str, options: ServerOptions) -> str:
     """A command that asks the model something."""
     question = "What is the capital of France?"
-    chat = model.tokenizer.chat_template is not None
-    path = "chat/completions" if chat else "completions"
+    path = "chat/completions" if model.is_chat else "completions"
     asked: dict[str, object] = {"model": model.name, "temperature": 0}
-    asked |= {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": question}
+    asked |= {"messages": [{"role": "user", "content": question}]} if model.is_chat else {"prompt": question}
     body = shlex.quote(json.dumps(asked, ensure_ascii=False))
     key = "" if options.api_key is None else " -H 'Authorization: Bearer YOUR_API_KEY'"
     return f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {body}"

@@ -10,6 +10,7 @@ from octavo.engine.process import EngineClient
 from octavo.errors import EngineDeadError, nearest
 from octavo.request import Request
 from octavo.server.answer import Answer
+from octavo.server.dialect import Dialect
 from octavo.server.failure import RefusedError
 from octavo.server.metrics import Metrics
 from octavo.server.model import ServedModel
@@ -26,6 +27,7 @@ class Service:
     options: ServerOptions
     metrics: Metrics
     model: ServedModel | None = None
+    dialect: Dialect = field(default_factory=Dialect)
     loading: bool = False
     draining: bool = False
     num_open: int = 0

@@ -1,7 +1,8 @@
 """How an answer travels: as server-sent events while it is made, or as one JSON object when it is done.
 
-Nothing is sent before the first piece, so that an early failure still has its status. A client that goes away ends
-its request in either form. What the JSON says is `chat`'s and `completions`' business.
+A stream sends nothing before its first piece, so that an early failure still has its status; but after some seconds
+of silence it sends a comment, lest a proxy take it for dead. A client that goes away ends its request in either form.
+What the JSON says is `chat`'s and `completions`' business, and the dialect's.
 """
 
 import asyncio
@@ -17,7 +18,8 @@ from octavo.errors import OctavoError
 from octavo.log import logger
 from octavo.request import CompletionOutput
 from octavo.server.answer import Answer
-from octavo.server.failure import ClientGoneError, failure_of
+from octavo.server.dialect import Dialect
+from octavo.server.failure import ClientGoneError
 from octavo.server.model import TextDelta
 
 Json = dict[str, Any]
@@ -25,6 +27,8 @@ Json = dict[str, Any]
 # Made once: `json.dumps` with options makes a new encoder for each call.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
 _DONE = b"data: [DONE]\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
+SILENCE_SECONDS = 10.0  # proxies commonly give up after 30 or 60
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -86,44 +90,79 @@ async def whole_response(reply: Reply, receive: Receive) -> Response:
 
 
 class StreamedResponse(Response):
-    """Sends an answer piece by piece."""
+    """Sends an answer piece by piece, in a dialect."""
 
-    def __init__(self, reply: Reply):
+    def __init__(self, reply: Reply, dialect: Dialect):
         super().__init__(media_type="text/event-stream")
         self._reply = reply
+        self._dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-        async with _open(self._reply.answer, receive):
+        wire = _Wire(send)
+        async with _open(self._reply.answer, receive), wire.kept_alive():
             try:
                 async for events in self._events():
-                    if not started:
-                        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                        started = True
-                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                    await wire.write(events)
                 last = _DONE
             except ClientGoneError:
                 raise
             except Exception as error:
-                if not started:
+                if not wire.started:
                     raise
                 if not isinstance(error, OctavoError):
                     logger.exception("an unexpected error ended a stream")
-                last = b"data: " + failure_of(error).body() + b"\n\n"
-        await send({"type": "http.response.body", "body": last})
+                last = b"data: " + self._dialect.failure(error).body() + b"\n\n"
+        await wire.write(last, more=False)
 
     async def _events(self) -> AsyncIterator[bytes]:
         """Chunks as server-sent events, those of one piece together."""
-        reply = self._reply
+        reply, dialect = self._reply, self._dialect
         # The envelope is the same each time: encoded once, cut open where the choices go.
-        head = "data: " + _encode(reply.envelope())[:-1] + ',"choices":['
-        tail = '],"usage":null}\n\n' if reply.include_usage else "]}\n\n"
+        head = "data: " + _encode(dialect.chunk_envelope(reply.envelope()))[:-1] + ',"choices":['
         async for deltas in reply.answer.deltas():
-            if events := [head + _encode(choice) + tail for choice in reply.choices(deltas)]:
+            tail = f"]{dialect.chunk_usage(reply.answer, reply.include_usage)}}}\n\n"
+            if events := [head + _encode(dialect.chunk_choice(choice)) + tail for choice in reply.choices(deltas)]:
                 yield "".join(events).encode()
         if reply.include_usage:
             usage = _encode(usage_json(reply.answer))
             yield f'{head}],"usage":{usage}}}\n\n'.encode()
+
+
+class _Wire:
+    """The response as it is sent; begun by whatever is sent first."""
+
+    def __init__(self, send: Send):
+        self.started = False
+        self._send = send
+        self._last = 0.0  # when something was sent, in seconds of the event loop
+        self._turn = asyncio.Lock()
+
+    async def write(self, events: bytes, more: bool = True) -> None:
+        async with self._turn:
+            if not self.started:
+                await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                self.started = True
+            await self._send({"type": "http.response.body", "body": events, "more_body": more})
+            self._last = asyncio.get_running_loop().time()
+
+    @asynccontextmanager
+    async def kept_alive(self) -> AsyncIterator[None]:
+        """Meanwhile breaks every long silence with a comment, which clients skip."""
+        loop = asyncio.get_running_loop()
+        self._last = loop.time()
+
+        async def comment() -> None:
+            while True:
+                if (silence := loop.time() - self._last) < SILENCE_SECONDS:
+                    await asyncio.sleep(SILENCE_SECONDS - silence)
+                else:
+                    await self.write(_KEEP_ALIVE)
+
+        commenter = asyncio.create_task(comment())
+        try:
+            yield
+        finally:
+            commenter.cancel()
 
 
 @asynccontextmanager

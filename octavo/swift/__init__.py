@@ -14,7 +14,8 @@ _NAMES_OF = {
     "tokenizer": ("HfTokenizer",),
     "generation_config": ("LmdeployGenerationConfig", "VllmGenerationConfig"),
     "engine": ("LoRARequest", "get_vllm_engine"),
-    "inference": ("add_vllm_request", "inference_stream_vllm", "inference_vllm"),
+    "request_list": ("add_vllm_request", "inference_stream_vllm", "inference_vllm"),
+    "single": ("get_model_tokenizer", "inference", "inference_stream"),
     "arguments": ("DeployArguments", "InferArguments"),
     "commands": ("deploy_main", "infer_main", "prepare_vllm_engine_template"),
     "messages": ("history_to_messages", "messages_to_history"),
@@ -40,8 +41,6 @@ _ALIASES = {
     "PtEngine": "VllmEngine",
     "SglangEngine": "VllmEngine",
     "TransformersEngine": "VllmEngine",
-    "inference": "inference_vllm",
-    "inference_stream": "inference_stream_vllm",
 }
 
 __all__ = sorted([*_HOME_OF, *_ALIASES])

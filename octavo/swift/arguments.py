@@ -32,7 +32,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "quant_policy": ((0,), "the KV cache is kept in the model's type"),
     "cache_max_entry_count": ((0.8,), "set --gpu_memory_utilization or --kv_cache_memory"),
     "max_logprobs": ((20,), "a request may ask for up to 100"),
-    "owned_by": (("octavo", "swift"), "the model list names Octavo"),
     "log_interval": ((10,), "/metrics has the figures at any time"),
     "hub_token": ((None,), "models are looked up on this machine only"),
     "ssl_keyfile": ((None,), "put a proxy that speaks TLS in front"),
@@ -96,7 +95,7 @@ class InferArguments:
     stream: bool = switch(True, "show answers as they grow")
     merge_lora: bool = switch(False, "merge an adapter first")
     verbose: bool = switch(False, "say more while working")
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's free memory that Octavo may take")
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's whole memory to fill, with what others hold")
     tensor_parallel_size: int = option(1, "cards that one model is spread over")
     max_num_seqs: int = option(256, "most sequences in one step")
     max_model_len: int | None = option(None, "longest context (prompt and answer) in tokens")
@@ -194,7 +193,7 @@ class DeployArguments(InferArguments):
     api_key: str | None = option(None, "clients must send this key (Authorization: Bearer KEY)")
     ssl_keyfile: str | None = option(None, "key for TLS")
     ssl_certfile: str | None = option(None, "certificate for TLS")
-    owned_by: str = option("octavo", "owner in the model list")
+    owned_by: str = option("swift", "owner in the model list")
     served_model_name: str | None = option(None, "name that clients use (default: the model type)")
     verbose: bool = switch(False, "say more while working")
     log_interval: int = option(10, "seconds between lines of statistics")

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from octavo.errors import ConfigError, OctavoError, nearest
-from octavo.llm import Progress
+from octavo.progress import Progress
 from octavo.swift.messages import history_to_messages
 from octavo.swift.protocol import (
     ChatCompletionResponse,
@@ -120,7 +120,8 @@ class InferClient:
             piece = _chat_piece(found)
             for metric in metrics:
                 metric.update(piece)
-            yield piece
+            if piece.choices:  # the last of an OpenAI server has counts alone
+                yield piece
 
 
 # ---- the functions of 2.x -------------------------------------------------------------------------------------
@@ -170,13 +171,13 @@ def inference_client(
     if not is_chat_request:
         body["prompt"] = query
         if config.stream:
-            return (_completion_piece(found) for found in route.stream("/completions", body))
+            return (_completion_piece(found) for found in route.stream("/completions", body) if found["choices"])
         return _completion_response(route.post("/completions", body))
     body["messages"] = history_to_messages([*(history or ()), (query, None)], system)
     if tools:
         body |= {"tools": list(tools), "tool_choice": tool_choice}
     if config.stream:
-        return (_chat_piece(found) for found in route.stream("/chat/completions", body))
+        return (_chat_piece(found) for found in route.stream("/chat/completions", body) if found["choices"])
     return _chat_response(route.post("/chat/completions", body))
 
 
@@ -233,7 +234,7 @@ class _Route:
                     if data == b"[DONE]":
                         return
                     found = json.loads(data)
-                    if "error" in found:
+                    if "error" in found or found.get("object") == "error":
                         raise ServerError(_message(found))
                     yield found
         except (OSError, http.client.HTTPException) as error:

@@ -9,6 +9,7 @@ from octavo.errors import ConfigError, RequestError
 from octavo.llm import LLM
 from octavo.server.model import ServedModel, load_model
 from octavo.swift.arguments import DeployArguments, InferArguments
+from octavo.swift.dialect import SwiftDialect
 from octavo.swift.engine import SwiftEngine, warn_of_idle_cards
 from octavo.swift.messages import messages_to_history
 from octavo.swift.template import Template
@@ -50,7 +51,8 @@ def deploy_main(arguments: DeployArguments) -> int:
     def load() -> ServedModel:
         return _served(load_model(options, server_options), arguments, server_options)
 
-    return run_server(options, server_options, verbose=arguments.verbose, load=load)
+    dialect = SwiftDialect(arguments.owned_by)
+    return run_server(options, server_options, verbose=arguments.verbose, load=load, dialect=dialect)
 
 
 def prepare_vllm_engine_template(args: InferArguments, use_async: bool = False) -> tuple[SwiftEngine, Template]:
@@ -95,9 +97,13 @@ def _say_backend(arguments: InferArguments) -> None:
 
 
 class TemplateModel(ServedModel):
-    """A served model whose chats are written by one of ms-swift's templates."""
+    """A served model whose prompts are written by one of ms-swift's templates."""
 
     template: Template
+
+    @property
+    def is_chat(self) -> bool:
+        return not self.template.is_generation
 
     async def encode_chat(self, messages: Any, add_generation_prompt: bool, variables: dict[str, Any]) -> list[int]:
         """Token ids of a chat; raises `RequestError`."""
@@ -121,7 +127,8 @@ class TemplateModel(ServedModel):
 
 def _served(model: ServedModel, arguments: DeployArguments, server_options: ServerOptions) -> ServedModel:
     """`model` with the template and the sampling defaults that the flags ask for."""
-    defaults = {**model.sampling_defaults, **arguments.sampling()}
+    # Where the model's file is silent, ms-swift draws from the 50 likeliest tokens.
+    defaults = {"top_k": 50, **model.sampling_defaults, **arguments.sampling()}
     template_type = arguments.resolved_template_type()
     if template_type is None:
         return ServedModel(model.name, model.tokenizer, defaults)
@@ -129,8 +136,6 @@ def _served(model: ServedModel, arguments: DeployArguments, server_options: Serv
     if template_type == "qwen" and tokenizer.inner.token_id("<|im_end|>") is not None:
         tokenizer.eos_token = "<|im_end|>"
     template = _template(arguments, template_type, tokenizer)
-    if template.is_generation:
-        return ServedModel(model.name, model.tokenizer, defaults)
     stops = {stop: model.tokenizer.token_id(stop) for stop in template.stop_texts()}
     defaults["stop_token_ids"] = [index for index in stops.values() if index is not None]
     defaults["stop"] = [*arguments.stop_words, *(stop for stop, index in stops.items() if index is None)]

@@ -12,7 +12,8 @@ from typing import Any
 
 from octavo.checkpoint import open_tokenizer_data
 from octavo.errors import ConfigError
-from octavo.llm import LLM, AsyncLLM, Progress
+from octavo.llm import LLM, AsyncLLM
+from octavo.progress import Progress
 from octavo.request import CompletionOutput, RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.swift.engine import dtype_name, engine_options, refuse_parallel, warn_of_idle_cards

@@ -13,7 +13,7 @@ from typing import Any
 from octavo.errors import ConfigError, OctavoError
 from octavo.swift.arguments import InferArguments
 from octavo.swift.engine import SwiftEngine
-from octavo.swift.inference import inference_stream_vllm, inference_vllm
+from octavo.swift.request_list import inference_stream_vllm, inference_vllm
 from octavo.swift.template import Template
 
 LINE = "-" * 50

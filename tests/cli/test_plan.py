@@ -88,7 +88,15 @@ def test_a_model_on_a_hub_is_read_by_its_headers(
     assert not list((tmp_path / "modelscope").rglob("*.safetensors"))
     assert sum(1 for path in server.asked if path.endswith("model.safetensors")) <= 1
     _, here = plan(capsys, str(tmp_path / "tiny"))
-    same = ("architecture", "parameters", "weights", "kv_bytes_per_token", "max_position", "step_memory")
+    same = (
+        "architecture",
+        "parameters",
+        "weights",
+        "weight_memory",
+        "kv_bytes_per_token",
+        "max_position",
+        "step_memory",
+    )
     assert {name: there[name] for name in same} == {name: here[name] for name in same}
     assert there["disk"]["download"] == sum(
         len(content) for name, content in server.files.items() if name != "README.md"
@@ -98,10 +106,10 @@ def test_a_model_on_a_hub_is_read_by_its_headers(
 
 
 def test_text_is_for_reading(server: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", NAME, "--device", "cpu"]) == 0
+    assert main(["plan", NAME, "--device", "cpu", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
     assert "KV cache  512 bytes a token in float32" in out
-    assert out.splitlines()[-1] == f"run: octavo serve {NAME} --device cpu"
+    assert out.splitlines()[-1] == f"run: octavo serve {NAME} --dtype float32 --device cpu"
 
 
 def test_a_gguf_file_on_a_hub(
@@ -137,7 +145,7 @@ def test_a_memory_that_is_too_small(
 def test_the_table_agrees_with_the_memory(
     server: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, found = plan(capsys, NAME, "--kv-cache-memory", str(512 * 128 * 5))
+    _, found = plan(capsys, NAME, "--dtype", "float32", "--kv-cache-memory", str(512 * 128 * 5))
     fits = {(cell["context"], cell["requests"]): cell["fits"] for cell in found["table"]}
     assert fits[128, 4]
     assert not fits[128, 16]

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from octavo.batch import Batch, LogprobColumns, StepResult
-from octavo.config import EngineConfig, ModelConfig, RopeConfig
+from octavo.config import EngineConfig
 from octavo.engine.beam_search import BeamSearch
 from octavo.sampling_params import SamplingParams
+from tests import tiny_config
 
 VOCAB = 1000
 EOS = 7
@@ -128,32 +129,4 @@ class PagedOracle:
 
 
 def engine_config(**changes: object) -> EngineConfig:
-    model = ModelConfig(
-        architecture="Oracle",
-        vocab_size=VOCAB,
-        hidden_size=8,
-        intermediate_size=8,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position=4096,
-        norm_eps=1e-6,
-        rope=RopeConfig(rotary_dim=8),
-        eos_token_ids=(EOS,),
-    )
-    values: dict[str, object] = {
-        "model": model,
-        "dtype": "float32",
-        "kv_dtype": "float32",
-        "weights": "plain",
-        "device": "cpu",
-        "max_model_len": 256,
-        "block_size": 4,
-        "num_blocks": 64,
-        "max_num_seqs": 16,
-        "max_num_batched_tokens": 64,
-        "enable_prefix_caching": True,
-        "seed": 0,
-    }
-    return EngineConfig(**(values | changes))  # type: ignore[arg-type]
+    return tiny_config.engine_config(tiny_config.model_config(vocab_size=VOCAB, eos_token_ids=(EOS,)), **changes)

@@ -1,6 +1,7 @@
 """An engine process of its own around a tiny model: signals, a violent end, a parent that forgets it."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -75,3 +76,31 @@ def test_a_parent_that_ends_without_closing_leaves_nobody_behind(tmp_path: Path)
             return
         time.sleep(0.1)
     raise AssertionError("the engine process lives on")
+
+
+def test_the_event_loop_goes_on_while_a_dead_engine_is_waited_for():
+    class Slow:
+        """A process whose pipe is closed long before it ends."""
+
+        exitcode = -signal.SIGKILL
+
+        def kill(self) -> None: ...
+
+        def join(self, timeout: float | None = None) -> None:
+            time.sleep(0.3)
+
+    async def live() -> float:
+        client = EngineClient(EngineOptions())
+        ours, theirs = multiprocessing.Pipe()
+        client._connection, client._process = ours, Slow()  # type: ignore[assignment]
+        theirs.close()
+        began = time.monotonic()
+        client._receive()
+        assert client.info is None
+        seconds = time.monotonic() - began
+        assert client._mourning is not None
+        await client._mourning
+        assert "SIGKILL" in client._last_words
+        return seconds
+
+    assert asyncio.run(live()) < 0.2

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from octavo import ops
-from octavo.config import ModelConfig, RopeConfig
 from octavo.runner import kv_cache
 from octavo.runner.kv_cache import KVCache
+from tests.tiny_config import model_config
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig("Llama", 10, 16, 16, 3, 4, 2, 4, 64, 1e-5, RopeConfig(rotary_dim=4))
+MODEL = model_config(hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4)
 BLOCK_BYTES = MODEL.kv_bytes_per_token("float32") * 4
 
 

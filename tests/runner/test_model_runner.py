@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 
-from octavo.config import EngineConfig
 from octavo.models import read_config
 from octavo.runner import model_runner
 from octavo.runner.executor import Executor, LocalExecutor
 from octavo.runner.model_runner import ModelRunner
 from tests.steps import Row, Steps, columns
+from tests.tiny_config import engine_config
 from tests.tiny_models import FolderCheckpoint, runner_for, save_llama
 
 PROMPT = np.random.default_rng(0).integers(3, 160, 30).tolist()
@@ -103,20 +103,7 @@ def test_copied_block_continues_alike(runner: ModelRunner) -> None:
 
 def test_local_executor(folder: Path, runner: ModelRunner) -> None:
     checkpoint = FolderCheckpoint(folder)
-    config = EngineConfig(
-        model=read_config(checkpoint.config),
-        dtype="float32",
-        kv_dtype="float32",
-        weights="plain",
-        device="cpu",
-        max_model_len=64,
-        block_size=4,
-        num_blocks=512,
-        max_num_seqs=4,
-        max_num_batched_tokens=64,
-        enable_prefix_caching=True,
-        seed=0,
-    )
+    config = engine_config(read_config(checkpoint.config), max_model_len=64, num_blocks=512, max_num_seqs=4)
     executor: Executor = LocalExecutor.load(checkpoint, config)
     steps = Steps(runner)
     batches = [steps.batch([(Row(PROMPT[i:]), 30 - i)]) for i in range(3)]

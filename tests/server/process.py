@@ -15,8 +15,10 @@ from octavo import log
 from octavo.config import ServerOptions
 from octavo.errors import OctavoError
 from octavo.request import Request
+from octavo.server.metrics import Metrics
 from octavo.server.model import ServedModel
 from octavo.server.run import listen, serve
+from octavo.server.service import Service
 from tests.server.double import EngineDouble, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -61,7 +63,8 @@ log.setup()
 with listen(options.host, options.port) as listener:
     engine = Engine(script, EOS)
     try:
-        code = asyncio.run(serve(engine, lambda: ServedModel("tiny", TOKENIZER), options, listener, [("files", 0.0)]))
+        service = Service(engine, options, Metrics(lambda: engine.stats))
+        code = asyncio.run(serve(service, lambda: ServedModel("tiny", TOKENIZER), listener, [("files", 0.0)]))
     except OctavoError as error:
         print(f"octavo: error: {error}", file=sys.stderr)
         code = 2

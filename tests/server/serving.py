@@ -11,6 +11,7 @@ import httpx
 from octavo.config import ServerOptions
 from octavo.request import Request
 from octavo.server.app import build_app
+from octavo.server.dialect import Dialect
 from octavo.server.metrics import Metrics
 from octavo.server.model import ServedModel
 from octavo.server.service import Service
@@ -46,8 +47,11 @@ class Server:
     async def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
         return await self.client.post(path, json=body, **more)
 
-    async def chat(self, content: str = "hello", **fields: Any) -> httpx.Response:
-        return await self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": content}], **fields})
+    async def chat(
+        self, content: str = "hello", headers: dict[str, str] | None = None, **fields: Any
+    ) -> httpx.Response:
+        messages = [{"role": "user", "content": content}]
+        return await self.post("/v1/chat/completions", {"messages": messages, **fields}, headers=headers)
 
     async def complete(self, prompt: Any = "hello", **fields: Any) -> httpx.Response:
         return await self.post("/v1/completions", {"prompt": prompt, **fields})
@@ -59,9 +63,11 @@ async def serving(
 ) -> AsyncIterator[Server]:
     options = options or ServerOptions()
     script = settings.pop("script", says(text))
+    dialect = settings.pop("dialect", Dialect())
+    model = settings.pop("model", None) or ServedModel("tiny", TOKENIZER)
     engine = EngineDouble(script, EOS, max_queued_requests=options.max_queued_requests, **settings)
     await engine.start()
-    service = Service(engine, options, Metrics(lambda: engine.stats), ServedModel("tiny", TOKENIZER))
+    service = Service(engine, options, Metrics(lambda: engine.stats), model, dialect)
     transport = httpx.ASGITransport(build_app(service), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://octavo") as client:
         yield Server(engine, service, client)

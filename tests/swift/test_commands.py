@@ -201,7 +201,8 @@ def test_a_script_of_the_article_s_kind(modelscope_cache):
     ran = subprocess.run([sys.executable, "-c", SINGLE], env=env, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "2 2\n2 1\n"
-    (warning,) = ran.stderr.splitlines()
+    # Where the kernels were not built, a line of its own says so.
+    (warning,) = [line for line in ran.stderr.splitlines() if "plain torch" not in line]
     assert "names 2 cards" in warning
 
 

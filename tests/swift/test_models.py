@@ -19,11 +19,15 @@ from octavo.swift import (
     TemplateType,
     VllmGenerationConfig,
     get_default_template_type,
+    get_template,
     get_vllm_engine,
+    inference_vllm,
     register_model,
 )
 from octavo.swift.engine import dtype_name, warn_of_idle_cards
 from octavo.swift.models import guess_model_type, locate
+from tests.checkpoint.fake_hubs import FakeHub, serving
+from tests.tiny_models import write_tiny_qwen_v1
 
 
 @pytest.fixture
@@ -124,6 +128,26 @@ def test_a_model_that_is_nowhere_is_asked_of_the_hub(caches, monkeypatch):
         locate(None, "./nowhere")
 
 
+def test_a_model_type_is_fetched_from_modelscope_and_answers(caches, monkeypatch):
+    folder = write_tiny_qwen_v1(caches / "source")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with serving(FakeHub("qwen/Qwen-7B-Chat", files)) as hub:
+        monkeypatch.setenv("MODELSCOPE_DOMAIN", hub.url)
+        made = get_vllm_engine(ModelType.qwen_7b_chat, engine_kwargs={"kv_cache_memory": "32MiB"})
+        asked = hub.asked.total()
+        assert locate("qwen-7b-chat", None) == made.engine_args.model
+        assert hub.asked.total() == asked, "what is here is not asked for again"
+    try:
+        assert Path(made.model_dir).is_relative_to(caches / "ms")
+        assert (Path(made.model_dir) / "qwen.tiktoken").read_bytes() == files["qwen.tiktoken"]
+        template = get_template(get_default_template_type("qwen-7b-chat"), made.hf_tokenizer)
+        config = VllmGenerationConfig(max_tokens=4, temperature=0.0, ignore_eos=True, skip_special_tokens=True)
+        (answer,) = inference_vllm(made, template, [{"query": "你好"}], generation_config=config)
+        assert answer["history"] == [["你好", answer["response"]]]
+    finally:
+        made.shutdown()
+
+
 def test_types_are_guessed_from_ids_and_folders(tmp_path):
     assert guess_model_type("Qwen/Qwen-7B-Chat") == "qwen-7b-chat"
     assert guess_model_type("/data/qwen/Qwen1___5-7B-Chat") == "qwen1half-7b-chat"
@@ -144,7 +168,7 @@ def test_registering():
 def test_what_an_engine_tells(engine, modelscope_cache):
     assert engine.model_type == "qwen-7b-chat"
     assert engine.model_dir == str(modelscope_cache / "qwen/Qwen-7B-Chat")
-    assert engine.dtype is torch.bfloat16
+    assert engine.dtype is getattr(torch, engine.model_config.dtype)
     assert engine.max_model_len == engine.model_config.max_model_len == 8192
     assert engine.is_multimodal is False
     assert engine.engine_args.max_num_seqs == 256
@@ -225,3 +249,14 @@ def test_parameters_for_the_engine():
 def test_a_file_s_do_sample_means_nothing():
     config = VllmGenerationConfig.from_model(json.loads('{"do_sample": false, "top_k": 0, "max_new_tokens": 9}'))
     assert (config.temperature, config.top_k, config.max_tokens) == (1.0, -1, 9)
+
+
+def test_every_public_name_is_there_whatever_was_imported_before():
+    code = """
+import octavo.swift, pkgutil, importlib, types
+for module in pkgutil.iter_modules(octavo.swift.__path__):
+    importlib.import_module(f"octavo.swift.{module.name}")
+for name in octavo.swift.__all__:
+    assert not isinstance(getattr(octavo.swift, name), types.ModuleType), name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

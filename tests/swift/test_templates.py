@@ -1,7 +1,7 @@
 """Templates: segments that ms-swift 2.6.1 itself made, forged special tokens, truncation, registering.
 
 data/golden_templates.json holds, for each template, the segments that ms-swift tokenizes one by one, with this
-tokenizer's BOS (1) and EOS (2) as raw ids; None where it refuses the request.
+tokenizer's BOS (1) and EOS (2) as raw ids; None where it refuses the request. data/README.md tells how it was made.
 """
 
 import datetime
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import octavo.swift
 from octavo.errors import ConfigError, OctavoError, RequestError
 from octavo.swift import TEMPLATE_MAPPING, HfTokenizer, Template, TemplateType, get_template, register_template
+from octavo.swift.tools import render_tools
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_templates.json").read_text("utf-8"))
 CASES = {
@@ -199,3 +201,13 @@ def test_bad_options(smollm2):
         get_template("qwen", smollm2, use_loss_scale=True)
     with pytest.raises(ConfigError, match="truncation_strategy is 'cut'"):
         get_template("qwen", smollm2, truncation_strategy="cut")
+
+
+def test_the_data_holds_nothing_that_no_template_needs():
+    folder = Path(octavo.swift.__file__).parent / "data"
+    systems = json.loads((folder / "default_systems.json").read_text("utf-8"))
+    used = {entry["template"].default_system for entry in TEMPLATE_MAPPING.values()}
+    assert set(systems.values()) <= used
+    tools = [{"name": "look", "parameters": {}}]
+    for kind in json.loads((folder / "tool_prompts.json").read_text("utf-8")):
+        assert "look" in render_tools(tools, kind)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.errors import ConfigError, nearest
-from octavo.llm import Progress
+from octavo.progress import Progress
 from octavo.request import RequestOutput
 from octavo.swift.engine import LoRARequest, SwiftEngine, refuse_lora
 from octavo.swift.generation_config import VllmGenerationConfig
