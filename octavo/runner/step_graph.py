@@ -8,7 +8,6 @@ Shapes: T tokens, S rows, R sequences, D model width, V vocabulary.
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.batch import Batch, Ints
 from octavo.kernels.library import Kernels, Rows, Step
@@ -16,7 +15,7 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.rope import Rope
 from octavo.models.decoder import Decoder
 from octavo.ops.cpu.calls import Recorder
-from octavo.ops.cpu.tape import NotRecordableError, Recording, Tape
+from octavo.ops.cpu.tape import Recording
 from octavo.runner.kv_cache import KVCache
 
 # Rows of logits that are computed at once; more are computed in parts.
@@ -100,35 +99,18 @@ class _Angles:
         return found
 
 
-class _NothingBetween(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While a model is recorded, nothing may be written into the ops' results behind their back."""
-
-    def __init__(self, tape: Tape):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._tape = tape
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, torch.Tensor) and self._tape.owns(value):
-                raise NotRecordableError(f"{func} writes into the result of an op")
-        return func(*args, **(kwargs or {}))
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def _record_step(model: Decoder, kv_cache: KVCache, kernels: Kernels, engine: int, max_tokens: int) -> Recording:
     recorder = Recorder(kernels, engine)
-    with _NothingBetween(recorder.tape):
-        hidden_TD = model.forward(_two_tokens(model, kv_cache, recorder))
+    hidden_TD = model.forward(_two_tokens(model, kv_cache, recorder))
     return Recording(recorder.tape, [], hidden_TD, max_tokens)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _record_head(model: Decoder, kernels: Kernels, engine: int) -> Recording:
     recorder = Recorder(kernels, engine)
     hidden_TD = recorder.tape.new(2, model.config.hidden_size)
-    with _NothingBetween(recorder.tape):
-        logits_TV = model.lm_head(hidden_TD, _two_tokens(model, None, recorder))
+    logits_TV = model.lm_head(hidden_TD, _two_tokens(model, None, recorder))
     return Recording(recorder.tape, [hidden_TD], logits_TV, _MOST_LOGITS)
 
 

@@ -83,6 +83,9 @@ class Recording:
     """A tape that runs on memory of its own, for up to `max_tokens` tokens."""
 
     def __init__(self, tape: Tape, inputs: Sequence[torch.Tensor], output: torch.Tensor, max_tokens: int):
+        # Torch counts what is written into a tensor; the kernels' results were never written, only named.
+        if written := [tensor for tensor in tape.tensors if tensor._version]:
+            raise NotRecordableError(f"a result of shape {list(written[0].shape)} is written into in place")
         self._tape = tape
         number = tape.operand(output).buffer
         places = _places(tape, [tape.operand(tensor).buffer for tensor in inputs], number)
