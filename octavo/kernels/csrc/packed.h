@@ -75,7 +75,10 @@ class Packer {
   void put(int64_t n, Stored type, const uint8_t* stored, int64_t width) {
     uint8_t* panel = w.data + n / 16 * w.panel_bytes;
     const int lane = int(n % 16);
-    if (w.exact) return put_groups(panel, lane, type, stored, width);
+    if (w.exact) {
+      with_type(type, [&](auto known) { put_groups<decltype(known)::value>(panel, lane, stored, width); });
+      return;
+    }
     read_row(type, stored, width, row.data());
     std::fill(row.begin() + width, row.end(), 0.0f);
     switch (w.format) {
@@ -128,12 +131,13 @@ class Packer {
     }
   }
 
-  void put_groups(uint8_t* panel, int lane, Stored type, const uint8_t* stored, int64_t width) {
+  template <Stored type>
+  void put_groups(uint8_t* panel, int lane, const uint8_t* stored, int64_t width) {
     for (int64_t g = 0; g < w.inputs / w.group; g++) {
       uint8_t q[32] = {};
       float scale = 0, minimum = 0;
       for (int part = 0; part < w.group / 16 && g * w.group < width; part++) {
-        const Group16 group = read_group(type, stored, g * w.group / 16 + part);
+        const Group16 group = read_group<type>(stored, g * w.group / 16 + part);
         std::memcpy(q + 16 * part, group.q, 16);
         scale = group.scale;
         minimum = group.minimum;
@@ -151,15 +155,17 @@ class Packer {
 
   void put_quants(uint8_t* panel, int lane, int64_t g, const uint8_t* q) {
     const int lanes = w.group / 4, half = lanes / 2;
-    for (int j = 0; j < lanes; j++)
-      for (int i = 0; i < 4; i++) {
-        if (w.bits == 8) {
-          panel[((g * lanes + j) * 16 + lane) * 4 + i] = q[4 * j + i];
-        } else {
-          uint8_t& byte = panel[((g * half + j % half) * 16 + lane) * 4 + i];
-          byte = j < half ? uint8_t((byte & 0xf0) | q[4 * j + i]) : uint8_t((byte & 0x0f) | q[4 * j + i] << 4);
-        }
-      }
+    if (w.bits == 8) {
+      for (int j = 0; j < lanes; j++) std::memcpy(panel + ((g * lanes + j) * 16 + lane) * 4, q + 4 * j, 4);
+      return;
+    }
+    for (int j = 0; j < half; j++) {
+      uint32_t low, high;
+      std::memcpy(&low, q + 4 * j, 4);
+      std::memcpy(&high, q + 4 * (half + j), 4);
+      low |= high << 4;
+      std::memcpy(panel + ((g * half + j) * 16 + lane) * 4, &low, 4);
+    }
   }
 
   void put_number(uint8_t* column, int64_t index, float value) {

@@ -4,6 +4,9 @@
 // Source of the layouts: ggml's `ggml-quants`; they are drawn in octavo/layers/quant/gguf.py.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "simd.h"
 
 namespace octavo {
@@ -47,8 +50,9 @@ OCTAVO_INLINE void six_bit_pair(const uint8_t* packed, int j, int& scale, int& m
 }
 
 // Group `g` of a row, which holds weights 16 g to 16 g + 15.
-inline Group16 read_group(Stored type, const uint8_t* row, int64_t g) {
-  const int per_block = kBlocks[type].weights / 16;
+template <Stored type>
+OCTAVO_INLINE Group16 read_group(const uint8_t* row, int64_t g) {
+  constexpr int per_block = kBlocks[type].weights / 16;
   const uint8_t* block = row + (g / per_block) * kBlocks[type].bytes;
   const int part = int(g % per_block);
   Group16 out;
@@ -123,6 +127,15 @@ inline Group16 read_group(Stored type, const uint8_t* row, int64_t g) {
   }
 }
 
+// Calls work(std::integral_constant<Stored, type>) for a quantized type.
+template <class Work>
+OCTAVO_INLINE void with_type(Stored type, Work&& work) {
+  auto try_all = [&]<int... I>(std::integer_sequence<int, I...>) {
+    (void)((type == Stored(kQ4_0 + I) && (work(std::integral_constant<Stored, Stored(kQ4_0 + I)>{}), true)) || ...);
+  };
+  try_all(std::make_integer_sequence<int, kNumStored - kQ4_0>{});
+}
+
 // A row as fp32.
 inline void read_row(Stored type, const uint8_t* row, int64_t width, float* out) {
   switch (type) {
@@ -137,15 +150,18 @@ inline void read_row(Stored type, const uint8_t* row, int64_t width, float* out)
       }
       return;
     default:
-      for (int64_t g = 0; g < width / 16; g++) {
-        const Group16 group = read_group(type, row, g);
+      with_type(type, [&](auto known) {
+        constexpr Stored T = decltype(known)::value;
         // An offset is taken off the integer, as the format says; only a true minimum is added after the product.
-        const bool shifted = type == kQ4_0 || type == kQ5_0 || type == kQ8_0 || type == kQ3_K || type == kQ6_K;
-        const int offset = type == kQ4_0 ? 8 : type == kQ5_0 ? 16 : type == kQ8_0 ? 128 : type == kQ3_K ? 4 : 32;
-        for (int i = 0; i < 16; i++)
-          out[16 * g + i] = shifted ? float(int(group.q[i]) - offset) * group.scale
-                                    : float(group.q[i]) * group.scale + group.minimum;
-      }
+        constexpr int offset = T == kQ4_0 ? 8 : T == kQ5_0 ? 16 : T == kQ8_0 ? 128 : T == kQ3_K ? 4 : T == kQ6_K ? 32 : 0;
+        for (int64_t g = 0; g < width / 16; g++) {
+          const Group16 group = read_group<T>(row, g);
+          for (int i = 0; i < 16; i++) {
+            const float value = float(int(group.q[i]) - offset) * group.scale;
+            out[16 * g + i] = offset ? value : value + group.minimum;
+          }
+        }
+      });
   }
 }
 
