@@ -6,10 +6,11 @@ one in a process of its own. Names and results are those that vLLM's users know.
 
 import itertools
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
-from octavo.checkpoint import open_tokenizer_data
+from octavo.checkpoint import Checkpoint, TokenizerData, open_engine_checkpoint, open_tokenizer_data
 from octavo.config import EngineOptions
 from octavo.engine.engine import Engine
 from octavo.engine.process import Arrived, EngineClient
@@ -23,6 +24,14 @@ from octavo.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
+
+
+def _open_tokenizer(options: EngineOptions, checkpoint: Checkpoint | None) -> tuple[TokenizerData, Tokenizer]:
+    if checkpoint is not None and options.tokenizer is None:
+        data = checkpoint.tokenizer_data()
+    else:
+        data = open_tokenizer_data(options.tokenizer or options.model, hub=options.hub, revision=options.revision)
+    return data, Tokenizer.from_data(data)
 
 
 class LLM:
@@ -44,9 +53,13 @@ class LLM:
 
     def _open(self, options: EngineOptions) -> None:
         self.options = options
-        self.engine = Engine.build(options)
-        data = open_tokenizer_data(options.tokenizer or options.model, hub=options.hub, revision=options.revision)
-        self.tokenizer = Tokenizer.from_data(data)
+        # A wrong device must show before a model is fetched for it; else the files are opened once for both.
+        checkpoint = None if options.device == "cuda" else open_engine_checkpoint(options)
+        with ThreadPoolExecutor(1) as beside:
+            # Much of the engine's start is spent outside of Python, where a tokenizer can be built.
+            opened = beside.submit(_open_tokenizer, options, checkpoint) if checkpoint else None
+            self.engine = Engine.build(options, checkpoint)
+            data, self.tokenizer = opened.result() if opened else _open_tokenizer(options, None)
         self.tokenizer.check_vocabulary(self.engine.config.model.vocab_size)
         # What the model's makers advise for sampling (generation_config.json); empty if they say nothing.
         self.generation_config: dict[str, Any] = dict(data.generation_config)

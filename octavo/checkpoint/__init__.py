@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.config import EngineOptions
 from octavo.errors import CheckpointError, nearest
 
 
@@ -82,6 +83,12 @@ def open_checkpoint(model: str, *, hub: str = "auto", revision: str | None = Non
     from octavo.checkpoint.gguf_model import GgufCheckpoint
 
     return GgufCheckpoint(path)
+
+
+def open_engine_checkpoint(options: EngineOptions) -> Checkpoint:
+    """`open_checkpoint` of the model that an engine is to run."""
+    weights = options.load_format != "dummy"
+    return open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=weights)
 
 
 def open_tokenizer_data(source: str, *, hub: str = "auto", revision: str | None = None) -> TokenizerData:

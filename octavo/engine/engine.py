@@ -7,6 +7,7 @@ it is by the offline `LLM` and by the engine process of the server.
 import time
 from typing import TYPE_CHECKING
 
+from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig, EngineOptions
 from octavo.engine.process import EngineInfo
 from octavo.engine.scheduler import Scheduler
@@ -32,15 +33,15 @@ class Engine:
         self._step_seconds = 0.0
 
     @classmethod
-    def build(cls, options: EngineOptions) -> "Engine":
-        """Opens the model, plans the memory, loads the weights and allocates the cache; says each with its time.
+    def build(cls, options: EngineOptions, checkpoint: Checkpoint | None = None) -> "Engine":
+        """Opens the model if it is not open yet, plans the memory, loads weights, allocates the cache; says their times.
 
         Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`, the cheap checks first.
         """
         from octavo.runner.build import build_executor
 
         began = time.monotonic()
-        executor, config, plan, timeline = build_executor(options)
+        executor, config, plan, timeline = build_executor(options, checkpoint)
         engine = cls(config, executor, plan)
         engine.timeline = [*timeline, ("engine ready", time.monotonic() - began)]
         for line in plan.lines():

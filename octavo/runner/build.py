@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from octavo.checkpoint import open_checkpoint
+from octavo.checkpoint import Checkpoint, open_engine_checkpoint
 from octavo.config import EngineConfig, EngineOptions
 from octavo.errors import ConfigError
 from octavo.kernels.support import settle
@@ -21,7 +21,9 @@ from octavo.runner.executor import Executor, LocalExecutor
 Timeline = list[tuple[str, float]]
 
 
-def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, MemoryPlan, Timeline]:
+def build_executor(
+    options: EngineOptions, checkpoint: Checkpoint | None = None
+) -> tuple[Executor, EngineConfig, MemoryPlan, Timeline]:
     """The executor for `options`, what was settled, where the memory goes, and the (phase, seconds) it took.
 
     Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`.
@@ -35,9 +37,8 @@ def build_executor(options: EngineOptions) -> tuple[Executor, EngineConfig, Memo
         began = time.monotonic()
 
     device = choose_device(options.device)
-    checkpoint = open_checkpoint(
-        options.model, hub=options.hub, revision=options.revision, weights=options.load_format != "dummy"
-    )
+    if checkpoint is None:
+        checkpoint = open_engine_checkpoint(options)
     model = read_model(checkpoint)
     mark("open model")
     has_bfloat16 = device == "cpu" or torch.cuda.is_bf16_supported()
