@@ -34,9 +34,10 @@ class Engine:
 
     @classmethod
     def build(cls, options: EngineOptions, checkpoint: Checkpoint | None = None) -> "Engine":
-        """Opens the model if it is not open yet, plans the memory, loads weights, allocates the cache; says their times.
+        """Opens the model if it is not open yet, plans the memory, loads weights and allocates the cache.
 
-        Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`, the cheap checks first.
+        The log says each with its time. Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`, the
+        cheap checks first.
         """
         from octavo.runner.build import build_executor
 

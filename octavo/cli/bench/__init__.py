@@ -16,6 +16,7 @@ KINDS = {
     "latency": "one batch in this process: time to first token and per token",
     "beam": "beam search in the batch against an outer loop, and the blocks that sharing saves",
     "serve": "a running OpenAI-compatible server under load",
+    "compare": "the same workloads through Octavo and an installed peer, turn by turn",
 }
 
 

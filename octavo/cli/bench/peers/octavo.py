@@ -1,0 +1,28 @@
+"""Octavo itself, driven as its users drive it: `LLM.generate` over all prompts."""
+
+from typing import Any
+
+from octavo.cli.bench.peers import Run, serve
+
+
+def open_engine(given: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    import torch
+
+    torch.set_num_threads(given["threads"])
+    from octavo import LLM, SamplingParams, __version__
+    from octavo.config import EngineOptions
+
+    llm = LLM.from_options(EngineOptions(**given["options"]))
+    config = llm.engine.config
+
+    def run(prompts: list[list[int]], lengths: list[int]) -> int:
+        llm.engine.scheduler.blocks.reset_prefix_cache()
+        params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
+        return sum(len(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False))
+
+    precision = config.weights if config.weights != "plain" else config.dtype
+    return run, {"engine": f"octavo {__version__}", "precision": precision, "kv_cache": config.kv_dtype}
+
+
+if __name__ == "__main__":
+    serve(open_engine)
