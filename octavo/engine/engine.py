@@ -36,8 +36,8 @@ class Engine:
     def build(cls, options: EngineOptions, checkpoint: Checkpoint | None = None) -> "Engine":
         """Opens the model if it is not open yet, plans the memory, loads weights and allocates the cache.
 
-        The log says each with its time. Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`, the
-        cheap checks first.
+        The log says each with its time. Cheap checks come first. Raises `CheckpointError`, `ConfigError`,
+        `CapacityError` or `DownloadError`.
         """
         from octavo.runner.build import build_executor
 
