@@ -81,11 +81,11 @@ def open_engine(given: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
 
     name = ctypes.create_string_buffer(128)
     llama_cpp.llama_model_desc(model, name, len(name))
-    about = {
+    return run, {
         "engine": f"llama-cpp-python {llama_cpp.__version__}",
-        "precision": name.value.decode().split(maxsplit=2)[-1],
+        "precision": name.value.decode().split(maxsplit=2)[-1],  # such as Q4_0, behind the architecture and size
+        "system": llama_cpp.llama_print_system_info().decode().strip(),
     }
-    return run, about | {"system": llama_cpp.llama_print_system_info().decode().strip()}
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ from octavo.cli.bench.peers import Run, serve
 
 
 def open_engine(given: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    from importlib import import_module
+
     import torch
-    import transformers
+
+    transformers: Any = import_module("transformers")  # its types change too often to be leaned on
 
     torch.set_num_threads(given["threads"])
     where = {}
