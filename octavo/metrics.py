@@ -12,6 +12,8 @@ class EngineStats:
     blocks_free: int = 0
     blocks_cached: int = 0
     blocks_owned: int = 0
+    block_size: int = 0  # tokens in a block
+    empty_slots: int = 0  # slots of owned blocks in which no token is stored (internal fragmentation)
     block_references: int = 0  # entries of all block tables: what would be owned if nothing were shared
     host_blocks_used: int = 0
     steps: int = 0
@@ -40,6 +42,16 @@ class EngineStats:
         owned = self.owned_block_steps - (since.owned_block_steps if since else 0)
         referenced = self.referenced_block_steps - (since.referenced_block_steps if since else 0)
         return 1 - owned / referenced if referenced else 0.0
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens with K/V in owned blocks; what several sequences share counts once."""
+        return self.blocks_owned * self.block_size - self.empty_slots
+
+    @property
+    def waste(self) -> float:
+        """The part of the owned blocks' slots in which no token is stored."""
+        return self.empty_slots / (self.blocks_owned * self.block_size) if self.blocks_owned else 0.0
 
     @property
     def prefix_hit_rate(self) -> float:

@@ -74,6 +74,16 @@ class BlockManager:
                 filled[block] = min(tokens, filled.get(block, self.block_size))
         return sum(n for block, n in filled.items() if not exclusive or holders[block] == self._ref_count[block])
 
+    def empty_slots(self, sequences: Iterable[Sequence]) -> int:
+        """Slots in the blocks of `sequences` that no token fills yet, each block counted once."""
+        filled: dict[int, int] = {}
+        for seq in sequences:
+            for i in range(seq.num_computed // self.block_size, len(seq.block_table)):
+                tokens = max(0, seq.num_computed - i * self.block_size)
+                # Whoever has yet to fill a block that others share knows best how far it is.
+                filled[seq.block_table[i]] = min(tokens, filled.get(seq.block_table[i], tokens))
+        return len(filled) * self.block_size - sum(filled.values())
+
     # ---- the prefix cache -------------------------------------------------------------------------------------
 
     def match_prefix(self, seq: Sequence) -> list[int]:

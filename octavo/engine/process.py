@@ -23,6 +23,7 @@ from typing import Any
 from octavo import errors, log
 from octavo.config import EngineOptions
 from octavo.engine.limits import Limits
+from octavo.engine.report import Report
 from octavo.engine.state import StepOutput
 from octavo.errors import EngineDeadError, OctavoError, QueueFullError
 from octavo.metrics import EngineStats
@@ -329,6 +330,7 @@ def _read(connection: Connection, inbox: "queue.SimpleQueue[tuple[Any, ...]]") -
 
 
 def _serve(engine: Any, connection: Connection, inbox: "queue.SimpleQueue[tuple[Any, ...]]", step_began: Any) -> None:
+    report = Report()
     while True:
         while not inbox.empty() or not engine.has_work():
             kind, *values = inbox.get()
@@ -347,4 +349,6 @@ def _serve(engine: Any, connection: Connection, inbox: "queue.SimpleQueue[tuple[
         step_began.value = time.monotonic()
         output = engine.step()
         step_began.value = 0.0
-        connection.send(("step", output, engine.stats()))
+        stats = engine.stats()
+        connection.send(("step", output, stats))
+        report.step(stats)

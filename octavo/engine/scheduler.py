@@ -109,6 +109,8 @@ class Scheduler:
         stats.running, stats.waiting = len(self._running), len(self._waiting)
         stats.blocks_free, stats.blocks_cached = blocks.num_free, blocks.num_cached
         stats.blocks_owned, stats.block_references = blocks.num_owned, blocks.num_references
+        stats.block_size = blocks.block_size
+        stats.empty_slots = blocks.empty_slots(seq for state in self._running for seq in state.sequences)
         stats.host_blocks_used = self.swap.num_used
         return stats
 

@@ -31,7 +31,10 @@ def kernel_runner(checkpoint: Checkpoint, config: EngineConfig, load_format: str
     packer = Packer(kernels, engine, config.weights, 5 * config.model.num_parameters() + 2**24)
     stored = torch.bfloat16 if load_format == "dummy" and config.weights != "float32" else torch.float32
     model = load_model(checkpoint, config.model, stored, _CPU, load_format, packer=packer)
-    cache = KVCache(config.model, config.num_blocks, config.block_size, getattr(torch, config.kv_dtype), _CPU)
+    kv_dtype = getattr(torch, config.kv_dtype)
+    cache = KVCache(
+        config.model, config.num_blocks, config.block_size, kv_dtype, _CPU, num_host_blocks=config.num_host_blocks
+    )
     forward: Forward
     try:
         forward = StepGraph(model, cache, kernels, engine, config.max_num_batched_tokens, config.max_model_len)

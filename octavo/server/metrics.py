@@ -69,6 +69,14 @@ class _EngineMetrics(Collector):
         blocks.add_metric(["cached"], stats.blocks_cached)
         blocks.add_metric(["owned"], stats.blocks_owned)
         yield blocks
+        tokens = GaugeMetricFamily("octavo_kv_tokens", "Token slots of the KV cache by state", labels=["state"])
+        tokens.add_metric(["stored"], stats.stored_tokens)
+        tokens.add_metric(["empty"], stats.empty_slots)
+        tokens.add_metric(["cached"], stats.blocks_cached * stats.block_size)
+        tokens.add_metric(["free"], stats.blocks_free * stats.block_size)
+        yield tokens
+        doc = "Owned slots without a token, in percent of the owned slots"
+        yield GaugeMetricFamily("octavo_kv_waste_percent", doc, value=100 * stats.waste)
         doc = "Entries of all block tables: the blocks that would be owned if nothing were shared"
         yield GaugeMetricFamily("octavo_kv_block_references", doc, value=stats.block_references)
         doc = "Host blocks that hold the KV of preempted requests"

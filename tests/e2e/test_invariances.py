@@ -1,14 +1,58 @@
-"""The same tokens whatever the blocks, chunks, company, cache or memory: a tiny Llama through the whole engine."""
+"""The same answer whatever the blocks, chunks, company, cache or memory: a tiny Llama through the whole engine.
+
+On the CPU's kernels logprobs are equal bit for bit, in every precision, since each number is summed in an order that
+the step's other rows do not touch. Plain torch leaves that order to its libraries, so there only tokens are compared.
+"""
 
 import random
+from dataclasses import dataclass, field
 
 import pytest
 
 from octavo.config import EngineOptions
 from octavo.engine.engine import Engine
+from octavo.kernels import library
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
 from tests.tiny_models import save_llama
+
+PRECISIONS = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantize": "int8"},
+    "int4": {"quantize": "int4"},
+}
+
+
+@dataclass
+class Way:
+    """A way to compute: `options` of the engine, whether bits are compared, and each request's answer by itself."""
+
+    model: str
+    options: dict
+    bits: bool
+    alone: dict = field(default_factory=dict)
+
+    def build(self, **options):
+        engine = Engine.build(
+            EngineOptions(
+                model=self.model, **{"kv_cache_memory": "4MiB", "max_model_len": 128} | self.options | options
+            )
+        )
+        assert (engine.config.weights != "plain") == self.bits
+        return engine
+
+    def answer(self, engine, asked):
+        """By (request, sample): the tokens, with each one's logprobs where bits are compared."""
+        answers = {}
+        for request in asked:
+            engine.add(request)
+        while engine.has_work():
+            for name, index, token, _, _, logprobs in engine.step().tokens:
+                answers.setdefault((name, index), []).append((token, logprobs) if self.bits else token)
+            engine.scheduler.check()
+        assert engine.stats().blocks_owned == 0
+        return answers
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +60,21 @@ def model(tmp_path_factory):
     return str(save_llama(tmp_path_factory.mktemp("llama")))
 
 
-def build(model, **options):
-    return Engine.build(EngineOptions(model=model, **{"kv_cache_memory": "4MiB", "max_model_len": 128} | options))
+@pytest.fixture(scope="module", params=[*PRECISIONS, "plain torch"])
+def way(model, request):
+    """Each way with its requests answered one by one, without a cache: what every other circumstance must give."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain torch":
+            patch.setattr(library, "load", lambda name=None: None)
+            made = Way(model, {}, bits=False)
+        else:
+            if library.load() is None:
+                pytest.skip("this installation has no kernels")
+            made = Way(model, PRECISIONS[request.param], bits=True)
+        engine = made.build(enable_prefix_caching=False)
+        for asked in requests():
+            made.alone |= made.answer(engine, [asked])
+        yield made
 
 
 def requests():
@@ -31,27 +88,8 @@ def requests():
             {"temperature": 0.0} if i % 2 else {"temperature": 0.9, "seed": i, "top_p": 0.9, "n": 3 if i == 4 else 1}
         )
         params |= {"frequency_penalty": 0.5} if i == 6 else {}
-        made.append(Request(f"r{i}", prompt, SamplingParams(max_tokens=12, ignore_eos=True, **params)))
+        made.append(Request(f"r{i}", prompt, SamplingParams(max_tokens=12, ignore_eos=True, logprobs=3, **params)))
     return made
-
-
-def answer(engine, asked):
-    answers = {}
-    for request in asked:
-        engine.add(request)
-    while engine.has_work():
-        for name, index, token, *_ in engine.step().tokens:
-            answers.setdefault((name, index), []).append(token)
-        engine.scheduler.check()
-    assert engine.stats().blocks_owned == 0
-    return answers
-
-
-@pytest.fixture(scope="module")
-def alone(model):
-    """Each request answered by itself, without a cache: what every other way must give."""
-    engine = build(model, enable_prefix_caching=False)
-    return {key: tokens for request in requests() for key, tokens in answer(engine, [request]).items()}
 
 
 @pytest.mark.parametrize(
@@ -61,34 +99,46 @@ def alone(model):
         {"enable_prefix_caching": False},
         {"max_num_batched_tokens": 4, "max_num_seqs": 4},
         {"max_num_batched_tokens": 33, "max_num_seqs": 5},
-        {"block_size": 1},
-        {"block_size": 2},
-        {"block_size": 32},
     ],
     ids=str,
 )
-def test_company_chunks_cache_and_block_size(model, alone, options):
-    assert answer(build(model, **options), requests()) == alone
+def test_company_chunks_and_cache(way, options):
+    assert way.answer(way.build(**options), requests()) == way.alone
 
 
-def test_a_second_time_from_the_cache(model, alone):
-    engine = build(model)
-    answer(engine, requests())
-    assert answer(engine, requests()) == alone
+# The kernels take multiples of 16 and sum over a context in parts of a length of its own, not of the blocks'.
+@pytest.mark.parametrize("size", [0, 1, 2, 3])
+def test_block_size(way, size):
+    sizes = (16, 32, 48, 64) if way.bits else (1, 2, 8, 32)
+    assert way.answer(way.build(block_size=sizes[size]), requests()) == way.alone
+
+
+def test_a_second_time_from_the_cache(way):
+    engine = way.build()
+    way.answer(engine, requests())
+    assert way.answer(engine, requests()) == way.alone
     assert engine.stats().prefix_hit_tokens > 100
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
-def test_forced_preemption(model, alone, mode):
-    few = {"kv_cache_memory": 24 * 16 * 512, "block_size": 8, "max_model_len": 128, "max_num_batched_tokens": 128}
-    engine = build(model, **few, swap_space="1MiB", preemption_mode=mode)
-    assert engine.config.num_blocks == 48
+def test_forced_preemption(way, mode):
+    block_size, num_blocks = (16, 24) if way.bits else (8, 48)
+    # Bytes of the model's K and V of a token: 2 layers, 2 kv heads of 16.
+    of_a_token = 2 * 2 * 2 * 16 * (4 if way.options.get("dtype") == "float32" or not way.bits else 2)
+    engine = way.build(
+        kv_cache_memory=num_blocks * block_size * of_a_token,
+        block_size=block_size,
+        max_num_batched_tokens=128,
+        swap_space="1MiB",
+        preemption_mode=mode,
+    )
+    assert engine.config.num_blocks == num_blocks
     engine.scheduler._fits_ahead = lambda state, owned_hits: True
     asked = requests() + [
         Request(f"more{i}", [3 + i] * 20, SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
         for i in range(12)
     ]
-    answers = answer(engine, asked)
+    answers = way.answer(engine, asked)
     assert engine.stats().preemptions > 0
     assert (engine.stats().swaps > 0) == (engine.stats().blocks_swapped_in > 0) == (mode == "swap")
-    assert {key: tokens for key, tokens in answers.items() if not key[0].startswith("more")} == alone
+    assert {key: tokens for key, tokens in answers.items() if not key[0].startswith("more")} == way.alone

@@ -133,3 +133,16 @@ def test_taking_counts_cached_hits_as_taken():
     longer = sequence([1, 2, 3, 4, 5, 6, 7])
     assert not blocks.take(longer, blocks.match_prefix(longer), 7)
     blocks.check([])
+
+
+def test_empty_slots_of_half_filled_and_shared_blocks() -> None:
+    blocks = BlockManager(16, 4)
+    first = sequence(range(10))
+    assert blocks.take(first, [], 10)
+    assert blocks.empty_slots([first]) == 12
+    first.num_computed = 6
+    assert blocks.empty_slots([first]) == 6
+    first.num_computed = 10
+    fork = sequence(range(10))
+    blocks.fork(first, fork)
+    assert blocks.empty_slots([first, fork]) == 2, "the shared last block counts once"

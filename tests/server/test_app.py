@@ -54,6 +54,9 @@ async def test_metrics(server: Server):
     for line in (
         "octavo_requests_running 0.0",
         'octavo_kv_blocks{state="owned"} 0.0',
+        'octavo_kv_tokens{state="stored"} 0.0',
+        'octavo_kv_tokens{state="empty"} 0.0',
+        "octavo_kv_waste_percent 0.0",
         "octavo_kv_block_references 0.0",
         "octavo_kv_host_blocks_used 0.0",
         "octavo_swaps_total 0.0",
