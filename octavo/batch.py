@@ -83,6 +83,9 @@ class Batch:
     # Blocks to copy to host memory, and then others back from it, before `block_copies`: (device block, host block).
     swap_out: Ints = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [O, 2]
     swap_in: Ints = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [I, 2]
+    # Blocks to fill with bytes from the prefix store before the step, after `swap_out`.
+    loaded_blocks: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # [L]
+    loaded_bytes: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0), np.uint8))  # [L, bytes of a block]
 
     @property
     def num_tokens(self) -> int:

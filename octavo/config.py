@@ -170,6 +170,12 @@ class EngineOptions:
         None, "most tokens in one step, longer prompts go in chunks (default: 512 on a CPU, 8192 on a GPU)"
     )
     enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt beginnings")
+    prefix_cache_dir: str | None = option(
+        None, "folder to keep the KV of prompts in, for after a restart (default: none)", metavar="FOLDER"
+    )
+    prefix_cache_size: int = option(
+        10 * 1024**3, "most bytes in that folder, for all models together", metavar="SIZE", parse=parse_size
+    )
     swap_space: int | None = option(
         None,
         "host memory for the KV of preempted requests; 0 for none (default: 0 on a CPU; 4GiB, or a quarter of the"
@@ -185,6 +191,14 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.kv_cache_memory is not None:
             self.kv_cache_memory = parse_size(self.kv_cache_memory)
+        self.prefix_cache_size = parse_size(self.prefix_cache_size)
+        if self.prefix_cache_dir is not None and not self.enable_prefix_caching:
+            raise ConfigError(
+                "prefix_cache_dir is given, but enable_prefix_caching is off; leave out --prefix-cache-dir or"
+                " --no-enable-prefix-caching"
+            )
+        if self.prefix_cache_dir is not None and self.load_format == "dummy":
+            raise ConfigError("prefix_cache_dir is for a model's own weights; leave it out with --load-format dummy")
         if self.swap_space is not None:
             self.swap_space = parse_size(self.swap_space)
             if self.swap_space < 0:
@@ -195,6 +209,7 @@ class EngineOptions:
             "max_model_len",
             "block_size",
             "kv_cache_memory",
+            "prefix_cache_size",
             "max_num_seqs",
             "max_num_batched_tokens",
         ):

@@ -27,6 +27,8 @@ class EngineStats:
     swaps: int = 0  # preemptions that kept the K/V in host memory
     blocks_swapped_out: int = 0
     blocks_swapped_in: int = 0
+    blocks_loaded: int = 0  # from the prefix store on disk
+    blocks_saved: int = 0  # to it
     owned_block_steps: int = 0  # sums over the steps of blocks_owned and block_references
     referenced_block_steps: int = 0
 

@@ -29,6 +29,7 @@ class BlockManager:
         self._free_queue: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_cached = 0
         self._num_references = 0
+        self._cold: dict[bytes, int] | None = None
 
     @property
     def num_available(self) -> int:
@@ -115,6 +116,17 @@ class BlockManager:
                 self._hash_of[block] = block_hash
                 self._block_of[block_hash] = block
         seq.num_committed = full
+
+    def track_cold(self) -> None:
+        """From now on remembers which hashed blocks have been let go by their last owner, for `pop_cold`."""
+        self._cold = {}
+
+    def pop_cold(self) -> tuple[bytes, int] | None:
+        """The hash and number of the block that was let go first, and has not been handed out again; None if none."""
+        if not self._cold:
+            return None
+        block_hash = next(iter(self._cold))
+        return block_hash, self._cold.pop(block_hash)
 
     def _hash_blocks(self, seq: Sequence, count: int) -> None:
         """Extends `seq.block_hashes` to its first `count` blocks."""
@@ -250,6 +262,8 @@ class BlockManager:
         self._hash_of = [None] * self.num_blocks
         self._block_of.clear()
         self._num_cached = 0
+        if self._cold:
+            self._cold.clear()
 
     def _own(self, block: int) -> None:
         if self._ref_count[block] == 0:
@@ -265,6 +279,8 @@ class BlockManager:
             del self._block_of[block_hash]
             self._hash_of[block] = None
             self._num_cached -= 1
+            if self._cold:
+                self._cold.pop(block_hash, None)
         self._ref_count[block] = 1
         self._num_references += 1
         return block
@@ -276,10 +292,13 @@ class BlockManager:
         if self._ref_count[block]:
             return
         self._free_queue[block] = None
-        if self._hash_of[block] is None:
+        block_hash = self._hash_of[block]
+        if block_hash is None:
             self._free_queue.move_to_end(block, last=False)
         else:
             self._num_cached += 1
+            if self._cold is not None:
+                self._cold[block_hash] = block
 
     # ---- integrity --------------------------------------------------------------------------------------------
 

@@ -7,8 +7,11 @@ it is by the offline `LLM` and by the engine process of the server.
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig, EngineOptions
+from octavo.engine.prefix_store import PrefixStore, open_folder
 from octavo.engine.process import EngineInfo
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.state import StepOutput
@@ -20,15 +23,24 @@ from octavo.request import Request
 if TYPE_CHECKING:
     from octavo.runner.executor import Executor
 
+SAVING_SECONDS = 3.0  # for blocks that the prefix store lacks, at the end
+
 
 class Engine:
     """Runs requests on an executor."""
 
-    def __init__(self, config: EngineConfig, executor: "Executor", plan: MemoryPlan | None = None):
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: "Executor",
+        plan: MemoryPlan | None = None,
+        store: PrefixStore | None = None,
+    ):
         self.config = config
         self.plan = plan
         self.timeline: list[tuple[str, float]] = []
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, store)
+        self._store = store
         self.executor = executor
         self._step_seconds = 0.0
 
@@ -42,8 +54,13 @@ class Engine:
         from octavo.runner.build import build_executor
 
         began = time.monotonic()
-        executor, config, plan, timeline = build_executor(options, checkpoint)
-        engine = cls(config, executor, plan)
+        folder = open_folder(options.prefix_cache_dir) if options.prefix_cache_dir else None
+        executor, config, plan, timeline, fingerprint = build_executor(options, checkpoint)
+        store = None
+        if folder is not None:
+            store = PrefixStore(folder, fingerprint, executor.block_bytes, options.prefix_cache_size)
+            logger.info("prefix cache: %d blocks of any model in %s", store.num_files, folder)
+        engine = cls(config, executor, plan, store)
         engine.timeline = [*timeline, ("engine ready", time.monotonic() - began)]
         for line in plan.lines():
             logger.info(line)
@@ -78,13 +95,41 @@ class Engine:
             return StepOutput(tokens=[])
         self.executor.submit(batch)
         output = self.scheduler.update(self.executor.result())
+        self.save_cold()
         self._step_seconds += time.perf_counter() - began
         return output
+
+    def save_cold(self) -> bool:
+        """Hands some blocks that nobody uses any more to the prefix store; whether there may be more."""
+        if self._store is None or not (room := self._store.room):
+            return False
+        cold = self.scheduler.cold_blocks(room)
+        if not cold:
+            return False
+        content = self.executor.read_blocks(np.array([block for _, block in cold], np.int32))
+        for (block_hash, _), piece in zip(cold, content, strict=True):
+            self._store.put(block_hash, piece)
+        return True
+
+    def save_idle(self) -> bool:
+        """As `save_cold`, for when there is nothing better to do: waits for the disk."""
+        if self._store is None or self.has_work():
+            return False
+        if not self._store.room:
+            self._store.flush()
+        return self.save_cold()
 
     def stats(self) -> EngineStats:
         stats = self.scheduler.stats()
         stats.step_seconds = self._step_seconds
+        stats.blocks_saved = self._store.num_written if self._store else 0
         return stats
 
     def shutdown(self) -> None:
+        """Ends the executor; what is still cold is saved first, as far as a few seconds go."""
+        if self._store is not None:
+            until = time.monotonic() + SAVING_SECONDS
+            while time.monotonic() < until and self.save_cold():
+                self._store.flush()
+            self._store.close()
         self.executor.shutdown()

@@ -333,6 +333,8 @@ def _serve(engine: Any, connection: Connection, inbox: "queue.SimpleQueue[tuple[
     report = Report()
     while True:
         while not inbox.empty() or not engine.has_work():
+            while inbox.empty() and engine.save_idle():
+                pass
             kind, *values = inbox.get()
             if kind == "stop":
                 engine.shutdown()

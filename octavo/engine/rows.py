@@ -73,7 +73,7 @@ class RowTable:
         slots += positions % self._block_size
         entry_of_row = np.zeros(len(self._blocks), np.int32)
         entry_of_row[rows] = np.arange(len(entries))
-        return Batch(
+        batch = Batch(
             token_ids=np.array(token_ids, np.int32),
             positions=positions,
             slots=slots,
@@ -88,6 +88,10 @@ class RowTable:
             swap_in=_pairs(plan.swap_in),
             prompt_logprobs=_prompt_logprobs(plan.prompt_spans, query_start[entry_of_row], first[entry_of_row]),
         )
+        if plan.loads:
+            batch.loaded_blocks = np.array([block for block, _ in plan.loads], np.int32)
+            batch.loaded_bytes = np.stack([content for _, content in plan.loads])
+        return batch
 
     def _sampling(self, samples: list[Sequence], forks: list[int]) -> SamplingColumns:
         rows = np.array([seq.row for seq in samples], np.int32)

@@ -18,6 +18,7 @@ from octavo.engine.beam_search import BeamSearch
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.forecast import Forecast
 from octavo.engine.limits import Limits
+from octavo.engine.prefix_store import PrefixStore
 from octavo.engine.rows import FORK_STRIDE, RowTable
 from octavo.engine.state import Plan, RequestState, StepOutput, token_logprobs
 from octavo.engine.swap import SwapCost, SwapSpace
@@ -29,12 +30,15 @@ from octavo.request import FinishReason, Request, Sequence
 class Scheduler:
     """Continuous batching over a `BlockManager`. `schedule` and `update` alternate; one step may be under way."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, store: PrefixStore | None = None):
         self.limits = Limits.of(config)
         self.blocks = BlockManager(
             config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self.swap = SwapSpace(config.num_host_blocks, config.preemption_mode, SwapCost.of(config))
+        self._store = store
+        if store is not None:
+            self.blocks.track_cold()
         self._config = config
         self._eos = frozenset(config.model.eos_token_ids)
         self._rows = RowTable(
@@ -219,7 +223,7 @@ class Scheduler:
         """Gives a waiting request the blocks for all that is known of it and lets it run; False if they are short."""
         if sum(running.num_rows for running in self._running) + state.num_rows > self._config.max_num_seqs:
             return False
-        if not (self._take_back(state, plan) if state.swapped else self._take(state)):
+        if not (self._take_back(state, plan) if state.swapped else self._take(state, plan)):
             return False
         for seq in state.sequences:
             self._rows.add(seq)
@@ -237,7 +241,7 @@ class Scheduler:
         self._stats.blocks_swapped_in += len(copies)
         return True
 
-    def _take(self, state: RequestState) -> bool:
+    def _take(self, state: RequestState, plan: Plan) -> bool:
         """Blocks for a request that has none, from the prefix cache as far as it goes; False if there are too few."""
         leader, *siblings = state.sequences
         # A sequence that must show its prompt's logprobs has to compute all of it.
@@ -258,8 +262,30 @@ class Scheduler:
             for seq in state.sequences:
                 self.blocks.free(seq)
             return False
+        if not leader.wants_prompt_logprobs:
+            self._load(leader, plan)
         self._count_admission(state, shared)
         return True
+
+    def _load(self, seq: Sequence, plan: Plan) -> None:
+        """Goes on where the prefix cache ended with what the prefix store has."""
+        if self._store is None:
+            return
+        size = self._config.block_size
+        for i in range(seq.num_computed // size, (seq.num_tokens - 1) // size):
+            if (content := self._store.read(seq.block_hashes[i])) is None:
+                break
+            plan.loads.append((seq.block_table[i], content))
+            seq.num_computed += size
+            self._stats.blocks_loaded += 1
+
+    def cold_blocks(self, most: int) -> list[tuple[bytes, int]]:
+        """Up to `most` blocks that the prefix store lacks and nobody owns, by hash; to be read before the next step."""
+        found: list[tuple[bytes, int]] = []
+        while self._store is not None and len(found) < most and (cold := self.blocks.pop_cold()) is not None:
+            if not self._store.has(cold[0]):
+                found.append(cold)
+        return found
 
     def _fits_ahead(self, state: RequestState, owned_hits: int) -> bool:
         """Whether the running requests will probably not have to give way soon if `state` joins them.

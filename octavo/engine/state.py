@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from octavo.batch import LogprobColumns
 from octavo.engine.beam_search import BeamSearch, Hypothesis
+from octavo.engine.prefix_store import Bytes
 from octavo.request import BeamScore, Request, Sequence, TokenLogprobs, TokenOutput
 
 
@@ -58,6 +59,7 @@ class Plan:
     copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination)
     swap_out: list[tuple[int, int]] = field(default_factory=list)  # (device block, host block)
     swap_in: list[tuple[int, int]] = field(default_factory=list)  # (device block, host block)
+    loads: list[tuple[int, Bytes]] = field(default_factory=list)  # (block, its bytes from the prefix store)
 
 
 @dataclass(slots=True)

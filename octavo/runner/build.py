@@ -8,7 +8,9 @@ import time
 
 import torch
 
+from octavo import __version__
 from octavo.checkpoint import Checkpoint, open_engine_checkpoint
+from octavo.checkpoint.fingerprint import fingerprint
 from octavo.config import EngineConfig, EngineOptions
 from octavo.errors import ConfigError
 from octavo.kernels.support import settle
@@ -23,9 +25,10 @@ Timeline = list[tuple[str, float]]
 
 def build_executor(
     options: EngineOptions, checkpoint: Checkpoint | None = None
-) -> tuple[Executor, EngineConfig, MemoryPlan, Timeline]:
+) -> tuple[Executor, EngineConfig, MemoryPlan, Timeline, bytes]:
     """The executor for `options`, what was settled, where the memory goes, and the (phase, seconds) it took.
 
+    The last are bytes that name all that the K and V of a token depend on, if a prefix store needs them.
     Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`.
     """
     timeline: Timeline = []
@@ -60,7 +63,17 @@ def build_executor(
     )
     executor = LocalExecutor.load(checkpoint, config, options.load_format)
     mark("load weights")
-    return executor, config, plan, timeline
+    identity = b""
+    if options.prefix_cache_dir:
+        identity = kv_identity(checkpoint, config, executor.layout)
+        mark("hash weights")
+    return executor, config, plan, timeline, identity
+
+
+def kv_identity(checkpoint: Checkpoint, config: EngineConfig, layout: str) -> bytes:
+    """Bytes that are equal where equal tokens have the same bytes in a block: across restarts, copies and renaming."""
+    how = (__version__, layout, config.model, config.dtype, config.kv_dtype, config.weights, config.block_size)
+    return fingerprint(checkpoint) + repr(how).encode()
 
 
 def choose_device(wanted: str) -> str:

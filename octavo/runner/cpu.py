@@ -41,7 +41,7 @@ def kernel_runner(checkpoint: Checkpoint, config: EngineConfig, load_format: str
     except NotRecordableError as why:
         logger.warning("the model's step cannot be recorded, so its kernels are called one by one, slower: %s", why)
         forward = PlainForward(model, cache, KernelOps(kernels, engine))
-    return ModelRunner(model, cache, forward, KernelDraw(kernels, engine))
+    return ModelRunner(model, cache, forward, KernelDraw(kernels, engine), f"kernels {kernels.name}")
 
 
 class KernelDraw:

@@ -6,9 +6,11 @@ Between the two lies any number of processes and devices, or none; nobody above 
 from collections import deque
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from octavo.batch import Batch, StepResult
+from octavo.batch import Batch, Ints, StepResult
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
 from octavo.models.loader import load_model
@@ -23,6 +25,16 @@ class Executor(Protocol):
     def submit(self, batch: Batch) -> None: ...
 
     def result(self) -> StepResult: ...
+
+    def read_blocks(self, blocks: Ints) -> NDArray[np.uint8]:
+        """The bytes of `blocks` as they are now, [n, `block_bytes`]; a Batch's `loaded_bytes` puts them back."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def layout(self) -> str:
+        """Names the arithmetic and the order of the bytes in a block; blocks of another layout are no use here."""
 
     def shutdown(self) -> None: ...
 
@@ -53,6 +65,17 @@ class LocalExecutor:
     def result(self) -> StepResult:
         assert self._results, "result() without a submit()"
         return self._results.popleft()
+
+    def read_blocks(self, blocks: Ints) -> NDArray[np.uint8]:
+        return self.runner.kv_cache.read_blocks(blocks)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.runner.kv_cache.block_bytes
+
+    @property
+    def layout(self) -> str:
+        return self.runner.layout
 
     def shutdown(self) -> None:
         self._results.clear()

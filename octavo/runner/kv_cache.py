@@ -12,6 +12,7 @@ from math import prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from octavo.batch import Ints
 from octavo.config import ModelConfig
@@ -65,6 +66,27 @@ class KVCache:
                 piece.copy_(self._host_PCBKH[place], non_blocking=True)
             for i, cache in enumerate(self._caches):
                 cache.index_copy_(0, blocks, whole[:, i])
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers."""
+        return sum(cache[:1].nbytes for cache in self._caches)
+
+    def read_blocks(self, blocks_L: Ints) -> NDArray[np.uint8]:
+        """The bytes of blocks, whole as on the host, [L, `block_bytes`]."""
+        blocks = on_device(blocks_L, self.device).long()
+        whole_LC = torch.stack([cache.index_select(0, blocks) for cache in self._caches], dim=1)
+        return whole_LC.view(len(blocks_L), -1).view(torch.uint8).cpu().numpy()
+
+    def write_blocks(self, blocks_L: Ints, content: NDArray[np.uint8]) -> None:
+        """The reverse of `read_blocks`."""
+        if not len(blocks_L):
+            return
+        blocks = on_device(blocks_L, self.device).long()
+        first = self._caches[0]
+        whole = torch.from_numpy(content).to(self.device).view(first.dtype)
+        for cache, part in zip(self._caches, whole.chunk(len(self._caches), dim=1), strict=True):
+            cache.index_copy_(0, blocks, part.reshape(len(blocks_L), *cache.shape[1:]))
 
     def _pieces(self, copies_C2: Ints) -> Iterator[tuple[torch.Tensor, list[int]]]:
         """Device blocks and host blocks, as many at a time as `_STAGED` allows.

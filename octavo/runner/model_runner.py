@@ -21,14 +21,23 @@ _PROMPT_LOGPROBS_AT_ONCE = 256
 
 
 class ModelRunner:
-    """Runs `model` over `kv_cache`, both on the model's device, by `forward` or else op by op."""
+    """Runs `model` over `kv_cache`, both on the model's device, by `forward` or else op by op.
+
+    `layout` names who computes K and V and how they lie in a block (see `Executor.layout`).
+    """
 
     def __init__(
-        self, model: Decoder, kv_cache: KVCache, forward: Forward | None = None, draw: sampler.Draw = sampler.draw
+        self,
+        model: Decoder,
+        kv_cache: KVCache,
+        forward: Forward | None = None,
+        draw: sampler.Draw = sampler.draw,
+        layout: str = "torch",
     ):
         self.model = model
         self.kv_cache = kv_cache
         self.device = model.device
+        self.layout = f"{layout} on {self.device.type}"
         self.ops = ops.for_device(self.device)
         self.forward = forward or PlainForward(model, kv_cache, self.ops)
         self.draw = draw
@@ -38,6 +47,7 @@ class ModelRunner:
         """Copies blocks, computes the step's tokens, draws the samples."""
         self.kv_cache.swap_out(batch.swap_out)
         self.kv_cache.swap_in(batch.swap_in)
+        self.kv_cache.write_blocks(batch.loaded_blocks, batch.loaded_bytes)
         self.kv_cache.copy_blocks(batch.block_copies, self.ops)
         hidden_TD = self.forward.hidden(batch)
         result = StepResult(token_ids=np.empty(0, np.int32))

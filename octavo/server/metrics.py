@@ -93,5 +93,7 @@ class _EngineMetrics(Collector):
             ("swaps", "Preemptions that kept the KV in host memory", stats.swaps),
             ("blocks_swapped_out", "Blocks copied to host memory", stats.blocks_swapped_out),
             ("blocks_swapped_in", "Blocks copied back from host memory", stats.blocks_swapped_in),
+            ("blocks_loaded", "Blocks read from the prefix cache on disk", stats.blocks_loaded),
+            ("blocks_saved", "Blocks written to the prefix cache on disk", stats.blocks_saved),
         ):
             yield CounterMetricFamily(f"octavo_{name}", doc, value=value)

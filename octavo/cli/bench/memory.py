@@ -1,4 +1,4 @@
-"""`octavo bench memory`: a trace through the real scheduler and block manager without a model, beside contiguous memory.
+"""`octavo bench memory`: a trace through the real scheduler and block manager without a model, beside contiguous ones.
 
 All requests wait at the start, so that memory alone bounds the batch.
 """
