@@ -186,6 +186,9 @@ class EngineOptions:
     preemption_mode: PreemptionMode = option(
         "auto", "what a request that must give way does with its KV; auto: whatever costs less time"
     )
+    fair_share: bool = option(
+        False, "who was served least goes first: tenants are told apart by a request's user field, or its API key"
+    )
     seed: int = option(0, "seed of the requests that bring none")
 
     def __post_init__(self) -> None:
@@ -242,6 +245,7 @@ class EngineConfig:
     seed: int
     num_host_blocks: int = 0  # blocks of the KV cache that host memory can keep for preempted requests
     preemption_mode: PreemptionMode = "auto"
+    fair_share: bool = False
 
     @property
     def max_blocks_per_seq(self) -> int:

@@ -180,6 +180,7 @@ def resolve(
         seed=options.seed,
         num_host_blocks=num_host_blocks,
         preemption_mode=options.preemption_mode,
+        fair_share=options.fair_share,
     )
     plan = MemoryPlan(
         total=total,

@@ -28,7 +28,8 @@ class Request:
     """One prompt with its sampling parameters.
 
     `priority`: lower goes first, ties by arrival. `cache_salt` keeps the prefix cache of one caller apart from
-    another's. `bad_words_token_ids` are `params.bad_words` in tokens, filled in where the tokenizer is.
+    another's. `tenant` is who asks, where tenants have fair shares. `bad_words_token_ids` are `params.bad_words` in
+    tokens, filled in where the tokenizer is.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class Request:
     cache_salt: str | None = None
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
     arrival: float = field(default_factory=time.monotonic)
+    tenant: str = ""
 
 
 @dataclass(slots=True, eq=False)

@@ -2,10 +2,15 @@
 
 Admitting whatever fits this moment means preempting it soon after: measured, two thirds of the work done twice
 (docs/decisions/0001). So the highest number of tokens that the running sequences will hold together is estimated, from
-what they may still generate and from how long answers have been lately. Knows no blocks and no order.
+what they may still generate and from how long answers have been lately. Knows no order.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
+
+from octavo.engine.block_manager import BlockManager
+from octavo.engine.state import RequestState
 
 # Of the mean answer's length, how much more each running sequence is expected to grow before others make room. One
 # would avoid nearly all preemptions but leave the batch a third smaller; a quarter is the measured compromise.
@@ -23,6 +28,25 @@ class Forecast:
     def ended(self, num_output: int) -> None:
         """Takes in the length of an answer that has ended."""
         self._mean += MEMORY * (num_output - self._mean)
+
+    def fits(self, state: RequestState, running: Iterable[RequestState], blocks: BlockManager, owned_hits: int) -> bool:
+        """Whether the `running` requests will probably not have to give way soon if `state` joins them.
+
+        `owned_hits` blocks of its prompt are held by running requests already.
+        """
+        block = blocks.block_size
+        together = [(each, seq) for each in running for seq in each.sequences]
+        held = [(len(seq.block_table) - seq.num_borrowed) * block for _, seq in together]
+        shared = blocks.num_owned * block - sum(held)  # by sequences whose first owner has ended
+        new = [blocks.blocks_for(seq.num_tokens) * block for seq in state.sequences]
+        new[0] += shared - owned_hits * block
+        may_grow = [each.max_len - seq.num_tokens for each, seq in together]
+        may_grow += [state.max_len - seq.num_tokens for seq in state.sequences]
+        for each in (*running, state):  # samples and beams that do not exist yet will grow beside the first
+            to_come = each.num_rows - len(each.sequences)
+            new += [0] * to_come
+            may_grow += [each.max_len - each.sequences[0].num_tokens] * to_come
+        return self.peak(held + new, may_grow) <= blocks.num_blocks * block
 
     def peak(self, held: list[int], may_grow: list[int]) -> int:
         """The most tokens held at once, for sequences that hold `held` tokens and may grow by `may_grow`.

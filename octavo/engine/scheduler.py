@@ -16,6 +16,7 @@ from octavo.batch import Batch, StepResult
 from octavo.config import EngineConfig
 from octavo.engine.beam_search import BeamSearch
 from octavo.engine.block_manager import BlockManager
+from octavo.engine.fair_share import DRAWN_TOKEN, FairShare
 from octavo.engine.forecast import Forecast
 from octavo.engine.limits import Limits
 from octavo.engine.prefix_store import PrefixStore
@@ -36,6 +37,7 @@ class Scheduler:
             config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self.swap = SwapSpace(config.num_host_blocks, config.preemption_mode, SwapCost.of(config))
+        self._fair = FairShare(config.max_num_seqs, self.blocks) if config.fair_share else None
         self._store = store
         if store is not None:
             self.blocks.track_cold()
@@ -78,6 +80,8 @@ class Scheduler:
             search=BeamSearch(request.params, self._eos, max_tokens) if request.params.beams else None,
         )
         self._states[request.request_id] = state
+        if self._fair is not None:
+            self._fair.arrives(request.tenant)
         self._enqueue(state)
 
     def _seed(self, request: Request, number: int) -> int:
@@ -129,10 +133,11 @@ class Scheduler:
         """The next step, or None if nobody has anything to compute."""
         plan = Plan(budget=self._config.max_num_batched_tokens)
         calm = self._make_room(plan)
+        if calm and self._fair is not None:
+            self._even_out(self._fair, plan)
         for state, seq in self._by_urgency():
             self._place(state, seq, plan)
-        while calm and plan.budget > 0 and self._waiting and self._admit(self._waiting[0], plan):
-            state = self._waiting.pop(0)
+        while calm and plan.budget > 0 and self._waiting and self._admit(state := self._next(), plan):
             for seq in state.sequences:
                 self._place(state, seq, plan)
         if not plan.entries:
@@ -144,7 +149,36 @@ class Scheduler:
     def _by_urgency(self) -> list[tuple[RequestState, Sequence]]:
         """Running sequences, those with a single token first: a long prompt must not hold up the streams."""
         every = [(state, seq) for state in self._running for seq in state.sequences]
-        return [x for x in every if x[1].want == 1] + [x for x in every if x[1].want > 1]
+        prompts = [x for x in every if x[1].want > 1]
+        if self._fair is not None:
+            order = self._fair.order(self._running)
+            prompts.sort(key=lambda x: order[x[0].request.tenant])
+        return [x for x in every if x[1].want == 1] + prompts
+
+    def _next(self) -> RequestState:
+        """The waiting request whose turn it is."""
+        return self._waiting[0] if self._fair is None else self._fair.next(self._waiting, self._running)
+
+    def _even_out(self, fair: FairShare, plan: Plan) -> None:
+        """Lets waiting requests in ahead of everybody's prompts, while tenants that hold more give way to theirs.
+
+        Who has joined in this step does not give way in it, nor are host blocks given out that it has just left.
+        """
+        joined = False
+        while self._waiting and (givers := fair.gives_way(state := self._next(), self._running)):
+            while givers and not joined and not self._has_room(state):
+                self._preempt(self._cheapest(givers), plan)
+                givers = fair.gives_way(state, self._running)
+            if not (self._has_room(state) and self._admit(state, plan)):
+                return
+            joined = True
+
+    def _has_room(self, state: RequestState) -> bool:
+        """Whether `state` could join beside what the running requests take in this step, even with nothing cached."""
+        rows = sum(running.num_rows for running in self._running)
+        blocks = self._demand() + sum(self.blocks.blocks_for(seq.num_tokens) for seq in state.sequences)
+        fits = not self._running or self._fits_ahead(state, 0)
+        return fits and rows + state.num_rows <= self._config.max_num_seqs and blocks <= self.blocks.num_available
 
     def _place(self, state: RequestState, seq: Sequence, plan: Plan) -> None:
         """Lets `seq` compute what it wants, as far as the budget goes."""
@@ -164,6 +198,9 @@ class Scheduler:
             count = min(n, seq.num_prompt - 1 - seq.num_computed)
             plan.prompt_spans.append((seq, seq.num_computed, count))
         seq.num_computed += n
+        if self._fair is not None and (new := min(seq.num_computed, seq.num_prompt) - state.counted) > 0:
+            self._fair.serve(state.request.tenant, new)
+            state.counted += new
         if seq.want == 0:
             forks = 1 if state.forked or state.search else state.request.params.n
             plan.samples += [(seq, fork) for fork in range(forks)]
@@ -183,8 +220,12 @@ class Scheduler:
     def _victim(self) -> RequestState:
         """Of the least important requests the one that is cheapest to compute again, the latest among equals."""
         lowest = max(state.request.priority for state in self._running)
+        among = [state for state in self._running if state.request.priority == lowest]
+        return self._cheapest(among if self._fair is None else self._fair.largest(among))
+
+    def _cheapest(self, states: list[RequestState]) -> RequestState:
         return min(
-            (state for state in self._running if state.request.priority == lowest),
+            states,
             key=lambda state: (self.blocks.computed_tokens(state.sequences, exclusive=True), -state.order[2]),
         )
 
@@ -227,6 +268,7 @@ class Scheduler:
             return False
         for seq in state.sequences:
             self._rows.add(seq)
+        self._waiting.remove(state)
         self._running.append(state)
         return True
 
@@ -288,23 +330,8 @@ class Scheduler:
         return found
 
     def _fits_ahead(self, state: RequestState, owned_hits: int) -> bool:
-        """Whether the running requests will probably not have to give way soon if `state` joins them.
-
-        `owned_hits` blocks of its prompt are held by running requests already.
-        """
-        block = self._config.block_size
-        running = [(each, seq) for each in self._running for seq in each.sequences]
-        held = [(len(seq.block_table) - seq.num_borrowed) * block for _, seq in running]
-        shared = self.blocks.num_owned * block - sum(held)  # by sequences whose first owner has ended
-        new = [self.blocks.blocks_for(seq.num_tokens) * block for seq in state.sequences]
-        new[0] += shared - owned_hits * block
-        may_grow = [each.max_len - seq.num_tokens for each, seq in running]
-        may_grow += [state.max_len - seq.num_tokens for seq in state.sequences]
-        for each in (*self._running, state):  # samples and beams that do not exist yet will grow beside the first
-            to_come = each.num_rows - len(each.sequences)
-            new += [0] * to_come
-            may_grow += [each.max_len - each.sequences[0].num_tokens] * to_come
-        return self._forecast.peak(held + new, may_grow) <= self._config.num_blocks * block
+        """Whether the running requests will probably not have to give way soon if `state` joins them."""
+        return self._forecast.fits(state, self._running, self.blocks, owned_hits)
 
     def _count_admission(self, state: RequestState, shared: int) -> None:
         leader, stats = state.sequences[0], self._stats
@@ -317,6 +344,7 @@ class Scheduler:
         stats.prompt_tokens += leader.num_prompt
         stats.prefix_lookup_tokens += leader.num_prompt
         stats.prefix_hit_tokens += found
+        state.counted = found
         waited = time.monotonic() - state.request.arrival
         self._started.append((state.request.request_id, waited, found))
 
@@ -332,6 +360,9 @@ class Scheduler:
         output.add_prompt_logprobs(plan, result.prompt_logprobs)
         tokens = result.token_ids.tolist()
         owners = [self._fork(seq, index) if index else seq for seq, index in plan.samples]
+        if self._fair is not None:
+            for seq in owners:
+                self._fair.serve(seq.request.tenant, DRAWN_TOKEN)
         searching: dict[RequestState, None] = {}
         for i, seq in enumerate(owners):
             state = self._states[seq.request.request_id]
@@ -428,4 +459,6 @@ class Scheduler:
         self.swap.drop([seq], state.sequences)
         if not state.sequences:
             del self._states[state.request.request_id]
+            if self._fair is not None:
+                self._fair.leaves(state.request.tenant)
             (self._running if state in self._running else self._waiting).remove(state)

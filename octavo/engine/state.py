@@ -22,6 +22,7 @@ class RequestState:
     forked: bool  # whether its samples or beams exist; until the prompt is computed there is one sequence
     search: BeamSearch | None = None
     started: bool = False
+    counted: int = 0  # prompt tokens that were cached, or have been put on its tenant's account
     lost_tokens: int = 0  # computed before the last preemption, and not kept in host memory
 
     @property

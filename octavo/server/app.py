@@ -4,6 +4,7 @@ FastAPI's own parsing would read a body of any size and report mistakes in its o
 application with all that stands in front of it.
 """
 
+import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ from octavo.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    SamplingFields,
     TokenizeRequest,
     parse,
     plain_messages,
@@ -135,12 +137,14 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @_post(app, "/v1/chat/completions", ChatRequest)
     async def chat_completions(request: Request) -> Response:
         asked = await _parsed(service, request, ChatRequest)
-        return await _answered(service, await start_chat(service, asked), asked.stream, request)
+        reply = await start_chat(service, asked, _tenant(asked, request))
+        return await _answered(service, reply, asked.stream, request)
 
     @_post(app, "/v1/completions", CompletionRequest)
     async def completions(request: Request) -> Response:
         asked = await _parsed(service, request, CompletionRequest)
-        return await _answered(service, await start_completion(service, asked), asked.stream, request)
+        reply = await start_completion(service, asked, _tenant(asked, request))
+        return await _answered(service, reply, asked.stream, request)
 
 
 def _post(app: FastAPI, path: str, kind: type[BaseModel]) -> Callable[[Handler], Handler]:
@@ -157,6 +161,14 @@ def _post(app: FastAPI, path: str, kind: type[BaseModel]) -> Callable[[Handler],
         return app.post(path, openapi_extra=extra, response_class=Response)(handler)
 
     return register
+
+
+def _tenant(asked: SamplingFields, request: Request) -> str:
+    """Who asks: the user that the body names, or else the key, of which only a digest is kept."""
+    if asked.user:
+        return f"user {asked.user}"
+    key = request.headers.get("authorization", "")
+    return f"key {hashlib.sha256(key.encode()).hexdigest()}" if key else ""
 
 
 async def _answered(service: Service, reply: Reply, stream: bool | None, request: Request) -> Response:

@@ -15,8 +15,8 @@ from octavo.server.service import Service
 from octavo.server.stream import Json, ending_json, usage_json
 
 
-async def start_chat(service: Service, asked: ChatRequest) -> "ChatReply":
-    """Submits a chat; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
+async def start_chat(service: Service, asked: ChatRequest, tenant: str = "") -> "ChatReply":
+    """Submits a chat of `tenant`; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
     model = service.model_named(asked.model)
     asked.check()
     service.dialect.check_chat(model)
@@ -26,7 +26,8 @@ async def start_chat(service: Service, asked: ChatRequest) -> "ChatReply":
     limit = service.dialect.chat_tokens(asked.limit, service.limits.room(len(token_ids), asked.num_sequences))
     params = asked.sampling(model.sampling_defaults, max_tokens=limit, logprobs=asked.num_logprobs)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-    request = Request(answer_id, token_ids, params, asked.priority, asked.cache_salt, model.bad_words(params.bad_words))
+    bad_words = model.bad_words(params.bad_words)
+    request = Request(answer_id, token_ids, params, asked.priority, asked.cache_salt, bad_words, tenant=tenant)
     try:
         answer = service.answer([request], [None], whole=not asked.stream)
     except RequestError as error:

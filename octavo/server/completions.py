@@ -17,8 +17,8 @@ from octavo.server.service import Service
 from octavo.server.stream import Json, ending_json, usage_json
 
 
-async def start_completion(service: Service, asked: CompletionRequest) -> "CompletionReply":
-    """Submits the prompts; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
+async def start_completion(service: Service, asked: CompletionRequest, tenant: str = "") -> "CompletionReply":
+    """Submits the prompts of `tenant`; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
     model = service.model_named(asked.model)
     asked.check()
     service.dialect.check_completion(model)
@@ -35,7 +35,7 @@ async def start_completion(service: Service, asked: CompletionRequest) -> "Compl
     bad_words = model.bad_words(params.bad_words)
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     requests = [
-        Request(f"{answer_id}-{place}", token_ids, params, asked.priority, asked.cache_salt, bad_words)
+        Request(f"{answer_id}-{place}", token_ids, params, asked.priority, asked.cache_salt, bad_words, tenant=tenant)
         for place, token_ids in enumerate(encoded)
     ]
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]

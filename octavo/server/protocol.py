@@ -96,8 +96,8 @@ class StreamOptions(_Fields):
 class SamplingFields(_Fields):
     """The fields that chat and completions share. `None` is the default of each.
 
-    `user`, `safety_identifier` and `prompt_cache_key` name the caller to OpenAI; here they are accepted so that
-    clients carry over, are not stored, and by their meaning never change a token.
+    `user`, `safety_identifier` and `prompt_cache_key` name the caller to OpenAI. Here `user` is whose turn it is, where
+    tenants have fair shares; the others are accepted so that clients carry over. None changes a token.
     """
 
     model: str | None = None

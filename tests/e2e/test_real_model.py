@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -191,6 +192,42 @@ def test_the_server_answers_32_streams_as_it_answers_each_alone(smollm2_path, tm
         assert 'octavo_kv_blocks{state="owned"} 0.0' in metrics
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_a_flooding_tenant_does_not_double_anothers_wait(smollm2_path, tmp_path):
+    """Medians over a real server, each wait for a prompt of its own so that no cache shortens it."""
+
+    async def wait(client, i):
+        text = f"{i} " + " ".join(f"{(i + 3) * k}" for k in range(45))
+        began = time.perf_counter()
+        await client.completions.create(model="small", prompt=text, max_tokens=1, user="quiet")
+        seconds = time.perf_counter() - began
+        await asyncio.sleep(1)  # who asks without a pause takes a full share, and may wait for more
+        return seconds
+
+    async def flood(client, i):
+        await client.completions.create(
+            model="small", prompt=f"Tale {i}:", max_tokens=900, user="flood", extra_body={"ignore_eos": True}
+        )
+
+    async def check(url):
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            await wait(client, 100)
+            alone = [await wait(client, i) for i in range(5)]
+            floods = [asyncio.create_task(flood(client, i)) for i in range(24)]
+            while "octavo_requests_running 6.0" not in (await asyncio.to_thread(httpx.get, f"{url}/metrics")).text:
+                await asyncio.sleep(0.05)
+            beside = [await wait(client, i) for i in range(5, 10)]
+            assert not any(task.done() for task in floods), "the flood must last"
+            for task in floods:
+                task.cancel()
+            await asyncio.gather(*floods, return_exceptions=True)
+            print("alone", *(f"{s:.2f}" for s in alone), "beside", *(f"{s:.2f}" for s in beside))
+            return statistics.median(alone), statistics.median(beside)
+
+    with served(smollm2_path, tmp_path, "--fair-share", "--max-num-seqs", "6") as (url, _):
+        alone, beside = asyncio.run(check(url))
+    assert beside <= 2 * alone
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")

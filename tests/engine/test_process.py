@@ -75,6 +75,9 @@ class OneRequest:
     def step(self) -> StepOutput:
         return StepOutput(tokens=[])
 
+    def save_idle(self) -> bool:
+        return False
+
     def stats(self) -> EngineStats:
         return EngineStats(running=int(self.open))
 

@@ -16,6 +16,7 @@ KINDS = {
     "latency": "one batch in this process: time to first token and per token",
     "beam": "beam search in the batch against an outer loop, and the blocks that sharing saves",
     "memory": "waste and batch of the KV cache against contiguous memory, without a model",
+    "fairness": "one tenant's wait beside another's flood, with and without fair share, without a model",
     "serve": "a running OpenAI-compatible server under load",
     "compare": "the same workloads through Octavo and an installed peer, turn by turn",
 }
