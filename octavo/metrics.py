@@ -53,7 +53,7 @@ class EngineStats:
     @property
     def waste(self) -> float:
         """The part of the owned blocks' slots in which no token is stored."""
-        return self.empty_slots / (self.blocks_owned * self.block_size) if self.blocks_owned else 0.0
+        return self.empty_slots / slots if (slots := self.blocks_owned * self.block_size) else 0.0
 
     @property
     def prefix_hit_rate(self) -> float:
