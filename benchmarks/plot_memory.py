@@ -1,7 +1,7 @@
 """Draws results of `octavo bench memory` as an SVG: `python benchmarks/plot_memory.py RESULT.txt... > memory.svg`.
 
-A row of panels for each file, titled by its --lengths. The PNG beside the SVG is librsvg's: `rsvg-convert -z 2 memory.svg
--o memory.png`.
+A row of panels for each file, titled by its --lengths. The PNG beside the SVG is librsvg's:
+`rsvg-convert -z 2 memory.svg -o memory.png`.
 """
 
 import json

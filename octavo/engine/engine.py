@@ -103,7 +103,7 @@ class Engine:
         """Hands some blocks that nobody uses any more to the prefix store; whether there may be more."""
         if self._store is None or not (room := self._store.room):
             return False
-        cold = self.scheduler.cold_blocks(room)
+        cold = self.scheduler.admission.cold_blocks(room)
         if not cold:
             return False
         content = self.executor.read_blocks(np.array([block for _, block in cold], np.int32))

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from octavo.batch import Batch, StepResult
 from octavo.config import EngineConfig
+from octavo.engine.admission import Admission
 from octavo.engine.beam_search import BeamSearch
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.fair_share import DRAWN_TOKEN, FairShare
@@ -38,9 +39,6 @@ class Scheduler:
         )
         self.swap = SwapSpace(config.num_host_blocks, config.preemption_mode, SwapCost.of(config))
         self._fair = FairShare(config.max_num_seqs, self.blocks) if config.fair_share else None
-        self._store = store
-        if store is not None:
-            self.blocks.track_cold()
         self._config = config
         self._eos = frozenset(config.model.eos_token_ids)
         self._rows = RowTable(
@@ -54,6 +52,7 @@ class Scheduler:
         self._forecast = Forecast()
         self._numbers = itertools.count()
         self._stats = EngineStats()
+        self.admission = Admission(self.blocks, self.swap, store, self._stats)
 
     # ---- requests come and go ---------------------------------------------------------------------------------
 
@@ -177,8 +176,8 @@ class Scheduler:
         """Whether `state` could join beside what the running requests take in this step, even with nothing cached."""
         rows = sum(running.num_rows for running in self._running)
         blocks = self._demand() + sum(self.blocks.blocks_for(seq.num_tokens) for seq in state.sequences)
-        fits = not self._running or self._fits_ahead(state, 0)
-        return fits and rows + state.num_rows <= self._config.max_num_seqs and blocks <= self.blocks.num_available
+        fits = rows + state.num_rows <= self._config.max_num_seqs and blocks <= self.blocks.num_available
+        return fits and self._may_join(state, 0)
 
     def _place(self, state: RequestState, seq: Sequence, plan: Plan) -> None:
         """Lets `seq` compute what it wants, as far as the budget goes."""
@@ -264,79 +263,28 @@ class Scheduler:
         """Gives a waiting request the blocks for all that is known of it and lets it run; False if they are short."""
         if sum(running.num_rows for running in self._running) + state.num_rows > self._config.max_num_seqs:
             return False
-        if not (self._take_back(state, plan) if state.swapped else self._take(state, plan)):
+        if state.swapped:
+            if not self.admission.take_back(state, plan, self._may_join):
+                return False
+        elif (found := self.admission.take(state, plan, self._may_join)) is None:
             return False
+        else:
+            self._count_admission(state, found)
         for seq in state.sequences:
             self._rows.add(seq)
         self._waiting.remove(state)
         self._running.append(state)
         return True
 
-    def _take_back(self, state: RequestState, plan: Plan) -> bool:
-        """Blocks for what a request left in host memory, and the copies; False if there are too few."""
-        if self._running and not self._fits_ahead(state, 0):
-            return False
-        copies = self.swap.bring_back(state.sequences, self.blocks)
-        if copies is None:
-            return False
-        plan.swap_in += copies
-        self._stats.blocks_swapped_in += len(copies)
-        return True
-
-    def _take(self, state: RequestState, plan: Plan) -> bool:
-        """Blocks for a request that has none, from the prefix cache as far as it goes; False if there are too few."""
-        leader, *siblings = state.sequences
-        # A sequence that must show its prompt's logprobs has to compute all of it.
-        hits = [] if leader.wants_prompt_logprobs else self.blocks.match_prefix(leader)
-        if self._running and not self._fits_ahead(state, self.blocks.count_owned(hits)):
-            return False
-        taken = self.blocks.take(leader, hits, leader.num_tokens)
-        # After a preemption the samples share the full blocks of their common beginning again; the first of them fills
-        # these.
-        shared = state.num_common // self._config.block_size if siblings else 0
-        leader.fills = shared * self._config.block_size
-        for seq in siblings:
-            hits = self.blocks.match_prefix(seq)
-            taken = taken and self.blocks.take(
-                seq, hits if len(hits) > shared else leader.block_table[:shared], seq.num_tokens
-            )
-        if not taken:
-            for seq in state.sequences:
-                self.blocks.free(seq)
-            return False
-        if not leader.wants_prompt_logprobs:
-            self._load(leader, plan)
-        self._count_admission(state, shared)
-        return True
-
-    def _load(self, seq: Sequence, plan: Plan) -> None:
-        """Goes on where the prefix cache ended with what the prefix store has."""
-        if self._store is None:
-            return
-        size = self._config.block_size
-        for i in range(seq.num_computed // size, (seq.num_tokens - 1) // size):
-            if (content := self._store.read(seq.block_hashes[i])) is None:
-                break
-            plan.loads.append((seq.block_table[i], content))
-            seq.num_computed += size
-            self._stats.blocks_loaded += 1
-
-    def cold_blocks(self, most: int) -> list[tuple[bytes, int]]:
-        """Up to `most` blocks that the prefix store lacks and nobody owns, by hash; to be read before the next step."""
-        found: list[tuple[bytes, int]] = []
-        while self._store is not None and len(found) < most and (cold := self.blocks.pop_cold()) is not None:
-            if not self._store.has(cold[0]):
-                found.append(cold)
-        return found
+    def _may_join(self, state: RequestState, owned_hits: int) -> bool:
+        return not self._running or self._fits_ahead(state, owned_hits)
 
     def _fits_ahead(self, state: RequestState, owned_hits: int) -> bool:
         """Whether the running requests will probably not have to give way soon if `state` joins them."""
         return self._forecast.fits(state, self._running, self.blocks, owned_hits)
 
-    def _count_admission(self, state: RequestState, shared: int) -> None:
+    def _count_admission(self, state: RequestState, found: int) -> None:
         leader, stats = state.sequences[0], self._stats
-        found = sum(seq.num_computed for seq in state.sequences)
-        found -= (len(state.sequences) - 1) * shared * self._config.block_size
         if state.started:
             stats.wasted_tokens += max(0, state.lost_tokens - found)
             return
