@@ -51,3 +51,18 @@ def test_nothing_to_copy_needs_no_host_memory() -> None:
     cache.swap_in(pairs())
     cache.copy_blocks(pairs((0, 5)), ops.for_device(CPU))
     torch.testing.assert_close(contents(cache, 5), was, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_blocks_come_back_elsewhere(dtype: torch.dtype) -> None:
+    cache = KVCache(MODEL, 8, 4, dtype, CPU)
+    for layer in cache.layers:
+        layer.k_PBKH.normal_()
+        layer.v_PBKH.normal_()
+    was = [contents(cache, block) for block in range(8)]
+    content = cache.read_blocks(np.array([5, 2], np.int32))
+    assert content.shape == (2, cache.block_bytes)
+    cache.write_blocks(np.array([0, 5], np.int32), content)
+    for block, source in ((0, 5), (5, 2), (1, 1), (2, 2), (3, 3)):
+        torch.testing.assert_close(contents(cache, block), was[source], rtol=0, atol=0)
+    cache.write_blocks(np.empty(0, np.int32), np.empty((0, 0), np.uint8))
