@@ -1,0 +1,85 @@
+"""The kernels of an NVIDIA GPU, in Triton; matrix products are cuBLAS', which torch brings.
+
+Compiled when they are first used, and kept on disk by Triton. Shapes and meanings stand in `octavo.ops.Ops`.
+"""
+
+import numpy as np
+import torch
+
+from octavo.batch import Ints
+from octavo.ops import reference
+from octavo.ops.triton.decode import decode_attention
+from octavo.ops.triton.norm import add_rms_norm, rms_norm
+from octavo.ops.triton.prefill import prefill_attention
+from octavo.ops.triton.rope import rope_and_cache
+from octavo.ops.triton.silu_mul import silu_mul
+
+_COUNTERS = 4096
+
+
+class TritonOps:
+    """The ops of one device, and the memory that their programs meet in."""
+
+    embedding = staticmethod(reference.embedding)
+    linear = staticmethod(reference.linear)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    silu_mul = staticmethod(silu_mul)
+    rope_and_cache = staticmethod(rope_and_cache)
+    copy_blocks = staticmethod(reference.copy_blocks)
+
+    def __init__(self, device: torch.device):
+        self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+
+    def paged_attention(
+        self,
+        q_TNH: torch.Tensor,
+        k_cache_PBKH: torch.Tensor,
+        v_cache_PBKH: torch.Tensor,
+        query_start_R1: torch.Tensor,
+        seq_lens_R: torch.Tensor,
+        block_tables_RM: torch.Tensor,
+        positions_T: torch.Tensor,
+        query_start_host: Ints,
+        seq_lens_host: Ints,
+        scale: float,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> torch.Tensor:
+        """The leading rows with one query each go to the decode kernel, all others to the prefill kernel."""
+        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+        singles = leading_singles(query_start_host)
+        if singles:
+            decode_attention(
+                q_TNH[:singles],
+                k_cache_PBKH,
+                v_cache_PBKH,
+                seq_lens_R[:singles],
+                block_tables_RM[:singles],
+                out_TNH,
+                self._counters,
+                scale,
+                sliding_window,
+                soft_cap,
+            )
+        if singles < len(seq_lens_host):
+            prefill_attention(
+                q_TNH,
+                k_cache_PBKH,
+                v_cache_PBKH,
+                query_start_R1[singles:],
+                seq_lens_R[singles:],
+                block_tables_RM[singles:],
+                out_TNH,
+                int(query_start_host[-1]) - singles,
+                scale,
+                sliding_window,
+                soft_cap,
+            )
+        return out_TNH
+
+
+def leading_singles(query_start: Ints) -> int:
+    """How many rows at the beginning have exactly one token."""
+    others = np.flatnonzero(query_start != np.arange(len(query_start)))
+    return int(others[0]) - 1 if len(others) else len(query_start) - 1

@@ -1,0 +1,185 @@
+"""Paged attention of rows with a single query: what a decode step does.
+
+A program takes one row, one kv head with all its query heads, and one split of the row's keys, so that the grid
+depends on the number of rows alone and may live in a CUDA graph. The last split of a row to finish joins them all.
+
+Shapes as in `octavo.ops`; G query heads a kv head, X splits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
+
+# Programs that keep every multiprocessor of a large GPU busy, with some to spare for rows of unequal length.
+_PROGRAMS = 132 * 8
+MAX_SPLITS = 64
+
+
+def num_splits(rows: int, kv_heads: int) -> int:
+    """Parts that each row's keys are cut into, a power of two."""
+    return min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(_PROGRAMS, rows * kv_heads)))
+
+
+def decode_attention(
+    q_RNH: torch.Tensor,
+    k_cache_PBKH: torch.Tensor,
+    v_cache_PBKH: torch.Tensor,
+    seq_lens_R: torch.Tensor,
+    block_tables_RM: torch.Tensor,
+    out_RNH: torch.Tensor,
+    counters: torch.Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+) -> None:
+    """Writes `out_RNH`. `counters` are zeros, at least one for each row and kv head, and zeros again afterwards."""
+    R, N, H = q_RNH.shape
+    B, K = k_cache_PBKH.shape[1:3]
+    splits = num_splits(R, K)
+    assert splits == 1 or len(counters) >= R * K, "a counter for each row and kv head"
+    partial = torch.empty((R * N * splits * (H + 2),) if splits > 1 else (1,), dtype=torch.float32, device=q_RNH.device)
+    block_h = triton.next_power_of_2(H)
+    wide = q_RNH.dtype == torch.float32 or block_h > 128
+    _decode[(K, R, splits)](
+        q_RNH,
+        k_cache_PBKH,
+        v_cache_PBKH,
+        block_tables_RM,
+        seq_lens_R,
+        out_RNH,
+        partial,
+        counters,
+        scale * LOG2_E,
+        soft_cap * LOG2_E,
+        sliding_window,
+        splits,
+        q_RNH.stride(0),
+        q_RNH.stride(1),
+        block_tables_RM.stride(0),
+        N=N,
+        K=K,
+        G=N // K,
+        BLOCK_G=max(16, triton.next_power_of_2(N // K)),
+        H=H,
+        BLOCK_H=block_h,
+        B=B,
+        BLOCK_N=32 if wide else 64,
+        CAPPED=soft_cap > 0,
+        WINDOWED=sliding_window > 0,
+        SPLIT=splits > 1,
+        PRECISION=dot_precision(q_RNH.dtype),
+        num_warps=4,
+        num_stages=2 if wide else 3,
+    )
+
+
+@triton.jit
+def _decode(
+    q,
+    k_cache,
+    v_cache,
+    tables,
+    seq_lens,
+    out,
+    partial,
+    counters,
+    scale,
+    soft_cap,
+    window,
+    splits,
+    q_stride,
+    q_head_stride,
+    table_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    length = tl.load(seq_lens + row)
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+    tiles = tl.cdiv(length - begin, BLOCK_N)
+    tiles_each = tl.maximum(tl.cdiv(tiles, splits), 1)
+    working = tl.cdiv(tiles, tiles_each)
+    if split >= tl.maximum(working, 1):
+        return
+    start = begin + split * tiles_each * BLOCK_N
+    end = tl.minimum(start + tiles_each * BLOCK_N, length)
+
+    group = tl.arange(0, BLOCK_G)
+    at = tl.arange(0, BLOCK_H)
+    head = kv_head * G + group
+    here = (group < G)[:, None] & (at < H)[None, :]
+    queries = tl.load(q + row * q_stride + head[:, None] * q_head_stride + at[None, :], mask=here, other=0.0)
+    best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    result = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
+    for first in range(start, end, BLOCK_N):
+        key = first + tl.arange(0, BLOCK_N)
+        block = tl.load(tables + row * table_stride + key // B, mask=key < end, other=0).to(tl.int64)
+        place = ((block * B + key % B) * K + kv_head) * H
+        keys = tl.load(k_cache + place[None, :] + at[:, None], mask=(key < end)[None, :] & (at < H)[:, None], other=0.0)
+        scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
+        if CAPPED:
+            scores = soft_cap * tanh(scores / soft_cap)
+        seen = key < end
+        if WINDOWED:
+            seen &= key >= length - window
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        better = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp2(scores - better[:, None])
+        fade = tl.exp2(best - better)
+        values = tl.load(
+            v_cache + place[:, None] + at[None, :], mask=(key < end)[:, None] & (at < H)[None, :], other=0.0
+        )
+        result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        total = total * fade + tl.sum(weights, 1)
+        best = better
+
+    if SPLIT:  # noqa: SIM102 (known when the kernel is compiled, unlike what follows)
+        if working > 1:
+            # partial: [R, K, X, G, H] results, then [R, K, X, G] maxima and sums
+            first_part = (row * K + kv_head) * splits
+            rows = tl.num_programs(1).to(tl.int64)
+            maxima = partial + rows * N * splits * H
+            sums = maxima + rows * N * splits
+            place = (first_part + split) * G + group
+            tl.store(partial + place[:, None] * H + at[None, :], result, mask=here)
+            tl.store(maxima + place, best, mask=group < G)
+            tl.store(sums + place, total, mask=group < G)
+            tl.debug_barrier()
+            finished = tl.atomic_add(counters + row * K + kv_head, 1, sem="acq_rel")
+            if finished < working - 1:
+                return
+            tl.store(counters + row * K + kv_head, 0)
+            best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_G], tl.float32)
+            result = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
+            for part in range(working):
+                place = (first_part + part) * G + group
+                its_best = tl.load(maxima + place, mask=group < G, other=0.0, cache_modifier=".cg")
+                its_total = tl.load(sums + place, mask=group < G, other=0.0, cache_modifier=".cg")
+                its_result = tl.load(
+                    partial + place[:, None] * H + at[None, :], mask=here, other=0.0, cache_modifier=".cg"
+                )
+                better = tl.maximum(best, its_best)
+                fade, weight = tl.exp2(best - better), tl.exp2(its_best - better)
+                result = result * fade[:, None] + its_result * weight[:, None]
+                total = total * fade + its_total * weight
+                best = better
+    result = result / tl.maximum(total, 1e-30)[:, None]
+    tl.store(out + (row * N + head[:, None]) * H + at[None, :], result.to(out.dtype.element_ty), mask=here)
