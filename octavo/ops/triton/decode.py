@@ -19,7 +19,8 @@ MAX_SPLITS = 64
 
 def num_splits(rows: int, kv_heads: int) -> int:
     """Parts that each row's keys are cut into, a power of two."""
-    return min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(_PROGRAMS, rows * kv_heads)))
+    wanted = -(-_PROGRAMS // (rows * kv_heads))
+    return min(MAX_SPLITS, 1 << (wanted - 1).bit_length())
 
 
 def decode_attention(

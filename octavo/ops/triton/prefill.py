@@ -110,7 +110,7 @@ def _prefill(
             left = middle + 1
         else:
             right = middle
-    row = (left - 1).to(tl.int64)
+    row = tl.cast(left - 1, tl.int64)
     first_token = tl.load(query_start + row)
     num_queries = tl.load(query_start + row + 1) - first_token
     first_query = (tile - ((first_token - base) // BLOCK_M + row).to(tl.int32)) * BLOCK_M

@@ -1,0 +1,123 @@
+"""Decode steps as CUDA graphs: the model's whole forward pass, recorded for a number of rows and replayed.
+
+A graph is recorded when its number of rows first comes, so that serving starts at once; all share one pool of memory.
+What a step brings lies in memory that stays where it is, and rows that a step does not fill are padding: of length 0,
+their keys written nowhere. Draws are not part of it. Shapes: R rows, D model width, M blocks of the longest row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from octavo.batch import Batch, Ints
+from octavo.layers.context import ForwardContext
+from octavo.models.decoder import Decoder
+from octavo.ops import Ops
+from octavo.ops.triton.prepare import prepare
+from octavo.runner.kv_cache import KVCache
+from octavo.runner.step_inputs import StepInputs
+
+
+def bucket_of(rows: int) -> int:
+    """The number of rows that a step of `rows` is padded to."""
+    for step, largest in ((1, 2), (4, 16), (8, 32), (16, 256)):
+        if rows <= largest:
+            return -(-rows // step) * step
+    return -(-rows // 32) * 32
+
+
+@dataclass(slots=True)
+class RecordedStep:
+    graph: torch.cuda.CUDAGraph
+    ctx: ForwardContext
+    hidden_RD: torch.Tensor
+
+
+class DecodeGraphs:
+    """Steps in which every row computes one token. Use it on one stream alone."""
+
+    def __init__(
+        self, model: Decoder, kv_cache: KVCache, ops: Ops, inputs: StepInputs, drawn_S: torch.Tensor, max_blocks: int
+    ):
+        self._model = model
+        self._kv_cache = kv_cache
+        self._ops = ops
+        self._inputs = inputs
+        self._drawn_S = drawn_S
+        rows = bucket_of(len(drawn_S))
+        half = model.config.rope.rotary_dim // 2
+        self._token_ids = torch.zeros(rows, dtype=torch.int32, device=model.device)
+        self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=model.device)
+        self._angles = torch.zeros(2, rows, half, device=model.device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._recorded: dict[int, RecordedStep] = {}
+
+    @staticmethod
+    def fits(batch: Batch) -> bool:
+        """Whether each row computes one token and none has a rotary stretch of its own."""
+        return batch.num_tokens == batch.num_rows and bool((batch.ntk_alpha == 1.0).all())
+
+    def run(self, batch: Batch) -> tuple[ForwardContext, torch.Tensor]:
+        """The context, and hidden states, [R, D], in memory that the next step writes to."""
+        rows = batch.num_rows
+        bucket = bucket_of(rows)
+        padding = bucket - rows
+        self._inputs.send(
+            batch,
+            [
+                np.array([batch.block_tables.shape[1]], np.int32),
+                *(_padded(array, padding, 0) for array in (batch.token_ids, batch.positions)),
+                _padded(batch.slots, padding, -1),
+                _padded(batch.seq_lens, padding, 0),
+                batch.block_tables,
+            ],
+            self._places(bucket),
+        )
+        recorded = self._recorded.get(bucket)
+        if recorded is None:
+            recorded = self._recorded[bucket] = self._record(bucket)
+        recorded.graph.replay()
+        return recorded.ctx, recorded.hidden_RD[:rows]
+
+    def _places(self, bucket: int) -> list[slice]:
+        """Of the tables' width, token ids, positions, slots, lengths and tables."""
+        return self._inputs.places((1, bucket, bucket, bucket, bucket, bucket * self._tables.shape[1]))
+
+    def _record(self, bucket: int) -> RecordedStep:
+        # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording.
+        self._model.forward(self._context(bucket))
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        ctx = self._context(bucket)
+        hidden_RD = self._model.forward(ctx)
+        graph.capture_end()
+        return RecordedStep(graph, ctx, hidden_RD)
+
+    def _context(self, bucket: int) -> ForwardContext:
+        width, given, positions, slots, seq_lens, packed = (self._inputs.at(place) for place in self._places(bucket))
+        token_ids, tables, (cos, sin) = self._token_ids[:bucket], self._tables[:bucket], self._angles[:, :bucket]
+        rope = self._model.rope
+        prepare(
+            given, self._drawn_S, positions, rope.inv_freq, rope.magnitude, width, packed, token_ids, cos, sin, tables
+        )
+        every_row = np.arange(bucket + 1, dtype=np.int32)
+        return ForwardContext(
+            ops=self._ops,
+            caches=self._kv_cache.layers,
+            token_ids_T=token_ids,
+            positions_T=positions,
+            slots_T=slots,
+            query_start_R1=positions,  # not read: each row is a single token
+            seq_lens_R=seq_lens,
+            block_tables_RM=tables,
+            cos_Tr=cos,
+            sin_Tr=sin,
+            q_scale_T=rope.q_scale(positions),
+            query_start_host=every_row,
+            seq_lens_host=every_row[1:],
+        )
+
+
+def _padded(array: Ints, count: int, value: int) -> Ints:
+    return np.pad(array, (0, count), constant_values=value) if count else array
