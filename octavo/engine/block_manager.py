@@ -93,10 +93,14 @@ class BlockManager:
         return found
 
     def commit(self, seq: Sequence) -> None:
-        """Makes the blocks that `seq` has filled by now findable by others."""
+        """Makes the blocks that `seq` has filled by now findable by others.
+
+        A block is filled once a step that writes it has been scheduled, since steps run in order; and only known
+        tokens have a hash.
+        """
         if not self.enable_prefix_caching:
             return
-        full = seq.num_computed // self.block_size
+        full = min(seq.num_computed, seq.num_known) // self.block_size
         self._hash_blocks(seq, full)
         for i in range(seq.num_committed, full):
             block, block_hash = seq.block_table[i], seq.block_hashes[i]
@@ -195,7 +199,7 @@ class BlockManager:
         """
         device: dict[int, int] = {}  # of a host block: the block that holds the same
         for seq in sequences:
-            full = seq.num_computed // self.block_size
+            full = min(seq.num_computed, seq.num_known) // self.block_size
             device.update(zip(seq.host_table[:full], self.match_prefix(seq), strict=False))
         hits = frozenset(device)
         found = set(device.values())

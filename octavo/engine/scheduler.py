@@ -27,7 +27,11 @@ from octavo.request import FinishReason, Request, Sequence
 
 
 class Scheduler:
-    """Continuous batching over a `BlockManager`. `schedule` and `update` alternate; one step may be under way."""
+    """Continuous batching over a `BlockManager`.
+
+    Every `schedule` that gives a step is followed by an `update` with its result, in their order. Another step may be
+    scheduled before that: tokens that are still being drawn are then placeholders.
+    """
 
     def __init__(self, config: EngineConfig):
         self.limits = Limits.of(config)
@@ -101,7 +105,12 @@ class Scheduler:
             self._preempt(state, None)  # what it was filling for its siblings would stay empty
 
     def has_work(self) -> bool:
-        return bool(self._states)
+        return bool(self._states or self._steps)
+
+    @property
+    def steps_under_way(self) -> int:
+        """Steps whose results have not been taken in."""
+        return len(self._steps)
 
     def stats(self) -> EngineStats:
         """State now and totals so far."""
@@ -120,7 +129,9 @@ class Scheduler:
     # ---- a step is made ---------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
-        """The next step, or None if nobody has anything to compute."""
+        """The next step, or None if nobody has anything to compute before the steps under way are done."""
+        if self._steps and self._demand() > self.blocks.num_available:
+            return None  # who gives way is chosen when everybody's tokens are known
         plan = Plan(budget=self._config.max_num_batched_tokens)
         calm = self._make_room(plan)
         for state, seq in self._by_urgency():
@@ -130,10 +141,15 @@ class Scheduler:
             for seq in state.sequences:
                 self._place(state, seq, plan)
         if not plan.entries:
-            assert not self._running, "running requests, but nothing to compute"
+            assert self._steps or not self._running, "running requests, but nothing to compute"
             return None
         self._steps.append(plan)
-        return self._rows.batch(plan)
+        batch = self._rows.batch(plan)
+        for sample, (seq, _) in enumerate(plan.samples):
+            if self._states[seq.request.request_id].runs_ahead:
+                seq.token_ids.append(~sample)
+                seq.num_pending += 1
+        return batch
 
     def _by_urgency(self) -> list[tuple[RequestState, Sequence]]:
         """Running sequences, those with a single token first: a long prompt must not hold up the streams."""
@@ -144,7 +160,7 @@ class Scheduler:
         """Lets `seq` compute what it wants, as far as the budget goes."""
         n = min(seq.want, plan.budget)
         leader = state.sequences[0]
-        if n <= 0 or (seq is not leader and leader.num_computed < leader.fills):
+        if n <= 0 or seq.num_tokens >= state.max_len or (seq is not leader and leader.num_computed < leader.fills):
             return
         known = len(seq.block_table)
         copies = self.blocks.grow(seq)
@@ -158,6 +174,8 @@ class Scheduler:
             count = min(n, seq.num_prompt - 1 - seq.num_computed)
             plan.prompt_spans.append((seq, seq.num_computed, count))
         seq.num_computed += n
+        if n > 1:  # others may share a prompt's blocks from this very step on
+            self.blocks.commit(seq)
         if seq.want == 0:
             forks = 1 if state.forked or state.search else state.request.params.n
             plan.samples += [(seq, fork) for fork in range(forks)]
@@ -172,7 +190,9 @@ class Scheduler:
         return calm
 
     def _demand(self) -> int:
-        return self.blocks.demand(seq for state in self._running for seq in state.sequences)
+        return self.blocks.demand(
+            seq for state in self._running for seq in state.sequences if seq.num_tokens < state.max_len
+        )
 
     def _victim(self) -> RequestState:
         """Of the least important requests the one that is cheapest to compute again, the latest among equals."""
@@ -303,9 +323,13 @@ class Scheduler:
         self._started = []
         output.add_prompt_logprobs(plan, result.prompt_logprobs)
         tokens = result.token_ids.tolist()
-        owners = [self._fork(seq, index) if index else seq for seq, index in plan.samples]
+        owners = [
+            self._fork(seq, index) if index and seq.finish_reason is None else seq for seq, index in plan.samples
+        ]
         searching: dict[RequestState, None] = {}
         for i, seq in enumerate(owners):
+            if seq.finish_reason is not None:
+                continue  # it ended while this step was under way
             state = self._states[seq.request.request_id]
             if state.search is None:
                 self._append(seq, tokens[i], result, i, output)
@@ -321,14 +345,18 @@ class Scheduler:
     def _append(self, seq: Sequence, token: int, result: StepResult, sample: int, output: StepOutput) -> None:
         """Appends what sample number `sample` of a step drew, and ends the sequence if that completes it."""
         state = self._states[seq.request.request_id]
-        seq.token_ids.append(token)
+        if seq.num_pending:
+            seq.token_ids[-seq.num_pending] = token
+            seq.num_pending -= 1
+        else:
+            seq.token_ids.append(token)
         reason, stop = self._ending(state, seq, token)
         logprobs, wanted = None, seq.request.params.logprobs
         if wanted is not None and result.logprobs is not None:
             logprobs = token_logprobs(result.logprobs, sample, wanted)
         output.tokens.append((seq.request.request_id, seq.index, token, reason, stop, logprobs))
         if reason is not None:
-            self._forecast.ended(seq.num_output)
+            self._forecast.ended(seq.num_known - seq.num_prompt)
             self._end(state, seq, reason)
 
     def _fork(self, seq: Sequence, index: int) -> Sequence:
@@ -384,12 +412,12 @@ class Scheduler:
     def _ending(self, state: RequestState, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
         """Whether `token` ends `seq`: the reason, and the stop token id if that was it."""
         params = seq.request.params
-        if seq.num_output >= params.min_tokens:
+        if seq.num_known - seq.num_prompt >= params.min_tokens:
             if token in params.stop_token_ids:
                 return "stop", token
             if token in self._eos and not params.ignore_eos:
                 return "stop", None
-        return ("length", None) if seq.num_tokens >= state.max_len else (None, None)
+        return ("length", None) if seq.num_known >= state.max_len else (None, None)
 
     def _end(self, state: RequestState, seq: Sequence, reason: FinishReason) -> None:
         seq.finish_reason = reason
