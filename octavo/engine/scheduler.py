@@ -323,9 +323,7 @@ class Scheduler:
         self._started = []
         output.add_prompt_logprobs(plan, result.prompt_logprobs)
         tokens = result.token_ids.tolist()
-        owners = [
-            self._fork(seq, index) if index and seq.finish_reason is None else seq for seq, index in plan.samples
-        ]
+        owners = [self._fork(seq, index) if index and seq.finish_reason is None else seq for seq, index in plan.samples]
         searching: dict[RequestState, None] = {}
         for i, seq in enumerate(owners):
             if seq.finish_reason is not None:

@@ -5,7 +5,7 @@ What a step brings lies in memory that stays where it is, and rows that a step d
 their keys written nowhere. Draws are not part of it. Shapes: R rows, D model width, M blocks of the longest row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ import torch
 from octavo.batch import Batch, Ints
 from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
-from octavo.ops import Ops
+from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.prepare import prepare
+from octavo.ops.triton.shared import rows_of_tile
 from octavo.runner.kv_cache import KVCache
+from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
 from octavo.runner.step_inputs import StepInputs
 
 
@@ -38,7 +40,13 @@ class DecodeGraphs:
     """Steps in which every row computes one token. Use it on one stream alone."""
 
     def __init__(
-        self, model: Decoder, kv_cache: KVCache, ops: Ops, inputs: StepInputs, drawn_S: torch.Tensor, max_blocks: int
+        self,
+        model: Decoder,
+        kv_cache: KVCache,
+        ops: TritonOps,
+        inputs: StepInputs,
+        drawn_S: torch.Tensor,
+        max_blocks: int,
     ):
         self._model = model
         self._kv_cache = kv_cache
@@ -50,52 +58,86 @@ class DecodeGraphs:
         self._token_ids = torch.zeros(rows, dtype=torch.int32, device=model.device)
         self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=model.device)
         self._angles = torch.zeros(2, rows, half, device=model.device)
+        self._rows_of_tile = rows_of_tile(model.config.num_heads // model.config.num_kv_heads)
         self._pool = torch.cuda.graph_pool_handle()
-        self._recorded: dict[int, RecordedStep] = {}
+        self._recorded: dict[tuple[int, bool], RecordedStep] = {}
 
     @staticmethod
     def fits(batch: Batch) -> bool:
         """Whether each row computes one token and none has a rotary stretch of its own."""
         return batch.num_tokens == batch.num_rows and bool((batch.ntk_alpha == 1.0).all())
 
-    def run(self, batch: Batch) -> tuple[ForwardContext, torch.Tensor]:
-        """The context, and hidden states, [R, D], in memory that the next step writes to."""
+    def run(self, batch: Batch, *, share: bool) -> tuple[ForwardContext, torch.Tensor]:
+        """The context, and hidden states, [R, D], in memory that the next step writes to.
+
+        With `share`, rows with a common beginning read it together. They may then stand in another order than the
+        batch's; the sample indices that were sent to the device know it.
+        """
+        groups = None
+        if share:
+            block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
+            groups = find_groups(batch.block_tables, batch.seq_lens, block_size, self._rows_of_tile)
         rows = batch.num_rows
-        bucket = bucket_of(rows)
-        padding = bucket - rows
+        key = (bucket_of(rows), groups is not None)
+        self._send(batch, groups, key[0])
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            recorded = self._recorded[key] = self._record(*key)
+        recorded.graph.replay()
+        return recorded.ctx, recorded.hidden_RD[:rows]
+
+    def _send(self, batch: Batch, groups: PrefixGroups | None, bucket: int) -> None:
+        places = self._places(bucket)
+        lengths = tile_start = tile_rows = np.zeros(0, np.int32)
+        if groups is not None:
+            inverse = np.argsort(groups.order)
+            batch = replace(
+                batch,
+                token_ids=batch.token_ids[groups.order],
+                positions=batch.positions[groups.order],
+                slots=batch.slots[groups.order],
+                seq_lens=batch.seq_lens[groups.order],
+                block_tables=batch.block_tables[groups.order],
+                sample_index=inverse[batch.sample_index].astype(np.int32),
+            )
+            lengths = _padded(groups.lengths, bucket, 0)
+            tile_start, tile_rows = (
+                _padded(array, places[7].stop - places[7].start, 0) for array in (groups.tile_start, groups.tile_rows)
+            )
         self._inputs.send(
             batch,
             [
                 np.array([batch.block_tables.shape[1]], np.int32),
-                *(_padded(array, padding, 0) for array in (batch.token_ids, batch.positions)),
-                _padded(batch.slots, padding, -1),
-                _padded(batch.seq_lens, padding, 0),
+                *(_padded(array, bucket, 0) for array in (batch.token_ids, batch.positions)),
+                _padded(batch.slots, bucket, -1),
+                _padded(batch.seq_lens, bucket, 0),
+                lengths,
+                tile_start,
+                tile_rows,
                 batch.block_tables,
             ],
-            self._places(bucket),
+            places,
         )
-        recorded = self._recorded.get(bucket)
-        if recorded is None:
-            recorded = self._recorded[bucket] = self._record(bucket)
-        recorded.graph.replay()
-        return recorded.ctx, recorded.hidden_RD[:rows]
 
     def _places(self, bucket: int) -> list[slice]:
-        """Of the tables' width, token ids, positions, slots, lengths and tables."""
-        return self._inputs.places((1, bucket, bucket, bucket, bucket, bucket * self._tables.shape[1]))
+        """Of the tables' width, token ids, positions, slots, lengths, shared lengths, tiles and their rows, tables."""
+        tiles = most_tiles(bucket, self._rows_of_tile)
+        return self._inputs.places((1, *(bucket,) * 5, tiles, tiles, bucket * self._tables.shape[1]))
 
-    def _record(self, bucket: int) -> RecordedStep:
+    def _record(self, bucket: int, shared: bool) -> RecordedStep:
         # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording.
-        self._model.forward(self._context(bucket))
+        self._model.forward(self._context(bucket, shared))
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        ctx = self._context(bucket)
+        ctx = self._context(bucket, shared)
         hidden_RD = self._model.forward(ctx)
         graph.capture_end()
         return RecordedStep(graph, ctx, hidden_RD)
 
-    def _context(self, bucket: int) -> ForwardContext:
-        width, given, positions, slots, seq_lens, packed = (self._inputs.at(place) for place in self._places(bucket))
+    def _context(self, bucket: int, shared: bool) -> ForwardContext:
+        width, given, positions, slots, seq_lens, lengths, tile_start, tile_rows, packed = map(
+            self._inputs.at, self._places(bucket)
+        )
         token_ids, tables, (cos, sin) = self._token_ids[:bucket], self._tables[:bucket], self._angles[:, :bucket]
         rope = self._model.rope
         prepare(
@@ -103,7 +145,7 @@ class DecodeGraphs:
         )
         every_row = np.arange(bucket + 1, dtype=np.int32)
         return ForwardContext(
-            ops=self._ops,
+            ops=self._ops.sharing(SharedPrefix(lengths, tile_start, tile_rows)) if shared else self._ops,
             caches=self._kv_cache.layers,
             token_ids_T=token_ids,
             positions_T=positions,
@@ -119,5 +161,6 @@ class DecodeGraphs:
         )
 
 
-def _padded(array: Ints, count: int, value: int) -> Ints:
-    return np.pad(array, (0, count), constant_values=value) if count else array
+def _padded(array: Ints, length: int, value: int) -> Ints:
+    missing = length - len(array)
+    return np.pad(array, (0, missing), constant_values=value) if missing else array

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from octavo import ops
 from octavo.batch import Batch, SamplingColumns, StepResult
 from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext, on_device
 from octavo.models.decoder import Decoder
+from octavo.ops.triton import TritonOps
 from octavo.ops.triton.prepare import look_up
 from octavo.ops.triton.sampling import MIN_TEMPERATURE, draw
 from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of
@@ -56,16 +56,17 @@ class CudaForward:
     def __init__(self, model: Decoder, kv_cache: KVCache, config: EngineConfig, drawn_S: torch.Tensor):
         self._model = model
         self._kv_cache = kv_cache
-        self._ops = ops.for_device(model.device)
+        self._ops = TritonOps(model.device)
         self._drawn_S = drawn_S
         rows, tokens = bucket_of(config.max_num_seqs), config.max_num_batched_tokens
         self.inputs = StepInputs(4 * tokens + rows * (config.max_blocks_per_seq + 8) + 256, rows, model.device)
         self._graphs = DecodeGraphs(model, kv_cache, self._ops, self.inputs, drawn_S, config.max_blocks_per_seq)
         self._ctx: ForwardContext | None = None
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
+    def hidden(self, batch: Batch, *, share: bool = False) -> torch.Tensor:
+        """As `Forward.hidden`; with `share`, rows may stand in the order that `inputs.sampling` counts in."""
         if self._graphs.fits(batch):
-            self._ctx, hidden_TD = self._graphs.run(batch)
+            self._ctx, hidden_TD = self._graphs.run(batch, share=share)
             return hidden_TD
         self._ctx = self._context(batch)
         return self._model.forward(self._ctx)
@@ -137,7 +138,7 @@ class CudaRunner:
         self._kv_cache.swap_out(batch.swap_out)
         self._kv_cache.swap_in(batch.swap_in)
         self._kv_cache.copy_blocks(batch.block_copies, self.waiting.ops)
-        hidden_TD = self._forward.hidden(batch)
+        hidden_TD = self._forward.hidden(batch, share=True)
         S = len(batch.sample_index)
         self._turn = (self._turn + 1) % _RING
         tokens_S = self._results[self._turn][:S]

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from octavo.runner import noise, sampler
-from tests.ops import kernel_cases as cases
 from tests.steps import columns
+
+cases = pytest.importorskip("tests.ops.kernel_cases", reason="needs triton", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,10 +20,8 @@ SINGLES = [(length, 1) for length in (1, 15, 16, 17, 63, 64, 65, 129, 700, 3000)
 
 @pytest.fixture(scope="module")
 def ops():
-    from octavo.ops.triton import TritonOps
-
     torch.manual_seed(0)
-    return TritonOps(CUDA)
+    return cases.TritonOps(CUDA)
 
 
 @pytest.mark.parametrize("width", [64, 576, 1024, 4096])
@@ -48,6 +47,13 @@ def test_attention(ops, heads, rows):
 def test_attention_with_window_and_cap(ops, window, cap, block_size):
     for dtype in (torch.bfloat16, torch.float32):
         cases.check_attention(ops, CUDA, dtype, (8, 2, 64), MIXED, window, cap, block_size)
+
+
+@pytest.mark.parametrize("heads", [(16, 8, 128), (32, 8, 128), (9, 3, 64)], ids=str)
+@pytest.mark.parametrize("groups", [[(256, 512)], [(3, 0), (9, 2048), (140, 256), (1, 0)], [(4, 1024)]], ids=str)
+def test_attention_over_shared_beginnings(ops, heads, groups):
+    for dtype in (torch.bfloat16, torch.float32):
+        cases.check_shared(ops, CUDA, dtype, heads, groups)
 
 
 def test_draws_are_the_sampler_s():

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from octavo.ops import Ops, reference
+from octavo.ops.triton import SharedPrefix, TritonOps
+from octavo.ops.triton.shared import rows_of_tile
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -86,6 +88,43 @@ def check_attention(
         )
 
     close(run(ops, caches), run(reference, caches.nan_to_num()))
+
+
+def check_shared(
+    ops: TritonOps,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    groups: list[tuple[int, int]],
+    cap: float = 0.0,
+) -> None:
+    """`groups` are (rows, keys that they share, a multiple of 16); each row has some keys of its own behind them."""
+    N, K, H = heads
+    size, per_tile = 16, rows_of_tile(N // K)
+    tables, lens, lengths, tiles = [], [], [], []
+    free = iter(torch.randperm(4000).tolist())
+    for rows, keys in groups:
+        tiles += [(len(lens) + i, min(per_tile, rows - i)) for i in range(0, rows if keys else 0, per_tile)]
+        common = [next(free) for _ in range(keys // size)]
+        for i in range(rows):
+            lens.append(keys + 1 + 7 * i % 90)
+            lengths.append(keys)
+            tables.append(common + [next(free) for _ in range(-(-lens[-1] // size) - len(common))])
+    tables_RM = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
+    for row, table in enumerate(tables):
+        tables_RM[row, : len(table)] = torch.tensor(table)
+    caches = torch.randn(2, 4000, size, K, H, device=device).to(dtype)
+    q = torch.randn(len(tables), N, H, device=device).to(dtype)
+    ints = {"dtype": torch.int32, "device": device}
+    starts, seq_lens = np.arange(len(lens) + 1, dtype=np.int32), np.array(lens, np.int32)
+    arguments = (
+        *(q, caches[0], caches[1], torch.from_numpy(starts).to(device), torch.tensor(lens, **ints)),
+        *(tables_RM.to(device), torch.tensor(lens, **ints) - 1, starts, seq_lens, H**-0.5, 0, cap),
+    )
+    # One tile more than there is work for, as in a recorded step.
+    tile_start, tile_rows = (torch.tensor([*column, 0], **ints) for column in zip(*tiles, strict=True))
+    prefix = SharedPrefix(torch.tensor(lengths, **ints), tile_start, tile_rows)
+    close(ops.sharing(prefix).paged_attention(*arguments), reference.paged_attention(*arguments))
 
 
 def each_dtype(check: Callable[[torch.dtype], None]) -> None:

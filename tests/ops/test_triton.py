@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from octavo.runner import noise
-from tests.ops import kernel_cases as cases
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="needs triton"),
@@ -24,28 +23,38 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def ops():
-    os.environ["TRITON_INTERPRET"] = "1"
-    from octavo.ops.triton import TritonOps
+def cases():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    from tests.ops import kernel_cases
 
     torch.manual_seed(0)
-    return TritonOps(CPU)
+    return kernel_cases
 
 
-def test_norms(ops):
+@pytest.fixture(scope="module")
+def ops(cases):
+    return cases.TritonOps(CPU)
+
+
+def test_norms(cases, ops):
     cases.check_norms(ops, CPU, torch.float32, 3, 24)
     cases.check_norms(ops, CPU, torch.float16, 2, 1100)
 
 
 @pytest.mark.parametrize(("rotary", "norm"), [(16, False), (8, False), (16, True)])
-def test_rope(ops, rotary, norm):
+def test_rope(cases, ops, rotary, norm):
     cases.check_rope(ops, CPU, torch.float32, (6, 2, 16), rotary, norm=norm)
 
 
 @pytest.mark.parametrize("rows", [[(1, 1), (70, 1), (130, 1)], [(5, 1), (40, 40), (75, 12), (3, 1)]], ids=str)
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (9, 0.0), (0, 3.0)])
-def test_attention(ops, rows, window, cap):
+def test_attention(cases, ops, rows, window, cap):
     cases.check_attention(ops, CPU, torch.float32, (6, 2, 16), rows, window, cap)
+
+
+@pytest.mark.parametrize("groups", [[(5, 32), (2, 0), (70, 16)], [(3, 160)]], ids=str)
+def test_attention_over_shared_beginnings(cases, ops, groups):
+    cases.check_shared(ops, CPU, torch.float32, (4, 2, 16), groups, cap=4.0)
 
 
 def test_draws_are_those_of_the_noise(ops):

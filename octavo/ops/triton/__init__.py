@@ -3,18 +3,31 @@
 Compiled when they are first used, and kept on disk by Triton. Shapes and meanings stand in `octavo.ops.Ops`.
 """
 
+from copy import copy
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from octavo.batch import Ints
 from octavo.ops import reference
-from octavo.ops.triton.decode import decode_attention
+from octavo.ops.triton.decode import PrefixParts, decode_attention
 from octavo.ops.triton.norm import add_rms_norm, rms_norm
 from octavo.ops.triton.prefill import prefill_attention
 from octavo.ops.triton.rope import rope_and_cache
+from octavo.ops.triton.shared import shared_attention
 from octavo.ops.triton.silu_mul import silu_mul
 
 _COUNTERS = 4096
+
+
+@dataclass(slots=True)
+class SharedPrefix:
+    """Which rows of a step have their first keys in the same blocks; see `shared.shared_attention`."""
+
+    lengths_R: torch.Tensor
+    tile_start_L: torch.Tensor
+    tile_rows_L: torch.Tensor
 
 
 class TritonOps:
@@ -30,6 +43,36 @@ class TritonOps:
 
     def __init__(self, device: torch.device):
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        self._prefix: SharedPrefix | None = None
+
+    def sharing(self, prefix: "SharedPrefix") -> "TritonOps":
+        """These ops for steps of single tokens, in which some rows share a beginning."""
+        ops = copy(self)
+        ops._prefix = prefix
+        return ops
+
+    def _shared(
+        self,
+        q_RNH: torch.Tensor,
+        k_cache_PBKH: torch.Tensor,
+        v_cache_PBKH: torch.Tensor,
+        block_tables_RM: torch.Tensor,
+        scale: float,
+        soft_cap: float,
+    ) -> PrefixParts:
+        prefix = self._prefix
+        assert prefix is not None
+        return shared_attention(
+            q_RNH,
+            k_cache_PBKH,
+            v_cache_PBKH,
+            block_tables_RM,
+            prefix.lengths_R,
+            prefix.tile_start_L,
+            prefix.tile_rows_L,
+            scale,
+            soft_cap,
+        )
 
     def paged_attention(
         self,
@@ -61,6 +104,9 @@ class TritonOps:
                 scale,
                 sliding_window,
                 soft_cap,
+                self._shared(q_TNH, k_cache_PBKH, v_cache_PBKH, block_tables_RM, scale, soft_cap)
+                if self._prefix and not sliding_window
+                else None,
             )
         if singles < len(seq_lens_host):
             prefill_attention(

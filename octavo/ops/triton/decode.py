@@ -1,10 +1,13 @@
 """Paged attention of rows with a single query: what a decode step does.
 
 A program takes one row, one kv head with all its query heads, and one split of the row's keys, so that the grid
-depends on the number of rows alone and may live in a CUDA graph. The last split of a row to finish joins them all.
+depends on the number of rows alone and may live in a CUDA graph. The last split of a row to finish joins them all, and
+what `shared` has computed over a beginning that the row has in common with others.
 
 Shapes as in `octavo.ops`; G query heads a kv head, X splits.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,6 +18,20 @@ from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
 # Programs that keep every multiprocessor of a large GPU busy, with some to spare for rows of unequal length.
 _PROGRAMS = 132 * 8
 MAX_SPLITS = 64
+
+
+@dataclass(slots=True)
+class PrefixParts:
+    """Attention over beginnings that rows share, in X parts a row, to be joined with the rest of its keys.
+
+    `lengths_R` says how many keys are done, 0 for rows that share nothing. `partial` holds [R, K, X, G, H] sums of
+    values, then [R, K, X, G] maxima and sums of weights; `tile` keys is the unit that the parts are cut in.
+    """
+
+    lengths_R: torch.Tensor
+    partial: torch.Tensor
+    splits: int
+    tile: int
 
 
 def num_splits(rows: int, kv_heads: int) -> int:
@@ -34,6 +51,7 @@ def decode_attention(
     scale: float,
     sliding_window: int,
     soft_cap: float,
+    prefix: PrefixParts | None = None,
 ) -> None:
     """Writes `out_RNH`. `counters` are zeros, at least one for each row and kv head, and zeros again afterwards."""
     R, N, H = q_RNH.shape
@@ -52,6 +70,8 @@ def decode_attention(
         out_RNH,
         partial,
         counters,
+        prefix.lengths_R if prefix else seq_lens_R,
+        prefix.partial if prefix else partial,
         scale * LOG2_E,
         soft_cap * LOG2_E,
         sliding_window,
@@ -70,6 +90,8 @@ def decode_attention(
         CAPPED=soft_cap > 0,
         WINDOWED=sliding_window > 0,
         SPLIT=splits > 1,
+        PREFIX_SPLITS=prefix.splits if prefix else 0,
+        PREFIX_TILE=prefix.tile if prefix else 1,
         PRECISION=dot_precision(q_RNH.dtype),
         num_warps=4,
         num_stages=2 if wide else 3,
@@ -86,6 +108,8 @@ def _decode(
     out,
     partial,
     counters,
+    prefix_lengths,
+    prefix_partial,
     scale,
     soft_cap,
     window,
@@ -104,6 +128,8 @@ def _decode(
     CAPPED: tl.constexpr,
     WINDOWED: tl.constexpr,
     SPLIT: tl.constexpr,
+    PREFIX_SPLITS: tl.constexpr,
+    PREFIX_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -113,6 +139,8 @@ def _decode(
     begin = 0
     if WINDOWED:
         begin = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+    if PREFIX_SPLITS > 0:
+        begin = tl.load(prefix_lengths + row)
     tiles = tl.cdiv(length - begin, BLOCK_N)
     tiles_each = tl.maximum(tl.cdiv(tiles, splits), 1)
     working = tl.cdiv(tiles, tiles_each)
@@ -171,16 +199,30 @@ def _decode(
             total = tl.zeros([BLOCK_G], tl.float32)
             result = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
             for part in range(working):
-                place = (first_part + part) * G + group
-                its_best = tl.load(maxima + place, mask=group < G, other=0.0, cache_modifier=".cg")
-                its_total = tl.load(sums + place, mask=group < G, other=0.0, cache_modifier=".cg")
-                its_result = tl.load(
-                    partial + place[:, None] * H + at[None, :], mask=here, other=0.0, cache_modifier=".cg"
+                best, total, result = join(
+                    best, total, result, partial, first_part + part, rows * K * splits, group, at, here, G, H
                 )
-                better = tl.maximum(best, its_best)
-                fade, weight = tl.exp2(best - better), tl.exp2(its_best - better)
-                result = result * fade[:, None] + its_result * weight[:, None]
-                total = total * fade + its_total * weight
-                best = better
+    if PREFIX_SPLITS > 0:
+        prefix_tiles = tl.cdiv(begin, PREFIX_TILE)
+        parts = tl.cdiv(prefix_tiles, tl.maximum(tl.cdiv(prefix_tiles, PREFIX_SPLITS), 1))
+        first_part = (row * K + kv_head) * PREFIX_SPLITS
+        all_parts = tl.num_programs(1).to(tl.int64) * K * PREFIX_SPLITS
+        for part in range(parts):
+            best, total, result = join(
+                best, total, result, prefix_partial, first_part + part, all_parts, group, at, here, G, H
+            )
     result = result / tl.maximum(total, 1e-30)[:, None]
     tl.store(out + (row * N + head[:, None]) * H + at[None, :], result.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def join(best, total, result, partial, part, parts, group, at, here, G: tl.constexpr, H: tl.constexpr):
+    """Running maxima, sums and results, joined with part number `part` of the `parts` in `partial`."""
+    place = part * G + group
+    maxima = partial + parts * G * H
+    its_best = tl.load(maxima + place, mask=group < G, other=0.0, cache_modifier=".cg")
+    its_total = tl.load(maxima + parts * G + place, mask=group < G, other=0.0, cache_modifier=".cg")
+    its_result = tl.load(partial + place[:, None] * H + at[None, :], mask=here, other=0.0, cache_modifier=".cg")
+    better = tl.maximum(best, its_best)
+    fade, weight = tl.exp2(best - better), tl.exp2(its_best - better)
+    return better, total * fade + its_total * weight, result * fade[:, None] + its_result * weight[:, None]
