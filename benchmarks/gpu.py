@@ -192,7 +192,7 @@ def main() -> None:
                 rows.append({**stamp, "model": model, "work": name, "rep": rep, **run(engine, name, rep)})
                 print(rows[-1], flush=True)
         if given.profile:
-            from benchmarks.gpu_profile import profile
+            from gpu_profile import profile
 
             profile(engine, model, given.profile)
         engine.shutdown()

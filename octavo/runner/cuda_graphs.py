@@ -14,11 +14,15 @@ from octavo.batch import Batch, Ints
 from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import SharedPrefix, TritonOps
+from octavo.ops.triton.fused import FusedOps
 from octavo.ops.triton.prepare import prepare
 from octavo.ops.triton.shared import rows_of_tile
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
 from octavo.runner.step_inputs import StepInputs
+
+# Up to so many rows a step is the reading of its weights, and products take in what stands in front of them.
+_FEW_ROWS = 2
 
 
 def bucket_of(rows: int) -> int:
@@ -126,15 +130,21 @@ class DecodeGraphs:
 
     def _record(self, bucket: int, shared: bool) -> RecordedStep:
         # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording.
-        self._model.forward(self._context(bucket, shared))
+        self._compute(bucket, shared)
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        ctx = self._context(bucket, shared)
-        hidden_RD = self._model.forward(ctx)
+        ctx, hidden_RD = self._compute(bucket, shared)
         graph.capture_end()
         return RecordedStep(graph, ctx, hidden_RD)
 
-    def _context(self, bucket: int, shared: bool) -> ForwardContext:
+    def _compute(self, bucket: int, shared: bool) -> tuple[ForwardContext, torch.Tensor]:
+        ctx = self._context(FusedOps(self._ops) if bucket <= _FEW_ROWS else self._ops, bucket, shared)
+        hidden_RD = self._model.forward(ctx)
+        if isinstance(ctx.ops, FusedOps):
+            ctx.ops.finish()
+        return ctx, hidden_RD
+
+    def _context(self, ops: TritonOps, bucket: int, shared: bool) -> ForwardContext:
         width, given, positions, slots, seq_lens, lengths, tile_start, tile_rows, packed = map(
             self._inputs.at, self._places(bucket)
         )
@@ -145,7 +155,7 @@ class DecodeGraphs:
         )
         every_row = np.arange(bucket + 1, dtype=np.int32)
         return ForwardContext(
-            ops=self._ops.sharing(SharedPrefix(lengths, tile_start, tile_rows)) if shared else self._ops,
+            ops=ops.sharing(SharedPrefix(lengths, tile_start, tile_rows)) if shared else ops,
             caches=self._kv_cache.layers,
             token_ids_T=token_ids,
             positions_T=positions,

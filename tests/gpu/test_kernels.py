@@ -56,6 +56,13 @@ def test_attention_over_shared_beginnings(ops, heads, groups):
         cases.check_shared(ops, CUDA, dtype, heads, groups)
 
 
+@pytest.mark.parametrize(("width", "outputs"), [(1024, 3072), (4096, 1000), (576, 1536)])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_fused_chain(ops, rows, width, outputs):
+    for dtype in (torch.bfloat16, torch.float32):
+        cases.check_fused(ops, CUDA, dtype, rows, width, outputs)
+
+
 def test_draws_are_the_sampler_s():
     from octavo.ops.triton.sampling import draw
 

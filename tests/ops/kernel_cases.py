@@ -7,6 +7,7 @@ import torch
 
 from octavo.ops import Ops, reference
 from octavo.ops.triton import SharedPrefix, TritonOps
+from octavo.ops.triton.fused import FusedOps
 from octavo.ops.triton.shared import rows_of_tile
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -125,6 +126,32 @@ def check_shared(
     tile_start, tile_rows = (torch.tensor([*column, 0], **ints) for column in zip(*tiles, strict=True))
     prefix = SharedPrefix(torch.tensor(lengths, **ints), tile_start, tile_rows)
     close(ops.sharing(prefix).paged_attention(*arguments), reference.paged_attention(*arguments))
+
+
+def check_fused(ops: TritonOps, device: torch.device, dtype: torch.dtype, rows: int, width: int, outputs: int) -> None:
+    """A chain of ops as a decoder layer makes it, in which some take in what stands in front of them."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, device=device) * shape[-1] ** -0.5).to(dtype)
+
+    x, residual = tensor(rows, width) * width**0.5, tensor(rows, width)
+    up, down, head, bias = tensor(2 * outputs, width), tensor(width, outputs), tensor(outputs, width), tensor(outputs)
+    norm = tensor(width) * width**0.5
+
+    def chain(which: Ops, kind: torch.dtype) -> list[torch.Tensor]:
+        to = lambda tensor: tensor.to(kind)  # noqa: E731
+        normed, stream = which.add_rms_norm(to(x), to(residual), to(norm), 1e-5)
+        hidden = which.linear(which.silu_mul(which.linear(normed, to(up))), to(down))
+        last, stream2 = which.add_rms_norm(hidden, stream, to(norm), 1e-5)
+        alone = which.linear(hidden, to(head), to(bias))
+        unread = which.silu_mul(torch.cat((stream, stream), dim=1))
+        return [stream, hidden, last, stream2, alone, unread]
+
+    fused = FusedOps(ops)
+    found = chain(fused, dtype)
+    fused.finish()
+    for one, other in zip(found, chain(reference, torch.float64), strict=True):
+        close(one, other)
 
 
 def each_dtype(check: Callable[[torch.dtype], None]) -> None:

@@ -38,12 +38,13 @@ class TritonOps:
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     silu_mul = staticmethod(silu_mul)
-    rope_and_cache = staticmethod(rope_and_cache)
     copy_blocks = staticmethod(reference.copy_blocks)
 
     def __init__(self, device: torch.device):
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         self._prefix: SharedPrefix | None = None
+        # Whether a kernel may be launched before the one in front of it has ended (programmatic dependent launch).
+        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
     def sharing(self, prefix: "SharedPrefix") -> "TritonOps":
         """These ops for steps of single tokens, in which some rows share a beginning."""
@@ -72,6 +73,27 @@ class TritonOps:
             prefix.tile_rows_L,
             scale,
             soft_cap,
+        )
+
+    def rope_and_cache(
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        cos_Tr: torch.Tensor,
+        sin_Tr: torch.Tensor,
+        k_cache_PBKH: torch.Tensor,
+        v_cache_PBKH: torch.Tensor,
+        slots_T: torch.Tensor,
+        q_scale_T: torch.Tensor | None = None,
+        q_norm_H: torch.Tensor | None = None,
+        k_norm_H: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        return rope_and_cache(
+            *(q_TNH, k_TKH, v_TKH, cos_Tr, sin_Tr, k_cache_PBKH, v_cache_PBKH, slots_T),
+            *(q_scale_T, q_norm_H, k_norm_H, eps),
+            pdl=self.pdl,
         )
 
     def paged_attention(
@@ -107,6 +129,7 @@ class TritonOps:
                 self._shared(q_TNH, k_cache_PBKH, v_cache_PBKH, block_tables_RM, scale, soft_cap)
                 if self._prefix and not sliding_window
                 else None,
+                pdl=self.pdl,
             )
         if singles < len(seq_lens_host):
             prefill_attention(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
 
@@ -52,6 +53,8 @@ def decode_attention(
     sliding_window: int,
     soft_cap: float,
     prefix: PrefixParts | None = None,
+    *,
+    pdl: bool = False,
 ) -> None:
     """Writes `out_RNH`. `counters` are zeros, at least one for each row and kv head, and zeros again afterwards."""
     R, N, H = q_RNH.shape
@@ -93,8 +96,10 @@ def decode_attention(
         PREFIX_SPLITS=prefix.splits if prefix else 0,
         PREFIX_TILE=prefix.tile if prefix else 1,
         PRECISION=dot_precision(q_RNH.dtype),
+        PDL=pdl,
         num_warps=4,
         num_stages=2 if wide else 3,
+        launch_pdl=pdl,
     )
 
 
@@ -131,7 +136,11 @@ def _decode(
     PREFIX_SPLITS: tl.constexpr,
     PREFIX_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)

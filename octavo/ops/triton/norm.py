@@ -25,9 +25,16 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, stream = torch.empty_like(x), torch.empty_like(x)
+    write_add_rms_norm(x, residual, weight, eps, out, stream)
+    return out, stream
+
+
+def write_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, stream: torch.Tensor
+) -> None:
+    """As `add_rms_norm`, into `out` and `stream`."""
     block = triton.next_power_of_2(x.shape[-1])
     _add_rms_norm[(len(x),)](x, residual, weight, out, stream, eps, D=x.shape[-1], BLOCK=block, num_warps=_warps(block))
-    return out, stream
 
 
 def _warps(block: int) -> int:

@@ -7,6 +7,7 @@ values. Shapes as in `octavo.ops`.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 def rope_and_cache(
@@ -22,6 +23,8 @@ def rope_and_cache(
     q_norm_H: torch.Tensor | None = None,
     k_norm_H: torch.Tensor | None = None,
     eps: float = 0.0,
+    *,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """A slot below 0 is that of a padding token, whose key and value are not kept."""
     T, N, H = q_TNH.shape
@@ -57,7 +60,9 @@ def rope_and_cache(
         BLOCK_H=block,
         SCALED=q_scale_T is not None,
         NORMED=q_norm_H is not None,
+        PDL=pdl,
         num_warps=max(1, heads * block // 256),
+        launch_pdl=pdl,
     )
     return out_TNH
 
@@ -91,7 +96,11 @@ def _rope_and_cache(
     BLOCK_H: tl.constexpr,
     SCALED: tl.constexpr,
     NORMED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     at = tl.arange(0, BLOCK_H)[None, :]

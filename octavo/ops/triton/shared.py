@@ -125,9 +125,9 @@ def _shared(
     for first in range(start, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         block = tl.load(tables + first_row * table_stride + key // B, mask=key < end, other=0).to(tl.int64)
-        place = ((block * B + key % B) * K + kv_head) * H
+        slot = ((block * B + key % B) * K + kv_head) * H
         inside = (key < end)[None, :] & (at < H)[:, None]
-        keys = tl.load(k_cache + place[None, :] + at[:, None], mask=inside, other=0.0)
+        keys = tl.load(k_cache + slot[None, :] + at[:, None], mask=inside, other=0.0)
         scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
         if CAPPED:
             scores = soft_cap * tanh(scores / soft_cap)
@@ -136,7 +136,7 @@ def _shared(
         weights = tl.exp2(scores - better[:, None])
         fade = tl.exp2(best - better)
         values = tl.load(
-            v_cache + place[:, None] + at[None, :], mask=(key < end)[:, None] & (at < H)[None, :], other=0.0
+            v_cache + slot[:, None] + at[None, :], mask=(key < end)[:, None] & (at < H)[None, :], other=0.0
         )
         result = result * fade[:, None]
         result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)

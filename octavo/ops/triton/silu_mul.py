@@ -8,9 +8,15 @@ import triton.language as tl
 def silu_mul(gate_up_T2F: torch.Tensor) -> torch.Tensor:
     T, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     out_TF = torch.empty((T, width), dtype=gate_up_T2F.dtype, device=gate_up_T2F.device)
+    write_silu_mul(gate_up_T2F, out_TF)
+    return out_TF
+
+
+def write_silu_mul(gate_up_T2F: torch.Tensor, out_TF: torch.Tensor) -> None:
+    """As `silu_mul`, into `out_TF`."""
+    T, width = out_TF.shape
     block = min(1024, triton.next_power_of_2(width))
     _silu_mul[(T, triton.cdiv(width, block))](gate_up_T2F, out_TF, F=width, BLOCK=block, num_warps=max(1, block // 256))
-    return out_TF
 
 
 @triton.jit
