@@ -7,6 +7,7 @@ products of a prompt's tokens at `FLOPS`: what this GPU was measured to do with 
 import time
 from collections import defaultdict
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ def profile(engine: Engine, name: str, folder: Path) -> None:
         for i in range(rows):
             engine.abort(f"profile-{rows}-{i}")
         _drain(engine)
+    for i in range(256):
+        _add(engine, f"profile-shared-{i}", 2176, 10_000, common=2048)
+    _settle(engine, 256)
+    seconds, kernels = _record(engine)
+    limit = (weights + (2048 + 256 * 160) * model.kv_bytes_per_token(engine.config.dtype)) / BYTES
+    lines += _table("decode, 256 rows of about 2,208 tokens, 2,048 of them shared", seconds, kernels, limit)
+    for i in range(256):
+        engine.abort(f"profile-shared-{i}")
+    _drain(engine)
     for i in range(2 * _STEPS + 6):
         _add(engine, f"profile-prompt-{i}", 4096, 1)
     engine.step()
@@ -48,8 +58,9 @@ def profile(engine: Engine, name: str, folder: Path) -> None:
     print("\n".join(lines))
 
 
-def _add(engine: Engine, request_id: str, given: int, wanted: int) -> None:
-    prompt = [(7919 * i + 31 * hash(request_id)) % 10_000 for i in range(given)]
+def _add(engine: Engine, request_id: str, given: int, wanted: int, common: int = 0) -> None:
+    random = Random(request_id)
+    prompt = [7919 * i % 10_000 for i in range(common)] + [random.randrange(10_000) for _ in range(given - common)]
     wanted = min(wanted, engine.config.max_model_len - given)
     engine.add(Request(request_id, prompt, SamplingParams(temperature=0.8, ignore_eos=True, max_tokens=wanted)))
 

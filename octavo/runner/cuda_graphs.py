@@ -2,9 +2,10 @@
 
 A graph is recorded when its number of rows first comes, so that serving starts at once; all share one pool of memory.
 What a step brings lies in memory that stays where it is, and rows that a step does not fill are padding: of length 0,
-their keys written nowhere. Draws are not part of it. Shapes: R rows, D model width, M blocks of the longest row.
+their keys written nowhere. The draws may be part of it. Shapes: R rows, D model width, M blocks of the longest row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,14 +16,12 @@ from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.fused import FusedOps
+from octavo.ops.triton.matvec import MOST_ROWS
 from octavo.ops.triton.prepare import prepare
 from octavo.ops.triton.shared import rows_of_tile
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
 from octavo.runner.step_inputs import StepInputs
-
-# Up to so many rows a step is the reading of its weights, and products take in what stands in front of them.
-_FEW_ROWS = 2
 
 
 def bucket_of(rows: int) -> int:
@@ -41,7 +40,10 @@ class RecordedStep:
 
 
 class DecodeGraphs:
-    """Steps in which every row computes one token. Use it on one stream alone."""
+    """Steps in which every row computes one token. Use it on one stream alone.
+
+    `draw` computes logits and draws, for a step's context, its hidden states and as many samples.
+    """
 
     def __init__(
         self,
@@ -51,7 +53,9 @@ class DecodeGraphs:
         inputs: StepInputs,
         drawn_S: torch.Tensor,
         max_blocks: int,
+        draw: Callable[[ForwardContext, torch.Tensor, int], None],
     ):
+        self._draw = draw
         self._model = model
         self._kv_cache = kv_cache
         self._ops = ops
@@ -64,25 +68,25 @@ class DecodeGraphs:
         self._angles = torch.zeros(2, rows, half, device=model.device)
         self._rows_of_tile = rows_of_tile(model.config.num_heads // model.config.num_kv_heads)
         self._pool = torch.cuda.graph_pool_handle()
-        self._recorded: dict[tuple[int, bool], RecordedStep] = {}
+        self._recorded: dict[tuple[int, bool, bool], RecordedStep] = {}
 
     @staticmethod
     def fits(batch: Batch) -> bool:
         """Whether each row computes one token and none has a rotary stretch of its own."""
         return batch.num_tokens == batch.num_rows and bool((batch.ntk_alpha == 1.0).all())
 
-    def run(self, batch: Batch, *, share: bool) -> tuple[ForwardContext, torch.Tensor]:
+    def run(self, batch: Batch, *, draws: bool) -> tuple[ForwardContext, torch.Tensor]:
         """The context, and hidden states, [R, D], in memory that the next step writes to.
 
-        With `share`, rows with a common beginning read it together. They may then stand in another order than the
-        batch's; the sample indices that were sent to the device know it.
+        With `draws` the samples are drawn too, and rows with a common beginning read it together. These may then stand
+        in another order than the batch's, which the samples know.
         """
         groups = None
-        if share:
+        if draws:
             block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
             groups = find_groups(batch.block_tables, batch.seq_lens, block_size, self._rows_of_tile)
         rows = batch.num_rows
-        key = (bucket_of(rows), groups is not None)
+        key = (bucket_of(rows), groups is not None, draws)
         self._send(batch, groups, key[0])
         recorded = self._recorded.get(key)
         if recorded is None:
@@ -128,20 +132,22 @@ class DecodeGraphs:
         tiles = most_tiles(bucket, self._rows_of_tile)
         return self._inputs.places((1, *(bucket,) * 5, tiles, tiles, bucket * self._tables.shape[1]))
 
-    def _record(self, bucket: int, shared: bool) -> RecordedStep:
+    def _record(self, bucket: int, shared: bool, draws: bool) -> RecordedStep:
         # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording.
-        self._compute(bucket, shared)
+        self._compute(bucket, shared, draws)
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        ctx, hidden_RD = self._compute(bucket, shared)
+        ctx, hidden_RD = self._compute(bucket, shared, draws)
         graph.capture_end()
         return RecordedStep(graph, ctx, hidden_RD)
 
-    def _compute(self, bucket: int, shared: bool) -> tuple[ForwardContext, torch.Tensor]:
-        ctx = self._context(FusedOps(self._ops) if bucket <= _FEW_ROWS else self._ops, bucket, shared)
+    def _compute(self, bucket: int, shared: bool, draws: bool) -> tuple[ForwardContext, torch.Tensor]:
+        ctx = self._context(FusedOps(self._ops) if bucket <= MOST_ROWS else self._ops, bucket, shared)
         hidden_RD = self._model.forward(ctx)
         if isinstance(ctx.ops, FusedOps):
             ctx.ops.finish()
+        if draws:
+            self._draw(ctx, hidden_RD, bucket)
         return ctx, hidden_RD
 
     def _context(self, ops: TritonOps, bucket: int, shared: bool) -> ForwardContext:
@@ -172,5 +178,8 @@ class DecodeGraphs:
 
 
 def _padded(array: Ints, length: int, value: int) -> Ints:
-    missing = length - len(array)
-    return np.pad(array, (0, missing), constant_values=value) if missing else array
+    if len(array) == length:
+        return array
+    whole = np.full(length, value, np.int32)
+    whole[: len(array)] = array
+    return whole

@@ -53,28 +53,40 @@ class FinishedStep:
 class CudaForward:
     """The forward pass, as a graph where there can be one; the `Forward` of this device."""
 
-    def __init__(self, model: Decoder, kv_cache: KVCache, config: EngineConfig, drawn_S: torch.Tensor):
+    def __init__(self, model: Decoder, kv_cache: KVCache, config: EngineConfig):
         self._model = model
         self._kv_cache = kv_cache
         self._ops = TritonOps(model.device)
-        self._drawn_S = drawn_S
+        self._num_tokens = config.model.num_tokens or config.model.vocab_size
         rows, tokens = bucket_of(config.max_num_seqs), config.max_num_batched_tokens
+        self.drawn_S = torch.zeros(rows, dtype=torch.int32, device=model.device)
         self.inputs = StepInputs(4 * tokens + rows * (config.max_blocks_per_seq + 8) + 256, rows, model.device)
-        self._graphs = DecodeGraphs(model, kv_cache, self._ops, self.inputs, drawn_S, config.max_blocks_per_seq)
+        self._graphs = DecodeGraphs(
+            model, kv_cache, self._ops, self.inputs, self.drawn_S, config.max_blocks_per_seq, self._draw
+        )
         self._ctx: ForwardContext | None = None
 
-    def hidden(self, batch: Batch, *, share: bool = False) -> torch.Tensor:
-        """As `Forward.hidden`; with `share`, rows may stand in the order that `inputs.sampling` counts in."""
+    def hidden(self, batch: Batch) -> torch.Tensor:
         if self._graphs.fits(batch):
-            self._ctx, hidden_TD = self._graphs.run(batch, share=share)
+            self._ctx, hidden_TD = self._graphs.run(batch, draws=False)
             return hidden_TD
         self._ctx = self._context(batch)
         return self._model.forward(self._ctx)
 
-    def head(self, hidden_SD: torch.Tensor) -> torch.Tensor:
-        """Logits in the model's own type, [S, V], rows of the head that stand for no token among them."""
-        assert self._ctx is not None, "logits are those of a step's hidden states"
-        return self._model.lm_head(hidden_SD, self._ctx)
+    def draw(self, batch: Batch) -> None:
+        """The whole step: the batch's samples, all of them `plain`, are drawn into the beginning of `drawn_S`."""
+        if self._graphs.fits(batch):
+            self._graphs.run(batch, draws=True)
+            return
+        ctx = self._context(batch)
+        hidden_TD = self._model.forward(ctx)
+        if len(batch.sample_index):
+            self._draw(ctx, hidden_TD, len(batch.sample_index))
+
+    def _draw(self, ctx: ForwardContext, hidden_TD: torch.Tensor, count: int) -> None:
+        index_S, temperature_S, keys_S2 = self.inputs.sampling(count)
+        logits_SV = self._model.lm_head(hidden_TD[index_S], ctx)
+        draw(logits_SV, keys_S2, temperature_S, self._num_tokens, self.drawn_S)
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         assert self._ctx is not None, "logits are those of a step's hidden states"
@@ -93,7 +105,7 @@ class CudaForward:
         return ForwardContext(
             ops=self._ops,
             caches=self._kv_cache.layers,
-            token_ids_T=look_up(given_T, self._drawn_S),
+            token_ids_T=look_up(given_T, self.drawn_S),
             positions_T=positions_T,
             slots_T=slots_T,
             query_start_R1=query_start_R1,
@@ -113,15 +125,13 @@ class CudaRunner:
     def __init__(self, model: Decoder, kv_cache: KVCache, config: EngineConfig):
         self._device = model.device
         self._kv_cache = kv_cache
-        self._num_tokens = config.model.num_tokens or config.model.vocab_size
-        self._drawn_S = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=model.device)
         self._results = [torch.zeros(config.max_num_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
         self._turn = 0
         # Graphs cannot be recorded on the default stream, and steps keep their order by being on one.
         self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(model.device))
         with torch.cuda.stream(self._stream), torch.inference_mode():
-            self._forward = CudaForward(model, kv_cache, config, self._drawn_S)
+            self._forward = CudaForward(model, kv_cache, config)
         self.waiting = ModelRunner(model, kv_cache, self._forward)
 
     @torch.inference_mode()
@@ -131,22 +141,18 @@ class CudaRunner:
             if batch.prompt_logprobs is None and plain(batch.sampling):
                 return self._start(batch)
             result = self.waiting.run(batch)
-            self._drawn_S[: len(result.token_ids)] = on_device(result.token_ids, self._device)
+            self._forward.drawn_S[: len(result.token_ids)] = on_device(result.token_ids, self._device)
             return FinishedStep(result)
 
     def _start(self, batch: Batch) -> SubmittedStep:
         self._kv_cache.swap_out(batch.swap_out)
         self._kv_cache.swap_in(batch.swap_in)
         self._kv_cache.copy_blocks(batch.block_copies, self.waiting.ops)
-        hidden_TD = self._forward.hidden(batch, share=True)
-        S = len(batch.sample_index)
+        self._forward.draw(batch)
         self._turn = (self._turn + 1) % _RING
+        S = len(batch.sample_index)
         tokens_S = self._results[self._turn][:S]
-        if S:
-            index_S, temperature_S, keys_S2 = self._forward.inputs.sampling(S)
-            logits_SV = self._forward.head(hidden_TD[index_S])
-            draw(logits_SV, keys_S2, temperature_S, self._num_tokens, self._drawn_S)
-            tokens_S.copy_(self._drawn_S[:S], non_blocking=True)
+        tokens_S.copy_(self._forward.drawn_S[:S], non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(self._stream)
         return SubmittedStep(tokens_S, done)

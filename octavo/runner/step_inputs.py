@@ -49,12 +49,13 @@ class StepInputs:
     def send(self, batch: Batch, arrays: Sequence[NDArray[np.generic]], places: Sequence[slice]) -> None:
         """Copies the batch's sampling columns and `arrays`, these to the beginnings of `places`.
 
-        What is left of a place keeps what it held.
+        What is left of a place keeps what it held, but sample indices beyond the batch's are 0.
         """
         self._turn = (self._turn + 1) % _RING
         pinned = self._arrays[self._turn]
         columns = batch.sampling
         sampling = (batch.sample_index, columns.temperature, noise.keys(columns.seed, columns.counter))
+        pinned[self._sampling[0]] = 0
         end = 0
         for array, place in zip((*sampling, *arrays), (*self._sampling, *places), strict=True):
             end = place.start + array.size

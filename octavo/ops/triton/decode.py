@@ -19,6 +19,8 @@ from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
 # Programs that keep every multiprocessor of a large GPU busy, with some to spare for rows of unequal length.
 _PROGRAMS = 132 * 8
 MAX_SPLITS = 64
+# A split of fewer keys costs more to join than it saves.
+_LEAST_KEYS = 256
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ def decode_attention(
     partial = torch.empty((R * N * splits * (H + 2),) if splits > 1 else (1,), dtype=torch.float32, device=q_RNH.device)
     block_h = triton.next_power_of_2(H)
     wide = q_RNH.dtype == torch.float32 or block_h > 128
+    tile = 32 if wide else 64
     _decode[(K, R, splits)](
         q_RNH,
         k_cache_PBKH,
@@ -89,7 +92,8 @@ def decode_attention(
         H=H,
         BLOCK_H=block_h,
         B=B,
-        BLOCK_N=32 if wide else 64,
+        BLOCK_N=tile,
+        LEAST_TILES=_LEAST_KEYS // tile,
         CAPPED=soft_cap > 0,
         WINDOWED=sliding_window > 0,
         SPLIT=splits > 1,
@@ -130,6 +134,7 @@ def _decode(
     BLOCK_H: tl.constexpr,
     B: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
     CAPPED: tl.constexpr,
     WINDOWED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -151,7 +156,7 @@ def _decode(
     if PREFIX_SPLITS > 0:
         begin = tl.load(prefix_lengths + row)
     tiles = tl.cdiv(length - begin, BLOCK_N)
-    tiles_each = tl.maximum(tl.cdiv(tiles, splits), 1)
+    tiles_each = tl.maximum(tl.cdiv(tiles, splits), LEAST_TILES)
     working = tl.cdiv(tiles, tiles_each)
     if split >= tl.maximum(working, 1):
         return

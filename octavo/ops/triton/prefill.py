@@ -68,7 +68,7 @@ def _tile(block_h: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
         return 32, 32, 4, 1
     if block_h > 128:
         return 64, 32, 4, 2
-    return 128, 64, 8, 3
+    return 128, 64, 4, 2
 
 
 @triton.jit
