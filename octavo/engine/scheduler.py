@@ -130,13 +130,15 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step, or None if nobody has anything to compute before the steps under way are done."""
-        if self._steps and self._demand() > self.blocks.num_available:
+        short = self._short_of_blocks()
+        if short and self._steps:
             return None  # who gives way is chosen when everybody's tokens are known
         plan = Plan(budget=self._config.max_num_batched_tokens)
-        calm = self._make_room(plan)
+        if short:
+            self._make_room(plan)
         for state, seq in self._by_urgency():
             self._place(state, seq, plan)
-        while calm and plan.budget > 0 and self._waiting and self._admit(self._waiting[0], plan):
+        while not short and plan.budget > 0 and self._waiting and self._admit(self._waiting[0], plan):
             state = self._waiting.pop(0)
             for seq in state.sequences:
                 self._place(state, seq, plan)
@@ -152,15 +154,25 @@ class Scheduler:
         return batch
 
     def _by_urgency(self) -> list[tuple[RequestState, Sequence]]:
-        """Running sequences, those with a single token first: a long prompt must not hold up the streams."""
-        every = [(state, seq) for state in self._running for seq in state.sequences]
-        return [x for x in every if x[1].want == 1] + [x for x in every if x[1].want > 1]
+        """Running sequences with something to compute, those with a single token first.
+
+        A long prompt must not hold up the streams. Who has all its tokens, the last still being drawn, has nothing to
+        compute.
+        """
+        single: list[tuple[RequestState, Sequence]] = []
+        longer: list[tuple[RequestState, Sequence]] = []
+        for state in self._running:
+            for seq in state.sequences:
+                want = len(seq.token_ids) - seq.num_computed
+                if want and len(seq.token_ids) < state.max_len:
+                    (single if want == 1 else longer).append((state, seq))
+        return single + longer
 
     def _place(self, state: RequestState, seq: Sequence, plan: Plan) -> None:
         """Lets `seq` compute what it wants, as far as the budget goes."""
         n = min(seq.want, plan.budget)
         leader = state.sequences[0]
-        if n <= 0 or seq.num_tokens >= state.max_len or (seq is not leader and leader.num_computed < leader.fills):
+        if n <= 0 or (seq is not leader and leader.num_computed < leader.fills):
             return
         known = len(seq.block_table)
         copies = self.blocks.grow(seq)
@@ -180,19 +192,16 @@ class Scheduler:
             forks = 1 if state.forked or state.search else state.request.params.n
             plan.samples += [(seq, fork) for fork in range(forks)]
 
-    def _make_room(self, plan: Plan) -> bool:
-        """Preempts until every running sequence can take its next step; False if anybody had to go."""
-        calm = True
-        while self._demand() > self.blocks.num_available:
+    def _make_room(self, plan: Plan) -> None:
+        """Preempts until every running sequence can take its next step."""
+        while self._short_of_blocks():
             assert len(self._running) > 1, "a single request does not fit, though Limits.check let it in"
             self._preempt(self._victim(), plan)
-            calm = False
-        return calm
 
-    def _demand(self) -> int:
-        return self.blocks.demand(
-            seq for state in self._running for seq in state.sequences if seq.num_tokens < state.max_len
-        )
+    def _short_of_blocks(self) -> bool:
+        """Whether there are too few blocks for every running sequence to take its next step."""
+        growing = [seq for state in self._running for seq in state.sequences if len(seq.token_ids) < state.max_len]
+        return self.blocks.demand(growing) > self.blocks.num_available
 
     def _victim(self) -> RequestState:
         """Of the least important requests the one that is cheapest to compute again, the latest among equals."""
