@@ -57,7 +57,7 @@ def test_attention_over_shared_beginnings(cases, ops, groups):
     cases.check_shared(ops, CPU, torch.float32, (4, 2, 16), groups, cap=4.0)
 
 
-@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 32, 24), (2, 640, 40), (3, 640, 40)])
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 32, 24), (2, 640, 40), (3, 1024, 40)])
 def test_fused_chain(cases, ops, rows, width, outputs):
     cases.check_fused(ops, CPU, torch.float32, rows, width, outputs)
 

@@ -11,12 +11,14 @@ import torch
 
 from octavo.batch import Ints
 from octavo.ops import reference
+from octavo.ops.triton import matmul, matvec
 from octavo.ops.triton.decode import PrefixParts, decode_attention
 from octavo.ops.triton.norm import add_rms_norm, rms_norm
 from octavo.ops.triton.prefill import prefill_attention
 from octavo.ops.triton.rope import rope_and_cache
 from octavo.ops.triton.shared import shared_attention
 from octavo.ops.triton.silu_mul import silu_mul
+from octavo.ops.weight import Weight
 
 _COUNTERS = 4096
 
@@ -34,10 +36,7 @@ class TritonOps:
     """The ops of one device, and the memory that their programs meet in."""
 
     embedding = staticmethod(reference.embedding)
-    linear = staticmethod(reference.linear)
     rms_norm = staticmethod(rms_norm)
-    add_rms_norm = staticmethod(add_rms_norm)
-    silu_mul = staticmethod(silu_mul)
     copy_blocks = staticmethod(reference.copy_blocks)
 
     def __init__(self, device: torch.device):
@@ -74,6 +73,22 @@ class TritonOps:
             scale,
             soft_cap,
         )
+
+    def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+        assert isinstance(weight_OI, torch.Tensor), "packed weights belong to the CPU's kernels"
+        if len(x_TI) <= matvec.MOST_ROWS:
+            return matvec.matvec(x_TI, weight_OI, bias_O, pdl=self.pdl)
+        if matmul.suits(len(x_TI), weight_OI):
+            return matmul.matmul(x_TI, weight_OI, bias_O, pdl=self.pdl)
+        return reference.linear(x_TI, weight_OI, bias_O)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(x, residual, weight, eps, pdl=self.pdl)
+
+    def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        return silu_mul(gate_up_T2F, pdl=self.pdl)
 
     def rope_and_cache(
         self,

@@ -20,7 +20,7 @@ from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
 _PROGRAMS = 132 * 8
 MAX_SPLITS = 64
 # A split of fewer keys costs more to join than it saves.
-_LEAST_KEYS = 256
+_LEAST_KEYS = 128
 
 
 @dataclass(slots=True)
@@ -145,7 +145,6 @@ def _decode(
 ):
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -165,8 +164,19 @@ def _decode(
 
     group = tl.arange(0, BLOCK_G)
     at = tl.arange(0, BLOCK_H)
+    in_head = (at < H) | (H == BLOCK_H)  # known when the kernel is compiled, if nothing is padded
     head = kv_head * G + group
-    here = (group < G)[:, None] & (at < H)[None, :]
+    here = (group < G)[:, None] & in_head[None, :]
+    if PDL:
+        # Lengths, tables and all keys but this step's lie there since earlier steps, or since the step's first kernel,
+        # which everything waits for: a first tile is fetched while the kernel in front still computes queries.
+        early = tl.minimum(start + tl.arange(0, BLOCK_N), tl.maximum(end - 1, 0))
+        early_block = tl.load(tables + row * table_stride + early // B).to(tl.int64)
+        early_place = early_block * (B * K * H) + (early % B * (K * H) + kv_head * H)
+        for line in tl.static_range(0, H, 64):
+            fetch(k_cache + early_place + line)
+            fetch(v_cache + early_place + line)
+        gdc_wait()
     queries = tl.load(q + row * q_stride + head[:, None] * q_head_stride + at[None, :], mask=here, other=0.0)
     best = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -174,8 +184,8 @@ def _decode(
     for first in range(start, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         block = tl.load(tables + row * table_stride + key // B, mask=key < end, other=0).to(tl.int64)
-        place = ((block * B + key % B) * K + kv_head) * H
-        keys = tl.load(k_cache + place[None, :] + at[:, None], mask=(key < end)[None, :] & (at < H)[:, None], other=0.0)
+        place = block * (B * K * H) + (key % B * (K * H) + kv_head * H)
+        keys = tl.load(k_cache + place[None, :] + at[:, None], mask=(key < end)[None, :] & in_head[:, None], other=0.0)
         scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
         if CAPPED:
             scores = soft_cap * tanh(scores / soft_cap)
@@ -187,7 +197,7 @@ def _decode(
         weights = tl.exp2(scores - better[:, None])
         fade = tl.exp2(best - better)
         values = tl.load(
-            v_cache + place[:, None] + at[None, :], mask=(key < end)[:, None] & (at < H)[None, :], other=0.0
+            v_cache + place[:, None] + at[None, :], mask=(key < end)[:, None] & in_head[None, :], other=0.0
         )
         result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         total = total * fade + tl.sum(weights, 1)
@@ -240,3 +250,11 @@ def join(best, total, result, partial, part, parts, group, at, here, G: tl.const
     better = tl.maximum(best, its_best)
     fade, weight = tl.exp2(best - better), tl.exp2(its_best - better)
     return better, total * fade + its_total * weight, result * fade[:, None] + its_result * weight[:, None]
+
+
+@triton.jit
+def fetch(addresses):
+    """Asks for the lines at `addresses` to be brought into the L2 cache; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )

@@ -1,4 +1,4 @@
-"""The ops of a small decoding batch: an addition with its norm, or a SiLU, waits until the product that reads it.
+"""The ops of the smallest batches: an addition with its norm, or a SiLU, waits until the product that reads it.
 
 Layers call one op after another and know nothing of it. An op that another may take in writes nothing at first: its
 result is remembered, and the next op either takes it in or has it computed. So whoever is not an op must not look at
@@ -13,7 +13,7 @@ import torch
 
 from octavo.ops import reference
 from octavo.ops.triton import TritonOps
-from octavo.ops.triton.matvec import matvec, norm_matvec, silu_matvec
+from octavo.ops.triton.matvec import norm_matvec, silu_matvec
 from octavo.ops.triton.norm import write_add_rms_norm
 from octavo.ops.triton.silu_mul import write_silu_mul
 from octavo.ops.weight import Weight
@@ -42,13 +42,13 @@ class FusedOps(TritonOps):
             waiting.write()
 
     def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-        assert isinstance(weight_OI, torch.Tensor), "packed weights belong to the CPU's kernels"
-        waiting, self._waiting = self._waiting, None
+        waiting = self._waiting
         if waiting is not None and waiting.result is x_TI:
+            assert isinstance(weight_OI, torch.Tensor), "packed weights belong to the CPU's kernels"
+            self._waiting = None
             return waiting.product(weight_OI, bias_O)
-        if waiting is not None:
-            waiting.write()
-        return matvec(x_TI, weight_OI, bias_O, pdl=self.pdl)
+        self.finish()
+        return super().linear(x_TI, weight_OI, bias_O)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -58,7 +58,7 @@ class FusedOps(TritonOps):
         self._waiting = _Waiting(
             out,
             lambda w, b: norm_matvec(x, residual, weight, eps, stream, w, b, pdl=self.pdl),
-            lambda: write_add_rms_norm(x, residual, weight, eps, out, stream),
+            lambda: write_add_rms_norm(x, residual, weight, eps, out, stream, pdl=self.pdl),
         )
         return out, stream
 
@@ -68,7 +68,7 @@ class FusedOps(TritonOps):
         self._waiting = _Waiting(
             out_TF,
             lambda w, b: silu_matvec(gate_up_T2F, w, b, pdl=self.pdl),
-            lambda: write_silu_mul(gate_up_T2F, out_TF),
+            lambda: write_silu_mul(gate_up_T2F, out_TF, pdl=self.pdl),
         )
         return out_TF
 

@@ -1,9 +1,8 @@
-"""Products of a few rows with a weight, with what comes before the product fused in: for decoding small batches.
+"""Products of a weight with very few rows, with what comes before the product fused in: for one or two rows.
 
 Such a product is the reading of its weight. A program takes a few outputs and holds its weights in registers before
 it waits for the kernel in front of it (programmatic dependent launch), so that one kernel's end and the next one's
 beginning overlap. In front of the product stands nothing, the residual addition with RMSNorm, or SiLU with its product.
-One or two rows are multiplied element by element, up to 16 by the matrix units, which take no fewer.
 
 Shapes: T tokens, I input width, O output width.
 """
@@ -13,13 +12,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo.ops.triton.tiles import dot_precision
-
 # Elements of a weight's row that are held at once.
 _MOST_INPUTS = 4096
-# Rows that are multiplied element by element; more take the matrix units.
-_BY_ELEMENT = 2
-MOST_ROWS = 16
+# Every row more is multiplied and added up element by element, so that soon the matrix units are faster.
+MOST_ROWS = 2
 
 
 def matvec(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, pdl: bool) -> torch.Tensor:
@@ -68,10 +64,8 @@ def _launch(
     pdl: bool,
 ) -> None:
     outputs, inputs = weight_OI.shape
-    few = len(x) > _BY_ELEMENT
-    block_k, block_n, warps = _tiles(inputs, few)
-    more = {"SLICES": warps, "BLOCK_K": block_k // warps, "PRECISION": dot_precision(x.dtype)} if few else {}
-    (_matmul_few if few else _matvec)[(triton.cdiv(outputs, block_n),)](
+    block_k, block_n, warps = _tiles(inputs)
+    _matvec[(triton.cdiv(outputs, block_n),)](
         x,
         residual,
         norm,
@@ -82,26 +76,25 @@ def _launch(
         eps,
         outputs,
         T=len(x),
-        BLOCK_T=16 if few else triton.next_power_of_2(len(x)),
+        BLOCK_T=triton.next_power_of_2(len(x)),
         INPUTS=inputs,
         BLOCK_N=block_n,
+        BLOCK_K=block_k,
         BEFORE=before,
         BIASED=bias is not None,
         PDL=pdl,
         num_warps=warps,
         launch_pdl=pdl,
-        **({"BLOCK_K": block_k} | more),
     )
 
 
-def _tiles(inputs: int, few: bool) -> tuple[int, int, int]:
+def _tiles(inputs: int) -> tuple[int, int, int]:
     """(inputs at once, outputs, warps) of a program: measured in docs/decisions/0083."""
     block_k = min(_MOST_INPUTS, triton.next_power_of_2(inputs))
     while block_k > 512 and inputs % block_k:
         block_k //= 2
-    if few:
-        return min(1024, block_k), 16, 8
-    return block_k, max(4, 8192 // block_k), 8 if block_k > 2048 else 4
+    # More warps where a row takes several turns.
+    return block_k, max(4, 8192 // block_k), 8 if block_k > 2048 or inputs > block_k else 4
 
 
 @triton.jit
@@ -176,91 +169,3 @@ def _matvec(
         sums += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[:, None]
     place = out + token[None, :] * outputs + output[:, None]
     tl.store(place, sums.to(out.dtype.element_ty), mask=here & (token < T)[None, :])
-
-
-@triton.jit
-def _matmul_few(
-    x,
-    residual,
-    norm,
-    weight,
-    bias,
-    out,
-    stream,
-    eps,
-    outputs,
-    T: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    INPUTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SLICES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BEFORE: tl.constexpr,
-    BIASED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Each warp multiplies its slice of the inputs; the slices' results are added at the end."""
-    if PDL:
-        gdc_launch_dependents()
-    program = tl.program_id(0)
-    output = program * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = tl.arange(0, SLICES)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
-    row = weight + output.to(tl.int64)[None, :, None] * INPUTS
-    here = (output < outputs)[None, :, None]
-    first = tl.load(row + at, mask=here & (at < INPUTS), other=0.0)
-    if PDL:
-        gdc_wait()
-    token = tl.arange(0, BLOCK_T)
-    values, squares = _few_values(x, residual, norm, stream, program, token, at, T, INPUTS, BEFORE, weight.dtype)
-    sums = tl.dot(values, tl.trans(first, (0, 2, 1)), input_precision=PRECISION)
-    for start in range(SLICES * BLOCK_K, INPUTS, SLICES * BLOCK_K):
-        k = start + at
-        weights = tl.load(row + k, mask=here & (k < INPUTS), other=0.0)
-        values, more = _few_values(x, residual, norm, stream, program, token, k, T, INPUTS, BEFORE, weight.dtype)
-        squares += more
-        sums = tl.dot(values, tl.trans(weights, (0, 2, 1)), sums, input_precision=PRECISION)
-    result = tl.sum(sums, 0)
-    if BEFORE == "norm":
-        result *= tl.rsqrt(squares / INPUTS + eps)[:, None]
-    if BIASED:
-        result += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
-    place = out + token[:, None] * outputs + output[None, :]
-    tl.store(place, result.to(out.dtype.element_ty), mask=(token < T)[:, None] & (output < outputs)[None, :])
-
-
-@triton.jit
-def _few_values(
-    x,
-    residual,
-    norm,
-    stream,
-    program,
-    token,
-    k,
-    T: tl.constexpr,
-    INPUTS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    POINTER: tl.constexpr,
-):
-    """What is multiplied at inputs `k`, [slices, tokens, inputs], and the sum of each token's squares there."""
-    kind = POINTER.element_ty
-    line = token[None, :, None]
-    inside = (k < INPUTS) & (line < T)
-    squares = tl.zeros([token.shape[0]], tl.float32)
-    if BEFORE == "silu":
-        gate = tl.load(x + line * 2 * INPUTS + k, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(x + line * 2 * INPUTS + INPUTS + k, mask=inside, other=0.0).to(tl.float32)
-        values = (gate / (1.0 + tl.exp(-gate)) * up).to(kind)
-    elif BEFORE == "norm":
-        both = tl.load(x + line * INPUTS + k, mask=inside, other=0.0).to(tl.float32)
-        both += tl.load(residual + line * INPUTS + k, mask=inside, other=0.0).to(tl.float32)
-        kept = both.to(kind)
-        if program == 0:
-            tl.store(stream + line * INPUTS + k, kept, mask=inside)
-        both = kept.to(tl.float32)
-        squares = tl.sum(tl.sum(both * both, 2), 0)
-        values = (both * tl.load(norm + k, mask=k < INPUTS, other=0.0).to(tl.float32)).to(kind)
-    else:
-        values = tl.load(x + line * INPUTS + k, mask=inside, other=0.0)
-    return values, squares

@@ -6,6 +6,7 @@ Shapes as in `octavo.ops`.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -22,19 +23,38 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, pdl: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, stream = torch.empty_like(x), torch.empty_like(x)
-    write_add_rms_norm(x, residual, weight, eps, out, stream)
+    write_add_rms_norm(x, residual, weight, eps, out, stream, pdl=pdl)
     return out, stream
 
 
 def write_add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, stream: torch.Tensor
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    stream: torch.Tensor,
+    *,
+    pdl: bool,
 ) -> None:
     """As `add_rms_norm`, into `out` and `stream`."""
     block = triton.next_power_of_2(x.shape[-1])
-    _add_rms_norm[(len(x),)](x, residual, weight, out, stream, eps, D=x.shape[-1], BLOCK=block, num_warps=_warps(block))
+    _add_rms_norm[(len(x),)](
+        x,
+        residual,
+        weight,
+        out,
+        stream,
+        eps,
+        D=x.shape[-1],
+        BLOCK=block,
+        PDL=pdl,
+        num_warps=_warps(block),
+        launch_pdl=pdl,
+    )
 
 
 def _warps(block: int) -> int:
@@ -55,7 +75,10 @@ def _rms_norm(x, weight, out, heads, x_stride, head_stride, eps, D: tl.constexpr
 
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, out, stream, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm(x, residual, weight, out, stream, eps, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < D

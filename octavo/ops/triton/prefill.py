@@ -68,7 +68,7 @@ def _tile(block_h: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
         return 32, 32, 4, 1
     if block_h > 128:
         return 64, 32, 4, 2
-    return 128, 64, 4, 2
+    return 64, 64, 4, 3
 
 
 @triton.jit
@@ -123,7 +123,8 @@ def _prefill(
     position = length - num_queries + query
     token = (first_token + query).to(tl.int64)
     at = tl.arange(0, BLOCK_H)
-    here = (query < num_queries)[:, None] & (at < H)[None, :]
+    in_head = (at < H) | (H == BLOCK_H)  # known when the kernel is compiled, if nothing is padded
+    here = (query < num_queries)[:, None] & in_head[None, :]
     queries = tl.load(q + token[:, None] * q_stride + head * q_head_stride + at[None, :], mask=here, other=0.0)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -139,15 +140,18 @@ def _prefill(
     for first in range(begin, whole_end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         block = tl.load(table + key // B).to(tl.int64)
-        place = ((block * B + key % B) * K + kv_head) * H
-        keys = tl.load(k_cache + place[None, :] + at[:, None], mask=(at < H)[:, None], other=0.0)
-        scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
+        place = block * (B * K * H) + (key % B * (K * H) + kv_head * H)
+        keys = tl.load(k_cache + place[None, :] + at[:, None], mask=in_head[:, None], other=0.0)
+        scores = tl.dot(queries, keys, input_precision=PRECISION)
         if CAPPED:
-            scores = soft_cap * tanh(scores / soft_cap)
-        better = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - better[:, None])
+            scores = soft_cap * tanh(scores * (scale / soft_cap))
+            better = tl.maximum(best, tl.max(scores, 1))
+            weights = tl.exp2(scores - better[:, None])
+        else:  # one multiply-add an element
+            better = tl.maximum(best, tl.max(scores, 1) * scale)
+            weights = tl.exp2(scores * scale - better[:, None])
         fade = tl.exp2(best - better)
-        values = tl.load(v_cache + place[:, None] + at[None, :], mask=(at < H)[None, :], other=0.0)
+        values = tl.load(v_cache + place[:, None] + at[None, :], mask=in_head[None, :], other=0.0)
         result = result * fade[:, None]
         result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)
         total = total * fade + tl.sum(weights, 1)
@@ -155,8 +159,8 @@ def _prefill(
     for first in range(whole_end, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         block = tl.load(table + key // B, mask=key < end, other=0).to(tl.int64)
-        place = ((block * B + key % B) * K + kv_head) * H
-        inside = (key < end)[None, :] & (at < H)[:, None]
+        place = block * (B * K * H) + (key % B * (K * H) + kv_head * H)
+        inside = (key < end)[None, :] & in_head[:, None]
         keys = tl.load(k_cache + place[None, :] + at[:, None], mask=inside, other=0.0)
         scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
         if CAPPED:
@@ -171,7 +175,7 @@ def _prefill(
         weights = tl.exp2(scores - reach[:, None])
         fade = tl.exp2(best - reach)
         values = tl.load(
-            v_cache + place[:, None] + at[None, :], mask=(key < end)[:, None] & (at < H)[None, :], other=0.0
+            v_cache + place[:, None] + at[None, :], mask=(key < end)[:, None] & in_head[None, :], other=0.0
         )
         result = result * fade[:, None]
         result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)

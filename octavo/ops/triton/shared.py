@@ -114,9 +114,10 @@ def _shared(
 
     query = tl.arange(0, BLOCK_M)
     at = tl.arange(0, BLOCK_H)
+    in_head = (at < H) | (H == BLOCK_H)  # known when the kernel is compiled, if nothing is padded
     row = first_row + query // G
     mine = query < count * G
-    here = mine[:, None] & (at < H)[None, :]
+    here = mine[:, None] & in_head[None, :]
     place = row * q_stride + (kv_head * G + query % G) * q_head_stride
     queries = tl.load(q + place[:, None] + at[None, :], mask=here, other=0.0)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -125,8 +126,8 @@ def _shared(
     for first in range(start, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         block = tl.load(tables + first_row * table_stride + key // B, mask=key < end, other=0).to(tl.int64)
-        slot = ((block * B + key % B) * K + kv_head) * H
-        inside = (key < end)[None, :] & (at < H)[:, None]
+        slot = block * (B * K * H) + (key % B * (K * H) + kv_head * H)
+        inside = (key < end)[None, :] & in_head[:, None]
         keys = tl.load(k_cache + slot[None, :] + at[:, None], mask=inside, other=0.0)
         scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
         if CAPPED:
@@ -135,9 +136,7 @@ def _shared(
         better = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2(scores - better[:, None])
         fade = tl.exp2(best - better)
-        values = tl.load(
-            v_cache + slot[:, None] + at[None, :], mask=(key < end)[:, None] & (at < H)[None, :], other=0.0
-        )
+        values = tl.load(v_cache + slot[:, None] + at[None, :], mask=(key < end)[:, None] & in_head[None, :], other=0.0)
         result = result * fade[:, None]
         result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)
         total = total * fade + tl.sum(weights, 1)
