@@ -69,7 +69,7 @@ class PromptLogprobs:
 class Batch:
     """One step. R rows, T tokens, S samples; see the module's picture."""
 
-    token_ids: Ints  # [T]
+    token_ids: Ints  # [T]; ~i, below 0, is the token that sample i of the step before this one draws
     positions: Ints  # [T] place of each token in its sequence
     slots: Ints  # [T] place of each token in the cache: block * block_size + offset
     query_start: Ints  # [R + 1]

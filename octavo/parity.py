@@ -20,7 +20,7 @@ from octavo.errors import ConfigError, RequestError
 from octavo.models import read_config
 from octavo.models.loader import CheckpointTensors
 from octavo.request import Request
-from octavo.runner.executor import LocalExecutor
+from octavo.runner.executor import CudaExecutor, LocalExecutor
 from octavo.runner.model_runner import ModelRunner
 from octavo.sampling_params import SamplingParams
 from octavo.text.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ def compare(options: EngineOptions, prompts: Mapping[str, str], max_tokens: int)
     reference = load_reference(checkpoint, options.device)
     engine = Engine.build(options)
     executor = engine.executor
-    assert isinstance(executor, LocalExecutor), "parity runs in one process"
+    assert isinstance(executor, LocalExecutor | CudaExecutor), "parity runs in one process"
     tokenizer = Tokenizer.load(options.tokenizer or options.model, hub=options.hub, revision=options.revision)
     room = engine.config.max_model_len - max_tokens
     if room < 1:

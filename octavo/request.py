@@ -66,11 +66,17 @@ class Sequence:
     fills: int = 0  # tokens up to which it fills blocks that its siblings already share and wait for
     host_table: list[int] = field(default_factory=list)  # while it is swapped out: the host blocks with its K/V
     row: int = -1  # place in the engine's row table while the sequence holds blocks
+    num_pending: int = 0  # tokens at the end that are still being drawn: placeholders, see `Batch.token_ids`
     finish_reason: FinishReason | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_known(self) -> int:
+        """Tokens whose ids the host has seen."""
+        return len(self.token_ids) - self.num_pending
 
     @property
     def num_output(self) -> int:

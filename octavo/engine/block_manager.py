@@ -104,10 +104,16 @@ class BlockManager:
         return found
 
     def commit(self, seq: Sequence) -> None:
-        """Makes the blocks that `seq` has filled by now findable by others."""
+        """Makes the blocks that `seq` has filled by now findable by others.
+
+        A block is filled once a step that writes it has been scheduled, since steps run in order; and only known
+        tokens have a hash.
+        """
         if not self.enable_prefix_caching:
             return
-        full = seq.num_computed // self.block_size
+        full = min(seq.num_computed, seq.num_known) // self.block_size
+        if full <= seq.num_committed:
+            return
         self._hash_blocks(seq, full)
         for i in range(seq.num_committed, full):
             block, block_hash = seq.block_table[i], seq.block_hashes[i]
@@ -155,12 +161,12 @@ class BlockManager:
 
     def demand(self, sequences: Iterable[Sequence]) -> int:
         """Blocks that `grow` will take for all of `sequences` together, copies of shared blocks among them."""
-        new = 0
+        new, size = 0, self.block_size
         writers: Counter[int] = Counter()
-        for seq in sequences:
-            new += self.blocks_for(seq.num_tokens) - len(seq.block_table)
+        for seq in sequences:  # all that run, in every step
+            new -= -len(seq.token_ids) // size + len(seq.block_table)
             if self._writes_shared(seq):
-                writers[seq.block_table[seq.num_computed // self.block_size]] += 1
+                writers[seq.block_table[seq.num_computed // size]] += 1
         # If all owners write, the last of them finds itself the only one and needs no copy.
         return new + sum(min(count, self._ref_count[block] - 1) for block, count in writers.items())
 
@@ -170,6 +176,8 @@ class BlockManager:
         Returns the (source, destination) block copies that the step must make first. The caller has checked `demand`
         against `num_available`.
         """
+        if len(seq.token_ids) <= len(seq.block_table) * self.block_size and not self._writes_shared(seq):
+            return []
         copies = []
         if self._writes_shared(seq):
             i = seq.num_computed // self.block_size
@@ -184,8 +192,8 @@ class BlockManager:
         """Whether the next token of `seq` falls into a block that others own as well, and not for it to fill."""
         if seq.num_computed < seq.fills:
             return False
-        i = seq.num_computed // self.block_size
-        return i < len(seq.block_table) and self._ref_count[seq.block_table[i]] > 1
+        i, table = seq.num_computed // self.block_size, seq.block_table
+        return i < len(table) and self._ref_count[table[i]] > 1
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Lets `child` share all of `parent`'s blocks; the first of them to write into one gets a copy."""

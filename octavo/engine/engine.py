@@ -88,12 +88,15 @@ class Engine:
         return self.scheduler.has_work()
 
     def step(self) -> StepOutput:
-        """One forward pass over whoever is scheduled; empty if there is no work."""
+        """What the oldest step under way brings, after as many more were submitted as the executor takes ahead.
+
+        Empty if there is no work.
+        """
         began = time.perf_counter()
-        batch = self.scheduler.schedule()
-        if batch is None:
+        while self.scheduler.steps_under_way < self.executor.depth and (batch := self.scheduler.schedule()):
+            self.executor.submit(batch)
+        if not self.scheduler.steps_under_way:
             return StepOutput(tokens=[])
-        self.executor.submit(batch)
         output = self.scheduler.update(self.executor.result())
         self.save_cold()
         self._step_seconds += time.perf_counter() - began

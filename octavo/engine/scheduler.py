@@ -30,7 +30,11 @@ from octavo.request import FinishReason, Request, Sequence
 
 
 class Scheduler:
-    """Continuous batching over a `BlockManager`. `schedule` and `update` alternate; one step may be under way."""
+    """Continuous batching over a `BlockManager`.
+
+    Every `schedule` that gives a step is followed by an `update` with its result, in their order. Another step may be
+    scheduled before that: tokens that are still being drawn are then placeholders.
+    """
 
     def __init__(self, config: EngineConfig, store: PrefixStore | None = None):
         self.limits = Limits.of(config)
@@ -108,7 +112,12 @@ class Scheduler:
             self._preempt(state, None)  # what it was filling for its siblings would stay empty
 
     def has_work(self) -> bool:
-        return bool(self._states)
+        return bool(self._states or self._steps)
+
+    @property
+    def steps_under_way(self) -> int:
+        """Steps whose results have not been taken in."""
+        return len(self._steps)
 
     def stats(self) -> EngineStats:
         """State now and totals so far."""
@@ -129,30 +138,48 @@ class Scheduler:
     # ---- a step is made ---------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
-        """The next step, or None if nobody has anything to compute."""
+        """The next step, or None if nobody has anything to compute before the steps under way are done."""
+        short = self._short_of_blocks()
+        if self._steps and (short or self._fair is not None):
+            return None  # who gives way is chosen when everybody's tokens are known
         plan = Plan(budget=self._config.max_num_batched_tokens)
-        calm = self._make_room(plan)
-        if calm and self._fair is not None:
+        if short:
+            self._make_room(plan)
+        elif self._fair is not None:
             self._even_out(self._fair, plan)
         for state, seq in self._by_urgency():
             self._place(state, seq, plan)
-        while calm and plan.budget > 0 and self._waiting and self._admit(state := self._next(), plan):
+        while not short and plan.budget > 0 and self._waiting and self._admit(state := self._next(), plan):
             for seq in state.sequences:
                 self._place(state, seq, plan)
         if not plan.entries:
-            assert not self._running, "running requests, but nothing to compute"
+            assert self._steps or not self._running, "running requests, but nothing to compute"
             return None
         self._steps.append(plan)
-        return self._rows.batch(plan)
+        batch = self._rows.batch(plan)
+        for sample, (seq, _) in enumerate(plan.samples):
+            if self._states[seq.request.request_id].runs_ahead:
+                seq.token_ids.append(~sample)
+                seq.num_pending += 1
+        return batch
 
     def _by_urgency(self) -> list[tuple[RequestState, Sequence]]:
-        """Running sequences, those with a single token first: a long prompt must not hold up the streams."""
-        every = [(state, seq) for state in self._running for seq in state.sequences]
-        prompts = [x for x in every if x[1].want > 1]
+        """Running sequences with something to compute, those with a single token first.
+
+        A long prompt must not hold up the streams. Who has all its tokens, the last still being drawn, has nothing to
+        compute.
+        """
+        single: list[tuple[RequestState, Sequence]] = []
+        longer: list[tuple[RequestState, Sequence]] = []
+        for state in self._running:
+            for seq in state.sequences:
+                want = len(seq.token_ids) - seq.num_computed
+                if want and len(seq.token_ids) < state.max_len:
+                    (single if want == 1 else longer).append((state, seq))
         if self._fair is not None:
             order = self._fair.order(self._running)
-            prompts.sort(key=lambda x: order[x[0].request.tenant])
-        return [x for x in every if x[1].want == 1] + prompts
+            longer.sort(key=lambda x: order[x[0].request.tenant])
+        return single + longer
 
     def _next(self) -> RequestState:
         """The waiting request whose turn it is."""
@@ -200,21 +227,26 @@ class Scheduler:
         if self._fair is not None and (new := min(seq.num_computed, seq.num_prompt) - state.counted) > 0:
             self._fair.serve(state.request.tenant, new)
             state.counted += new
+        if n > 1:  # others may share a prompt's blocks from this very step on
+            self.blocks.commit(seq)
         if seq.want == 0:
             forks = 1 if state.forked or state.search else state.request.params.n
             plan.samples += [(seq, fork) for fork in range(forks)]
 
-    def _make_room(self, plan: Plan) -> bool:
-        """Preempts until every running sequence can take its next step; False if anybody had to go."""
-        calm = True
-        while self._demand() > self.blocks.num_available:
+    def _make_room(self, plan: Plan) -> None:
+        """Preempts until every running sequence can take its next step."""
+        while self._short_of_blocks():
             assert len(self._running) > 1, "a single request does not fit, though Limits.check let it in"
             self._preempt(self._victim(), plan)
-            calm = False
-        return calm
+
+    def _short_of_blocks(self) -> bool:
+        """Whether there are too few blocks for every running sequence to take its next step."""
+        return self._demand() > self.blocks.num_available
 
     def _demand(self) -> int:
-        return self.blocks.demand(seq for state in self._running for seq in state.sequences)
+        """Blocks that the running sequences take in this step."""
+        growing = [seq for state in self._running for seq in state.sequences if len(seq.token_ids) < state.max_len]
+        return self.blocks.demand(growing)
 
     def _victim(self) -> RequestState:
         """Of the least important requests the one that is cheapest to compute again, the latest among equals."""
@@ -307,12 +339,14 @@ class Scheduler:
         self._started = []
         output.add_prompt_logprobs(plan, result.prompt_logprobs)
         tokens = result.token_ids.tolist()
-        owners = [self._fork(seq, index) if index else seq for seq, index in plan.samples]
+        owners = [self._fork(seq, index) if index and seq.finish_reason is None else seq for seq, index in plan.samples]
         if self._fair is not None:
             for seq in owners:
                 self._fair.serve(seq.request.tenant, DRAWN_TOKEN)
         searching: dict[RequestState, None] = {}
         for i, seq in enumerate(owners):
+            if seq.finish_reason is not None:
+                continue  # it ended while this step was under way
             state = self._states[seq.request.request_id]
             if state.search is None:
                 self._append(seq, tokens[i], result, i, output)
@@ -328,14 +362,18 @@ class Scheduler:
     def _append(self, seq: Sequence, token: int, result: StepResult, sample: int, output: StepOutput) -> None:
         """Appends what sample number `sample` of a step drew, and ends the sequence if that completes it."""
         state = self._states[seq.request.request_id]
-        seq.token_ids.append(token)
+        if seq.num_pending:
+            seq.token_ids[-seq.num_pending] = token
+            seq.num_pending -= 1
+        else:
+            seq.token_ids.append(token)
         reason, stop = self._ending(state, seq, token)
         logprobs, wanted = None, seq.request.params.logprobs
         if wanted is not None and result.logprobs is not None:
             logprobs = token_logprobs(result.logprobs, sample, wanted)
         output.tokens.append((seq.request.request_id, seq.index, token, reason, stop, logprobs))
         if reason is not None:
-            self._forecast.ended(seq.num_output)
+            self._forecast.ended(seq.num_known - seq.num_prompt)
             self._end(state, seq, reason)
 
     def _fork(self, seq: Sequence, index: int) -> Sequence:
@@ -391,12 +429,12 @@ class Scheduler:
     def _ending(self, state: RequestState, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
         """Whether `token` ends `seq`: the reason, and the stop token id if that was it."""
         params = seq.request.params
-        if seq.num_output >= params.min_tokens:
+        if seq.num_known - seq.num_prompt >= params.min_tokens:
             if token in params.stop_token_ids:
                 return "stop", token
             if token in self._eos and not params.ignore_eos:
                 return "stop", None
-        return ("length", None) if seq.num_tokens >= state.max_len else (None, None)
+        return ("length", None) if seq.num_known >= state.max_len else (None, None)
 
     def _end(self, state: RequestState, seq: Sequence, reason: FinishReason) -> None:
         seq.finish_reason = reason

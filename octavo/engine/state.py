@@ -33,6 +33,17 @@ class RequestState:
         return self.request.params.num_sequences
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether its next step may be scheduled before the last one's tokens are seen.
+
+        It may not where the step's shape or its draws depend on them: samples still to be forked, beams, penalties,
+        bad words.
+        """
+        params = self.request.params
+        bound = params.has_penalties or self.request.bad_words_token_ids
+        return self.forked and self.search is None and not bound
+
+    @property
     def num_common(self) -> int:
         """Tokens with which all its sequences begin, and after which each has at least one more."""
         tokens = [seq.token_ids for seq in self.sequences]

@@ -30,13 +30,20 @@ class Attention:
         heads = self.qkv(x_TD, ctx).view(len(x_TD), -1, self.head_dim)
         q_TNH = heads[:, : self.num_heads]
         k_TKH, v_TKH = heads[:, self.num_heads :].chunk(2, dim=1)
-        if self.q_norm is not None:
-            q_TNH = self.q_norm(q_TNH, ctx)
-        if self.k_norm is not None:
-            k_TKH = self.k_norm(k_TKH, ctx)
         cache = ctx.caches[self.layer]
         q_TNH = ctx.ops.rope_and_cache(
-            q_TNH, k_TKH, v_TKH, ctx.cos_Tr, ctx.sin_Tr, cache.k_PBKH, cache.v_PBKH, ctx.slots_T, ctx.q_scale_T
+            q_TNH,
+            k_TKH,
+            v_TKH,
+            ctx.cos_Tr,
+            ctx.sin_Tr,
+            cache.k_PBKH,
+            cache.v_PBKH,
+            ctx.slots_T,
+            ctx.q_scale_T,
+            self.q_norm.weight if self.q_norm else None,
+            self.k_norm.weight if self.k_norm else None,
+            self.q_norm.eps if self.q_norm else 0.0,
         )
         out_TNH = ctx.ops.paged_attention(
             q_TNH,

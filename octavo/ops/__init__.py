@@ -8,6 +8,7 @@ Shapes: T tokens, R rows, D model width, F MLP width, N query heads, K kv heads,
 block size, M blocks of the longest row, V vocabulary, C block copies, r rotary width.
 """
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -48,8 +49,13 @@ class Ops(Protocol):
         v_cache_PBKH: torch.Tensor,
         slots_T: torch.Tensor,
         q_scale_T: torch.Tensor | None = None,
+        q_norm_H: torch.Tensor | None = None,
+        k_norm_H: torch.Tensor | None = None,
+        eps: float = 0.0,
     ) -> torch.Tensor:
         """Rotates q and k, writes k and v into their slots (block * B + offset); returns the q, [T, N, H].
+
+        Before that, each head of q and k passes `rms_norm` by `q_norm_H` and `k_norm_H`, if there are such weights.
 
         `cos_Tr` and `sin_Tr` are fp32 and hold r/2 angles: the first r elements of a head rotate, element i
         with element i + r/2; the rest pass unchanged. `q_scale_T`, in fp32, multiplies each token's whole q.
@@ -83,5 +89,9 @@ class Ops(Protocol):
 
 
 def for_device(device: torch.device) -> Ops:
-    """The kernels that run on `device`."""
+    """The kernels that run on `device`: Triton's on a GPU where it is installed, else plain torch."""
+    if device.type == "cuda" and find_spec("triton"):
+        from octavo.ops.triton import TritonOps
+
+        return TritonOps(device)
     return reference

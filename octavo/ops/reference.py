@@ -50,7 +50,12 @@ def rope_and_cache(
     v_cache_PBKH: torch.Tensor,
     slots_T: torch.Tensor,
     q_scale_T: torch.Tensor | None = None,
+    q_norm_H: torch.Tensor | None = None,
+    k_norm_H: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> torch.Tensor:
+    if q_norm_H is not None and k_norm_H is not None:
+        q_TNH, k_TKH = rms_norm(q_TNH, q_norm_H, eps), rms_norm(k_TKH, k_norm_H, eps)
     index_T = slots_T.long()
     k_TKH = _rotate(k_TKH, cos_Tr, sin_Tr)
     for cache, new_TKH in ((k_cache_PBKH, k_TKH), (v_cache_PBKH, v_TKH)):

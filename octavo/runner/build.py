@@ -18,7 +18,7 @@ from octavo.log import logger
 from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_model
 from octavo.models.sizes import stored_types, weight_bytes
-from octavo.runner.executor import Executor, LocalExecutor
+from octavo.runner.executor import Executor, load_executor
 
 Timeline = list[tuple[str, float]]
 
@@ -61,7 +61,7 @@ def build_executor(
         host_free=free_ram(),
         precision=precision,
     )
-    executor = LocalExecutor.load(checkpoint, config, options.load_format)
+    executor = load_executor(checkpoint, config, options.load_format)
     mark("load weights")
     identity = b""
     if options.prefix_cache_dir:

@@ -4,7 +4,8 @@ Between the two lies any number of processes and devices, or none; nobody above 
 """
 
 from collections import deque
-from typing import Protocol
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -13,14 +14,24 @@ from numpy.typing import NDArray
 from octavo.batch import Batch, Ints, StepResult
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
+from octavo.models.decoder import Decoder
 from octavo.models.loader import load_model
 from octavo.runner.cpu import kernel_runner
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
 
+if TYPE_CHECKING:
+    from octavo.runner.cuda_runner import CudaRunner, FinishedStep, SubmittedStep
+
 
 class Executor(Protocol):
-    """Results come in the order of submission. After `shutdown` nothing may be called."""
+    """Results come in the order of submission. After `shutdown` nothing may be called.
+
+    `depth` steps may be submitted before the first result is asked for: a device with a depth of 2 has the next step
+    ready while the host reads what the last one drew.
+    """
+
+    depth: int
 
     def submit(self, batch: Batch) -> None: ...
 
@@ -42,6 +53,8 @@ class Executor(Protocol):
 class LocalExecutor:
     """One device in this process; a step is computed when it is submitted."""
 
+    depth = 1
+
     def __init__(self, runner: ModelRunner):
         self.runner = runner
         self._results: deque[StepResult] = deque()
@@ -51,13 +64,7 @@ class LocalExecutor:
         """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
         if config.weights != "plain":
             return cls(kernel_runner(checkpoint, config, load_format))
-        device = torch.device(config.device)
-        model = load_model(checkpoint, config.model, getattr(torch, config.dtype), device, load_format)
-        dtype = getattr(torch, config.kv_dtype)
-        cache = KVCache(
-            config.model, config.num_blocks, config.block_size, dtype, device, num_host_blocks=config.num_host_blocks
-        )
-        return cls(ModelRunner(model, cache))
+        return cls(ModelRunner(*_load(checkpoint, config, load_format)))
 
     def submit(self, batch: Batch) -> None:
         self._results.append(self.runner.run(batch))
@@ -79,3 +86,61 @@ class LocalExecutor:
 
     def shutdown(self) -> None:
         self._results.clear()
+
+
+class CudaExecutor:
+    """One GPU in this process: a submitted step runs while the host goes on."""
+
+    depth = 2
+
+    def __init__(self, runner: "CudaRunner"):
+        self.runner = runner.waiting
+        self._submit = runner.submit
+        self._steps: deque[SubmittedStep | FinishedStep] = deque()
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> "CudaExecutor":
+        """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
+        from octavo.runner.cuda_runner import CudaRunner
+
+        model, cache = _load(checkpoint, config, load_format)
+        return cls(CudaRunner(model, cache, config))
+
+    def submit(self, batch: Batch) -> None:
+        self._steps.append(self._submit(batch))
+
+    def result(self) -> StepResult:
+        assert self._steps, "result() without a submit()"
+        return self._steps.popleft().result()
+
+    def read_blocks(self, blocks: Ints) -> NDArray[np.uint8]:
+        return self.runner.kv_cache.read_blocks(blocks)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.runner.kv_cache.block_bytes
+
+    @property
+    def layout(self) -> str:
+        return self.runner.layout
+
+    def shutdown(self) -> None:
+        while self._steps:
+            self.result()
+
+
+def load_executor(checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> Executor:
+    """The executor for `config`'s device; raises as `load_model` does."""
+    if config.device == "cuda" and find_spec("triton"):
+        return CudaExecutor.load(checkpoint, config, load_format)
+    return LocalExecutor.load(checkpoint, config, load_format)
+
+
+def _load(checkpoint: Checkpoint, config: EngineConfig, load_format: str) -> tuple[Decoder, KVCache]:
+    device = torch.device(config.device)
+    model = load_model(checkpoint, config.model, getattr(torch, config.dtype), device, load_format)
+    dtype = getattr(torch, config.kv_dtype)
+    cache = KVCache(
+        config.model, config.num_blocks, config.block_size, dtype, device, num_host_blocks=config.num_host_blocks
+    )
+    return model, cache

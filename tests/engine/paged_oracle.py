@@ -64,20 +64,23 @@ class PagedOracle:
         self.host = np.full((num_host_blocks, block_size), -1, np.int64)
         self.results: deque[StepResult] = deque()
         self.batches: list[Batch] = []
+        self.drawn: list[int] = []  # by the last step
 
     def submit(self, batch: Batch) -> None:
         self.batches.append(batch)
+        token_ids = [token if token >= 0 else self.drawn[~token] for token in batch.token_ids.tolist()]
         blocks = self.cache.reshape(-1, self.block_size)
         self.swap(batch.swap_out, batch.swap_in)
         for source, destination in batch.block_copies:
             blocks[destination] = blocks[source]
         assert len(set(batch.slots.tolist())) == batch.num_tokens, "two tokens are written to one slot"
-        self.cache[batch.slots] = batch.token_ids
+        self.cache[batch.slots] = token_ids
         rows = np.searchsorted(batch.query_start, batch.sample_index, side="right") - 1
         drawn = []
         for i, row in enumerate(rows):
             seen = self.read(batch, int(row), int(batch.positions[batch.sample_index[i]]) + 1)
             drawn.append(draw(seen, int(batch.sampling.seed[i]), int(batch.sampling.counter[i])))
+        self.drawn = drawn
         prompt_logprobs = None
         if batch.prompt_logprobs is not None:
             targets = batch.prompt_logprobs.target

@@ -19,9 +19,13 @@ from octavo.sampling_params import SamplingParams
 
 
 class Bench:
-    """A scheduler and an oracle, stepped by hand, with every invariant checked after every step."""
+    """A scheduler and an oracle, stepped by hand, with every invariant checked after every step.
 
-    def __init__(self, *, eager=False, **changes):
+    `depth` steps are scheduled before the first one's result is looked at.
+    """
+
+    def __init__(self, *, eager=False, depth=1, **changes):
+        self.depth = depth
         self.config = engine_config(**changes)
         self.scheduler = Scheduler(self.config)
         if eager:  # admit whatever fits this moment, so that preemption is certain
@@ -40,13 +44,14 @@ class Bench:
         return request
 
     def step(self):
-        batch = self.scheduler.schedule()
-        if batch is None:
+        while self.scheduler.steps_under_way < self.depth and (batch := self.scheduler.schedule()):
+            assert batch.num_tokens <= self.config.max_num_batched_tokens
+            assert batch.num_rows <= self.config.max_num_seqs
+            self.scheduler.check()
+            self.oracle.submit(batch)
+        if not self.scheduler.steps_under_way:
             return None
-        assert batch.num_tokens <= self.config.max_num_batched_tokens
-        assert batch.num_rows <= self.config.max_num_seqs
-        self.scheduler.check()
-        self.oracle.submit(batch)
+        batch = self.oracle.batches[-1]
         output = self.scheduler.update(self.oracle.result())
         self.scheduler.check()
         self.poison()
@@ -440,8 +445,9 @@ def test_priority_then_arrival():
     assert [name for name, _ in bench.answers] == ["now", "first", "second", "late"]
 
 
-def test_stops():
-    bench = Bench()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_stops(depth):
+    bench = Bench(depth=depth)
     answer = expected(prompt_of(10), 64, 1)
     bench.add("token", prompt_of(10), stop_token_ids=[answer[5]], max_tokens=64)
     bench.add("late", prompt_of(10), stop_token_ids=[answer[5]], min_tokens=6, max_tokens=64)
@@ -449,6 +455,37 @@ def test_stops():
     assert bench.reasons["token", 0] == ("stop", answer[5])
     assert len(bench.answers["token", 0]) == answer.index(answer[5]) + 1
     assert len(bench.answers["late", 0]) >= 6
+
+
+def test_a_step_is_scheduled_before_the_last_one_is_seen():
+    bench = Bench(depth=2)
+    bench.add("plain", prompt_of(5), max_tokens=4)
+    bench.add("bound", prompt_of(6), max_tokens=4, presence_penalty=0.5)
+    bench.run()
+    first, second = bench.oracle.batches[:2]
+    assert first.num_rows == 2
+    assert second.token_ids.tolist() == [~0], "the token is the device's to look up, and who depends on it waits"
+    assert bench.answers["plain", 0] == expected(prompt_of(5), 4, 1)
+    assert bench.answers["bound", 0] == expected(prompt_of(6), 4, 1)
+    assert sum(batch.num_rows for batch in bench.oracle.batches) == 8, "nothing is computed in vain at a known end"
+
+
+def test_what_a_stop_token_makes_useless_is_dropped():
+    answer = expected(prompt_of(10), 16, 1)
+    bench = Bench(depth=2)
+    bench.add("a", prompt_of(10), stop_token_ids=[answer[3]], max_tokens=16)
+    bench.run()
+    assert bench.answers["a", 0] == answer[: answer.index(answer[3]) + 1]
+    assert len(bench.oracle.batches) == len(bench.answers["a", 0]) + 1
+
+
+def test_equal_prompts_that_come_together_are_computed_once():
+    bench = Bench(block_size=4)
+    for name in "abc":
+        bench.add(name, prompt_of(22), max_tokens=2)
+    assert bench.step().num_tokens == 22 + 2 + 2
+    bench.run()
+    assert all(bench.answers[name, 0] == expected(prompt_of(22), 2, 1) for name in "abc")
 
 
 def test_eos_ends_and_min_tokens_forbids_it():
@@ -539,6 +576,7 @@ def test_any_traffic_ends_with_the_right_answers(data):
     block_size = data.draw(st.sampled_from([1, 2, 4, 8]))
     bench = Bench(
         eager=data.draw(st.booleans()),
+        depth=data.draw(st.sampled_from([1, 2])),
         block_size=block_size,
         num_blocks=data.draw(st.integers(64 // block_size, 160 // block_size)),
         max_model_len=64,

@@ -120,7 +120,12 @@ class KernelCalls:
         v_cache_PBKH: torch.Tensor,
         slots_T: torch.Tensor,
         q_scale_T: torch.Tensor | None = None,
+        q_norm_H: torch.Tensor | None = None,
+        k_norm_H: torch.Tensor | None = None,
+        eps: float = 0.0,
     ) -> torch.Tensor:
+        if q_norm_H is not None and k_norm_H is not None:
+            q_TNH, k_TKH = self.rms_norm(q_TNH, q_norm_H, eps), self.rms_norm(k_TKH, k_norm_H, eps)
         out_TNH = self.tape.new(*q_TNH.shape)
         self._add(
             library.ROPE,

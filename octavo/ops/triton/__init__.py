@@ -1,0 +1,169 @@
+"""The kernels of an NVIDIA GPU, in Triton; matrix products are cuBLAS', which torch brings.
+
+Compiled when they are first used, and kept on disk by Triton. Shapes and meanings stand in `octavo.ops.Ops`.
+"""
+
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from octavo.batch import Ints
+from octavo.ops import reference
+from octavo.ops.triton import matmul, matvec
+from octavo.ops.triton.decode import PrefixParts, decode_attention
+from octavo.ops.triton.norm import add_rms_norm, rms_norm
+from octavo.ops.triton.prefill import prefill_attention
+from octavo.ops.triton.rope import rope_and_cache
+from octavo.ops.triton.shared import shared_attention
+from octavo.ops.triton.silu_mul import silu_mul
+from octavo.ops.weight import Weight
+
+_COUNTERS = 4096
+
+
+@dataclass(slots=True)
+class SharedPrefix:
+    """Which rows of a step have their first keys in the same blocks; see `shared.shared_attention`."""
+
+    lengths_R: torch.Tensor
+    tile_start_L: torch.Tensor
+    tile_rows_L: torch.Tensor
+
+
+class TritonOps:
+    """The ops of one device, and the memory that their programs meet in."""
+
+    embedding = staticmethod(reference.embedding)
+    rms_norm = staticmethod(rms_norm)
+    copy_blocks = staticmethod(reference.copy_blocks)
+
+    def __init__(self, device: torch.device):
+        self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        self._prefix: SharedPrefix | None = None
+        # Whether a kernel may be launched before the one in front of it has ended (programmatic dependent launch).
+        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+    def sharing(self, prefix: "SharedPrefix") -> "TritonOps":
+        """These ops for steps of single tokens, in which some rows share a beginning."""
+        ops = copy(self)
+        ops._prefix = prefix
+        return ops
+
+    def _shared(
+        self,
+        q_RNH: torch.Tensor,
+        k_cache_PBKH: torch.Tensor,
+        v_cache_PBKH: torch.Tensor,
+        block_tables_RM: torch.Tensor,
+        scale: float,
+        soft_cap: float,
+    ) -> PrefixParts:
+        prefix = self._prefix
+        assert prefix is not None
+        return shared_attention(
+            q_RNH,
+            k_cache_PBKH,
+            v_cache_PBKH,
+            block_tables_RM,
+            prefix.lengths_R,
+            prefix.tile_start_L,
+            prefix.tile_rows_L,
+            scale,
+            soft_cap,
+        )
+
+    def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+        assert isinstance(weight_OI, torch.Tensor), "packed weights belong to the CPU's kernels"
+        if len(x_TI) <= matvec.MOST_ROWS:
+            return matvec.matvec(x_TI, weight_OI, bias_O, pdl=self.pdl)
+        if matmul.suits(len(x_TI), weight_OI):
+            return matmul.matmul(x_TI, weight_OI, bias_O, pdl=self.pdl)
+        return reference.linear(x_TI, weight_OI, bias_O)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(x, residual, weight, eps, pdl=self.pdl)
+
+    def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        return silu_mul(gate_up_T2F, pdl=self.pdl)
+
+    def rope_and_cache(
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        cos_Tr: torch.Tensor,
+        sin_Tr: torch.Tensor,
+        k_cache_PBKH: torch.Tensor,
+        v_cache_PBKH: torch.Tensor,
+        slots_T: torch.Tensor,
+        q_scale_T: torch.Tensor | None = None,
+        q_norm_H: torch.Tensor | None = None,
+        k_norm_H: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        return rope_and_cache(
+            *(q_TNH, k_TKH, v_TKH, cos_Tr, sin_Tr, k_cache_PBKH, v_cache_PBKH, slots_T),
+            *(q_scale_T, q_norm_H, k_norm_H, eps),
+            pdl=self.pdl,
+        )
+
+    def paged_attention(
+        self,
+        q_TNH: torch.Tensor,
+        k_cache_PBKH: torch.Tensor,
+        v_cache_PBKH: torch.Tensor,
+        query_start_R1: torch.Tensor,
+        seq_lens_R: torch.Tensor,
+        block_tables_RM: torch.Tensor,
+        positions_T: torch.Tensor,
+        query_start_host: Ints,
+        seq_lens_host: Ints,
+        scale: float,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> torch.Tensor:
+        """The leading rows with one query each go to the decode kernel, all others to the prefill kernel."""
+        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+        singles = leading_singles(query_start_host)
+        if singles:
+            decode_attention(
+                q_TNH[:singles],
+                k_cache_PBKH,
+                v_cache_PBKH,
+                seq_lens_R[:singles],
+                block_tables_RM[:singles],
+                out_TNH,
+                self._counters,
+                scale,
+                sliding_window,
+                soft_cap,
+                self._shared(q_TNH, k_cache_PBKH, v_cache_PBKH, block_tables_RM, scale, soft_cap)
+                if self._prefix and not sliding_window
+                else None,
+                pdl=self.pdl,
+            )
+        if singles < len(seq_lens_host):
+            prefill_attention(
+                q_TNH,
+                k_cache_PBKH,
+                v_cache_PBKH,
+                query_start_R1[singles:],
+                seq_lens_R[singles:],
+                block_tables_RM[singles:],
+                out_TNH,
+                int(query_start_host[-1]) - singles,
+                scale,
+                sliding_window,
+                soft_cap,
+            )
+        return out_TNH
+
+
+def leading_singles(query_start: Ints) -> int:
+    """How many rows at the beginning have exactly one token."""
+    others = np.flatnonzero(query_start != np.arange(len(query_start)))
+    return int(others[0]) - 1 if len(others) else len(query_start) - 1

@@ -1,0 +1,19 @@
+"""What the attention kernels agree on: scores in base 2, how fp32 products are taken, and a tanh."""
+
+import torch
+import triton
+import triton.language as tl
+
+# Scores are kept times log2(e), since exp2 is what the hardware has.
+LOG2_E = 1.4426950408889634
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """For `tl.dot`: fp32 operands keep their precision instead of being cut to tf32; 16-bit ones have none to lose."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def tanh(x):
+    """1 - 2 / (e^2x + 1), which neither overflows nor gives NaN."""
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)

@@ -1,0 +1,185 @@
+"""Decode steps as CUDA graphs: the model's whole forward pass, recorded for a number of rows and replayed.
+
+A graph is recorded when its number of rows first comes, so that serving starts at once; all share one pool of memory.
+What a step brings lies in memory that stays where it is, and rows that a step does not fill are padding: of length 0,
+their keys written nowhere. The draws may be part of it. Shapes: R rows, D model width, M blocks of the longest row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from octavo.batch import Batch, Ints
+from octavo.layers.context import ForwardContext
+from octavo.models.decoder import Decoder
+from octavo.ops.triton import SharedPrefix, TritonOps
+from octavo.ops.triton.fused import FusedOps
+from octavo.ops.triton.matvec import MOST_ROWS
+from octavo.ops.triton.prepare import prepare
+from octavo.ops.triton.shared import rows_of_tile
+from octavo.runner.kv_cache import KVCache
+from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
+from octavo.runner.step_inputs import StepInputs
+
+
+def bucket_of(rows: int) -> int:
+    """The number of rows that a step of `rows` is padded to."""
+    for step, largest in ((1, 2), (4, 16), (8, 32), (16, 256)):
+        if rows <= largest:
+            return -(-rows // step) * step
+    return -(-rows // 32) * 32
+
+
+@dataclass(slots=True)
+class RecordedStep:
+    graph: torch.cuda.CUDAGraph
+    ctx: ForwardContext
+    hidden_RD: torch.Tensor
+
+
+class DecodeGraphs:
+    """Steps in which every row computes one token. Use it on one stream alone.
+
+    `draw` computes logits and draws, for a step's context, its hidden states and as many samples.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        kv_cache: KVCache,
+        ops: TritonOps,
+        inputs: StepInputs,
+        drawn_S: torch.Tensor,
+        max_blocks: int,
+        draw: Callable[[ForwardContext, torch.Tensor, int], None],
+    ):
+        self._draw = draw
+        self._model = model
+        self._kv_cache = kv_cache
+        self._ops = ops
+        self._inputs = inputs
+        self._drawn_S = drawn_S
+        rows = bucket_of(len(drawn_S))
+        half = model.config.rope.rotary_dim // 2
+        self._token_ids = torch.zeros(rows, dtype=torch.int32, device=model.device)
+        self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=model.device)
+        self._angles = torch.zeros(2, rows, half, device=model.device)
+        self._rows_of_tile = rows_of_tile(model.config.num_heads // model.config.num_kv_heads)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._recorded: dict[tuple[int, bool, bool], RecordedStep] = {}
+
+    @staticmethod
+    def fits(batch: Batch) -> bool:
+        """Whether each row computes one token and none has a rotary stretch of its own."""
+        return batch.num_tokens == batch.num_rows and bool((batch.ntk_alpha == 1.0).all())
+
+    def run(self, batch: Batch, *, draws: bool) -> tuple[ForwardContext, torch.Tensor]:
+        """The context, and hidden states, [R, D], in memory that the next step writes to.
+
+        With `draws` the samples are drawn too, and rows with a common beginning read it together. These may then stand
+        in another order than the batch's, which the samples know.
+        """
+        groups = None
+        if draws:
+            block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
+            groups = find_groups(batch.block_tables, batch.seq_lens, block_size, self._rows_of_tile)
+        rows = batch.num_rows
+        key = (bucket_of(rows), groups is not None, draws)
+        self._send(batch, groups, key[0])
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            recorded = self._recorded[key] = self._record(*key)
+        recorded.graph.replay()
+        return recorded.ctx, recorded.hidden_RD[:rows]
+
+    def _send(self, batch: Batch, groups: PrefixGroups | None, bucket: int) -> None:
+        places = self._places(bucket)
+        lengths = tile_start = tile_rows = np.zeros(0, np.int32)
+        if groups is not None:
+            inverse = np.argsort(groups.order)
+            batch = replace(
+                batch,
+                token_ids=batch.token_ids[groups.order],
+                positions=batch.positions[groups.order],
+                slots=batch.slots[groups.order],
+                seq_lens=batch.seq_lens[groups.order],
+                block_tables=batch.block_tables[groups.order],
+                sample_index=inverse[batch.sample_index].astype(np.int32),
+            )
+            lengths = _padded(groups.lengths, bucket, 0)
+            tile_start, tile_rows = (
+                _padded(array, places[7].stop - places[7].start, 0) for array in (groups.tile_start, groups.tile_rows)
+            )
+        self._inputs.send(
+            batch,
+            [
+                np.array([batch.block_tables.shape[1]], np.int32),
+                *(_padded(array, bucket, 0) for array in (batch.token_ids, batch.positions)),
+                _padded(batch.slots, bucket, -1),
+                _padded(batch.seq_lens, bucket, 0),
+                lengths,
+                tile_start,
+                tile_rows,
+                batch.block_tables,
+            ],
+            places,
+        )
+
+    def _places(self, bucket: int) -> list[slice]:
+        """Of the tables' width, token ids, positions, slots, lengths, shared lengths, tiles and their rows, tables."""
+        tiles = most_tiles(bucket, self._rows_of_tile)
+        return self._inputs.places((1, *(bucket,) * 5, tiles, tiles, bucket * self._tables.shape[1]))
+
+    def _record(self, bucket: int, shared: bool, draws: bool) -> RecordedStep:
+        # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording.
+        self._compute(bucket, shared, draws)
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        ctx, hidden_RD = self._compute(bucket, shared, draws)
+        graph.capture_end()
+        return RecordedStep(graph, ctx, hidden_RD)
+
+    def _compute(self, bucket: int, shared: bool, draws: bool) -> tuple[ForwardContext, torch.Tensor]:
+        ctx = self._context(FusedOps(self._ops) if bucket <= MOST_ROWS else self._ops, bucket, shared)
+        hidden_RD = self._model.forward(ctx)
+        if isinstance(ctx.ops, FusedOps):
+            ctx.ops.finish()
+        if draws:
+            self._draw(ctx, hidden_RD, bucket)
+        return ctx, hidden_RD
+
+    def _context(self, ops: TritonOps, bucket: int, shared: bool) -> ForwardContext:
+        width, given, positions, slots, seq_lens, lengths, tile_start, tile_rows, packed = map(
+            self._inputs.at, self._places(bucket)
+        )
+        token_ids, tables, (cos, sin) = self._token_ids[:bucket], self._tables[:bucket], self._angles[:, :bucket]
+        rope = self._model.rope
+        prepare(
+            given, self._drawn_S, positions, rope.inv_freq, rope.magnitude, width, packed, token_ids, cos, sin, tables
+        )
+        every_row = np.arange(bucket + 1, dtype=np.int32)
+        return ForwardContext(
+            ops=ops.sharing(SharedPrefix(lengths, tile_start, tile_rows)) if shared else ops,
+            caches=self._kv_cache.layers,
+            token_ids_T=token_ids,
+            positions_T=positions,
+            slots_T=slots,
+            query_start_R1=positions,  # not read: each row is a single token
+            seq_lens_R=seq_lens,
+            block_tables_RM=tables,
+            cos_Tr=cos,
+            sin_Tr=sin,
+            q_scale_T=rope.q_scale(positions),
+            query_start_host=every_row,
+            seq_lens_host=every_row[1:],
+        )
+
+
+def _padded(array: Ints, length: int, value: int) -> Ints:
+    if len(array) == length:
+        return array
+    whole = np.full(length, value, np.int32)
+    whole[: len(array)] = array
+    return whole

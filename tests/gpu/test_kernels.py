@@ -1,0 +1,77 @@
+"""The Triton kernels on the device, against the plain torch ops in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.runner import noise, sampler
+from tests.steps import columns
+
+cases = pytest.importorskip("tests.ops.kernel_cases", reason="needs triton", exc_type=ImportError)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+CUDA = torch.device("cuda")
+MIXED = [(5, 1), (1, 1), (700, 1), (2000, 1), (33, 33), (500, 500), (300, 17), (129, 128), (64, 1)]
+SINGLES = [(length, 1) for length in (1, 15, 16, 17, 63, 64, 65, 129, 700, 3000)]
+
+
+@pytest.fixture(scope="module")
+def ops():
+    torch.manual_seed(0)
+    return cases.TritonOps(CUDA)
+
+
+@pytest.mark.parametrize("width", [64, 576, 1024, 4096])
+def test_norms(ops, width):
+    cases.each_dtype(lambda dtype: cases.check_norms(ops, CUDA, dtype, 17, width))
+
+
+@pytest.mark.parametrize("heads", [(16, 8, 128), (9, 3, 64), (4, 1, 256), (12, 12, 80)], ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+def test_rope(ops, heads, norm):
+    for rotary in (heads[2], heads[2] // 2):
+        cases.each_dtype(lambda dtype, rotary=rotary: cases.check_rope(ops, CUDA, dtype, heads, rotary, norm=norm))
+
+
+@pytest.mark.parametrize("heads", [(16, 8, 128), (32, 8, 128), (9, 3, 64), (8, 1, 256), (12, 12, 80)], ids=str)
+@pytest.mark.parametrize("rows", [MIXED, SINGLES, [(4000, 1)], SINGLES * 20], ids=["mixed", "singles", "one", "many"])
+def test_attention(ops, heads, rows):
+    cases.each_dtype(lambda dtype: cases.check_attention(ops, CUDA, dtype, heads, rows))
+
+
+@pytest.mark.parametrize(("window", "cap"), [(100, 0.0), (0, 5.0), (33, 20.0)])
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32])
+def test_attention_with_window_and_cap(ops, window, cap, block_size):
+    for dtype in (torch.bfloat16, torch.float32):
+        cases.check_attention(ops, CUDA, dtype, (8, 2, 64), MIXED, window, cap, block_size)
+
+
+@pytest.mark.parametrize("heads", [(16, 8, 128), (32, 8, 128), (9, 3, 64)], ids=str)
+@pytest.mark.parametrize("groups", [[(256, 512)], [(3, 0), (9, 2048), (140, 256), (1, 0)], [(4, 1024)]], ids=str)
+def test_attention_over_shared_beginnings(ops, heads, groups):
+    for dtype in (torch.bfloat16, torch.float32):
+        cases.check_shared(ops, CUDA, dtype, heads, groups)
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(1024, 3072), (4096, 1000), (576, 1536)])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_fused_chain(ops, rows, width, outputs):
+    for dtype in (torch.bfloat16, torch.float32):
+        cases.check_fused(ops, CUDA, dtype, rows, width, outputs)
+
+
+def test_draws_are_the_sampler_s():
+    from octavo.ops.triton.sampling import draw
+
+    S, V = 64, 151_936
+    logits = (torch.randn(S, V, device=CUDA) * 3).bfloat16()
+    seeds, counters = np.arange(S, dtype=np.uint64) * 977, np.arange(S, dtype=np.int32)
+    heat = np.where(np.arange(S) % 4, 0.8, 0.0).astype(np.float32)
+    keys = torch.from_numpy(noise.keys(seeds, counters)).to(CUDA)
+    out = torch.empty(S, dtype=torch.int32, device=CUDA)
+    draw(logits, keys, torch.from_numpy(heat).to(CUDA), V, out)
+    expected, _ = sampler.sample(logits.float(), columns(S, temperature=heat, seed=seeds, counter=counters))
+    assert out.tolist() == expected.tolist()

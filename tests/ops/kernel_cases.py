@@ -1,0 +1,161 @@
+"""Cases for the ops of any device against the plain torch ones, which compute in fp32 or, here, in float64."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from octavo.ops import Ops, reference
+from octavo.ops.triton import SharedPrefix, TritonOps
+from octavo.ops.triton.fused import FusedOps
+from octavo.ops.triton.matvec import MOST_ROWS
+from octavo.ops.triton.shared import rows_of_tile
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to the rounding of `found`'s type, and finite."""
+    assert found.shape == expected.shape
+    bound = TOLERANCE[found.dtype]
+    torch.testing.assert_close(found.double().cpu(), expected.double().cpu(), atol=bound, rtol=bound)
+
+
+def check_norms(ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, width: int) -> None:
+    x, residual = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(width, device=device).to(dtype)
+    close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight, 1e-5))
+    normed, stream = ops.add_rms_norm(x, residual, weight, 1e-5)
+    close(stream, x.double() + residual.double())
+    close(normed, reference.rms_norm(stream.double(), weight, 1e-5))
+    gate_up = torch.randn(rows, 2 * width, device=device).to(dtype)
+    close(ops.silu_mul(gate_up), reference.silu_mul(gate_up.double()))
+
+
+def check_rope(
+    ops: Ops, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], rotary: int, *, norm: bool
+) -> None:
+    """Heads that lie side by side as the projection leaves them, written to scattered slots."""
+    N, K, H = heads
+    T, B, P = 7, 4, 6
+    qkv = torch.randn(T, N + 2 * K, H, device=device).to(dtype)
+    angles = torch.randn(T, rotary // 2, device=device)
+    slots = torch.randperm(P * B, device=device)[:T].int()
+    weights = [torch.randn(H, device=device).to(dtype) for _ in range(2)] if norm else [None, None]
+    scale = torch.rand(T, device=device) + 1
+    results = []
+    for which, kind in ((ops, dtype), (reference, torch.float64)):
+        caches = torch.zeros(2, P, B, K, H, device=device, dtype=kind)
+        q, k, v = qkv.to(kind).split((N, K, K), dim=1)
+        out = which.rope_and_cache(
+            *(q, k, v, angles.cos(), angles.sin(), caches[0], caches[1], slots, scale, *weights, 1e-5)
+        )
+        results.append((out, caches))
+    close(results[0][0], results[1][0])
+    close(results[0][1], results[1][1])
+
+
+def check_attention(
+    ops: Ops,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    rows: list[tuple[int, int]],
+    window: int = 0,
+    cap: float = 0.0,
+    block_size: int = 16,
+) -> None:
+    """`rows` are (tokens with keys in the cache, queries among them); blocks lie in a shuffled order."""
+    N, K, H = heads
+    lens, queries = (np.array(column, np.int32) for column in zip(*rows, strict=True))
+    counts = -(-lens // block_size)
+    P = int(counts.sum()) + 3
+    caches = torch.randn(2, P, block_size, K, H, device=device).to(dtype)
+    # What lies behind a row's end belongs to nobody and may hold anything.
+    tables = torch.full((len(rows), int(counts.max()) + 2), P - 1, dtype=torch.int32)
+    order = torch.randperm(P - 1)
+    for row, count in enumerate(counts):
+        tables[row, :count], order = order[:count], order[count:]
+        caches[:, tables[row, count - 1], lens[row] - (count - 1) * block_size :] = float("nan")
+    caches[:, P - 1] = float("nan")
+    starts = np.concatenate(([0], np.cumsum(queries))).astype(np.int32)
+    positions = np.concatenate([np.arange(n - m, n) for n, m in rows]).astype(np.int32)
+    q = torch.randn(int(starts[-1]), N, H, device=device).to(dtype)
+
+    def run(which: Ops, caches: torch.Tensor) -> torch.Tensor:
+        arrays = [torch.from_numpy(array).to(device) for array in (starts, lens)]
+        return which.paged_attention(
+            *(q, caches[0], caches[1], *arrays, tables.to(device), torch.from_numpy(positions).to(device)),
+            *(starts, lens, H**-0.5, window, cap),
+        )
+
+    close(run(ops, caches), run(reference, caches.nan_to_num()))
+
+
+def check_shared(
+    ops: TritonOps,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    groups: list[tuple[int, int]],
+    cap: float = 0.0,
+) -> None:
+    """`groups` are (rows, keys that they share, a multiple of 16); each row has some keys of its own behind them."""
+    N, K, H = heads
+    size, per_tile = 16, rows_of_tile(N // K)
+    tables, lens, lengths, tiles = [], [], [], []
+    free = iter(torch.randperm(4000).tolist())
+    for rows, keys in groups:
+        tiles += [(len(lens) + i, min(per_tile, rows - i)) for i in range(0, rows if keys else 0, per_tile)]
+        common = [next(free) for _ in range(keys // size)]
+        for i in range(rows):
+            lens.append(keys + 1 + 7 * i % 90)
+            lengths.append(keys)
+            tables.append(common + [next(free) for _ in range(-(-lens[-1] // size) - len(common))])
+    tables_RM = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
+    for row, table in enumerate(tables):
+        tables_RM[row, : len(table)] = torch.tensor(table)
+    caches = torch.randn(2, 4000, size, K, H, device=device).to(dtype)
+    q = torch.randn(len(tables), N, H, device=device).to(dtype)
+    ints = {"dtype": torch.int32, "device": device}
+    starts, seq_lens = np.arange(len(lens) + 1, dtype=np.int32), np.array(lens, np.int32)
+    arguments = (
+        *(q, caches[0], caches[1], torch.from_numpy(starts).to(device), torch.tensor(lens, **ints)),
+        *(tables_RM.to(device), torch.tensor(lens, **ints) - 1, starts, seq_lens, H**-0.5, 0, cap),
+    )
+    # One tile more than there is work for, as in a recorded step.
+    tile_start, tile_rows = (torch.tensor([*column, 0], **ints) for column in zip(*tiles, strict=True))
+    prefix = SharedPrefix(torch.tensor(lengths, **ints), tile_start, tile_rows)
+    close(ops.sharing(prefix).paged_attention(*arguments), reference.paged_attention(*arguments))
+
+
+def check_fused(ops: TritonOps, device: torch.device, dtype: torch.dtype, rows: int, width: int, outputs: int) -> None:
+    """A chain of ops as a decoder layer makes it, in which some take in what stands in front of them."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, device=device) * shape[-1] ** -0.5).to(dtype)
+
+    x, residual = tensor(rows, width) * width**0.5, tensor(rows, width)
+    up, down, head, bias = tensor(2 * outputs, width), tensor(width, outputs), tensor(outputs, width), tensor(outputs)
+    norm = tensor(width) * width**0.5
+
+    def chain(which: Ops, kind: torch.dtype) -> list[torch.Tensor]:
+        to = lambda tensor: tensor.to(kind)  # noqa: E731
+        normed, stream = which.add_rms_norm(to(x), to(residual), to(norm), 1e-5)
+        hidden = which.linear(which.silu_mul(which.linear(normed, to(up))), to(down))
+        last, stream2 = which.add_rms_norm(hidden, stream, to(norm), 1e-5)
+        alone = which.linear(hidden, to(head), to(bias))
+        unread = which.silu_mul(torch.cat((stream, stream), dim=1))
+        return [stream, hidden, last, stream2, alone, unread]
+
+    which = FusedOps(ops) if rows <= MOST_ROWS else ops
+    found = chain(which, dtype)
+    if isinstance(which, FusedOps):
+        which.finish()
+    for one, other in zip(found, chain(reference, torch.float64), strict=True):
+        close(one, other)
+
+
+def each_dtype(check: Callable[[torch.dtype], None]) -> None:
+    for dtype in TOLERANCE:
+        check(dtype)

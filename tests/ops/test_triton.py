@@ -1,0 +1,74 @@
+"""The Triton kernels under Triton's interpreter, for machines without a GPU: a few small shapes.
+
+`tests/gpu` runs the same cases and more on the device.
+"""
+
+import os
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.runner import noise
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs triton"),
+    pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="Triton's interpreter needs numpy < 2.4"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
+    # The interpreter computes with numpy, and says what numpy says of infinities.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def cases():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    from tests.ops import kernel_cases
+
+    torch.manual_seed(0)
+    return kernel_cases
+
+
+@pytest.fixture(scope="module")
+def ops(cases):
+    return cases.TritonOps(CPU)
+
+
+def test_norms(cases, ops):
+    cases.check_norms(ops, CPU, torch.float32, 3, 24)
+    cases.check_norms(ops, CPU, torch.float16, 2, 1100)
+
+
+@pytest.mark.parametrize(("rotary", "norm"), [(16, False), (8, False), (16, True)])
+def test_rope(cases, ops, rotary, norm):
+    cases.check_rope(ops, CPU, torch.float32, (6, 2, 16), rotary, norm=norm)
+
+
+@pytest.mark.parametrize("rows", [[(1, 1), (70, 1), (130, 1)], [(5, 1), (40, 40), (75, 12), (3, 1)]], ids=str)
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (9, 0.0), (0, 3.0)])
+def test_attention(cases, ops, rows, window, cap):
+    cases.check_attention(ops, CPU, torch.float32, (6, 2, 16), rows, window, cap)
+
+
+@pytest.mark.parametrize("groups", [[(5, 32), (2, 0), (70, 16)], [(3, 160)]], ids=str)
+def test_attention_over_shared_beginnings(cases, ops, groups):
+    cases.check_shared(ops, CPU, torch.float32, (4, 2, 16), groups, cap=4.0)
+
+
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 32, 24), (2, 640, 40), (3, 1024, 40)])
+def test_fused_chain(cases, ops, rows, width, outputs):
+    cases.check_fused(ops, CPU, torch.float32, rows, width, outputs)
+
+
+def test_draws_are_those_of_the_noise(ops):
+    from octavo.ops.triton.sampling import draw
+
+    logits = torch.randn(4, 9000)
+    logits[3, 7:9] = 50.0
+    keys = torch.from_numpy(noise.keys(np.arange(4, dtype=np.uint64), np.arange(4, dtype=np.int32)))
+    out = torch.empty(4, dtype=torch.int32)
+    draw(logits, keys, torch.tensor([0.8, 1.0, 0.0, 0.0]), 8990, out)
+    noisy = logits[:2, :8990] / torch.tensor([[0.8], [1.0]]) + noise.gumbel(keys[:2], 9000)[:, :8990]
+    assert out.tolist() == [*noisy.argmax(-1).tolist(), int(logits[2, :8990].argmax()), 7]
