@@ -30,6 +30,8 @@ def find_groups(block_tables_RM: Ints, seq_lens_R: Ints, block_size: int, rows_o
 
     Rows are of one group if their first blocks are the same, and share as many blocks as all of the group have.
     """
+    if len(seq_lens_R) < _LEAST_ROWS:
+        return None
     order = np.argsort(block_tables_RM[:, 0], kind="stable")
     first = block_tables_RM[order, 0]
     starts = np.flatnonzero(np.diff(first, prepend=-1))

@@ -169,13 +169,15 @@ def _decode(
     here = (group < G)[:, None] & in_head[None, :]
     if PDL:
         # Lengths, tables and all keys but this step's lie there since earlier steps, or since the step's first kernel,
-        # which everything waits for: a first tile is fetched while the kernel in front still computes queries.
-        early = tl.minimum(start + tl.arange(0, BLOCK_N), tl.maximum(end - 1, 0))
-        early_block = tl.load(tables + row * table_stride + early // B).to(tl.int64)
-        early_place = early_block * (B * K * H) + (early % B * (K * H) + kv_head * H)
-        for line in tl.static_range(0, H, 64):
-            fetch(k_cache + early_place + line)
-            fetch(v_cache + early_place + line)
+        # which everything waits for: the first tiles are fetched while the kernel in front still computes queries.
+        for tile in tl.static_range(LEAST_TILES):
+            early = tl.minimum(start + tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.maximum(end - 1, 0))
+            early_block = tl.load(tables + row * table_stride + early // B).to(tl.int64)
+            early_block = tl.where(length > 0, early_block, 0)  # a padding row's table holds anything
+            early_place = early_block * (B * K * H) + (early % B * (K * H) + kv_head * H)
+            for line in tl.static_range(0, H, 64):
+                fetch(k_cache + early_place + line)
+                fetch(v_cache + early_place + line)
         gdc_wait()
     queries = tl.load(q + row * q_stride + head[:, None] * q_head_stride + at[None, :], mask=here, other=0.0)
     best = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -185,8 +187,9 @@ def _decode(
         key = first + tl.arange(0, BLOCK_N)
         block = tl.load(tables + row * table_stride + key // B, mask=key < end, other=0).to(tl.int64)
         place = block * (B * K * H) + (key % B * (K * H) + kv_head * H)
-        keys = tl.load(k_cache + place[None, :] + at[:, None], mask=(key < end)[None, :] & in_head[:, None], other=0.0)
-        scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
+        inside = (key < end)[:, None] & in_head[None, :]
+        keys = tl.load(k_cache + place[:, None] + at[None, :], mask=inside, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         if CAPPED:
             scores = soft_cap * tanh(scores / soft_cap)
         seen = key < end
@@ -196,9 +199,7 @@ def _decode(
         better = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2(scores - better[:, None])
         fade = tl.exp2(best - better)
-        values = tl.load(
-            v_cache + place[:, None] + at[None, :], mask=(key < end)[:, None] & in_head[None, :], other=0.0
-        )
+        values = tl.load(v_cache + place[:, None] + at[None, :], mask=inside, other=0.0)
         result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         total = total * fade + tl.sum(weights, 1)
         best = better

@@ -31,7 +31,7 @@ def rope_and_cache(
     K = k_TKH.shape[1]
     out_TNH = torch.empty((T, N, H), dtype=q_TNH.dtype, device=q_TNH.device)
     heads = 8 if T >= 256 else 2
-    block = triton.next_power_of_2(H)
+    half = cos_Tr.shape[1]
     _rope_and_cache[(T, triton.cdiv(N + 2 * K, heads))](
         q_TNH,
         k_TKH,
@@ -55,13 +55,14 @@ def rope_and_cache(
         N=N,
         K=K,
         H=H,
-        HALF=cos_Tr.shape[1],
+        HALF=half,
         HEADS=heads,
-        BLOCK_H=block,
+        BLOCK_HALF=triton.next_power_of_2(half),
+        BLOCK_REST=triton.next_power_of_2(max(1, H - 2 * half)),
         SCALED=q_scale_T is not None,
         NORMED=q_norm_H is not None,
         PDL=pdl,
-        num_warps=max(1, heads * block // 256),
+        num_warps=max(1, heads * triton.next_power_of_2(H) // 256),
         launch_pdl=pdl,
     )
     return out_TNH
@@ -93,7 +94,8 @@ def _rope_and_cache(
     H: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     SCALED: tl.constexpr,
     NORMED: tl.constexpr,
     PDL: tl.constexpr,
@@ -103,38 +105,63 @@ def _rope_and_cache(
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    at = tl.arange(0, BLOCK_H)[None, :]
     is_q, is_k, is_v = head < N, (head >= N) & (head < N + K), (head >= N + K) & (head < N + 2 * K)
     q_at = q + token * q_stride + head * q_head_stride
     k_at = k + token * k_stride + (head - N) * k_head_stride
     v_at = v + token * v_stride + (head - N - K) * v_head_stride
 
-    # Element i turns with element i + HALF, so each program reads its heads twice, the second time from cache.
-    partner = tl.where(at < HALF, at + HALF, at - HALF)
-    turns = at < 2 * HALF
-    x = tl.load(q_at + at, mask=is_q & (at < H), other=0.0) + tl.load(k_at + at, mask=is_k & (at < H), other=0.0)
-    y = tl.load(q_at + partner, mask=is_q & turns, other=0.0) + tl.load(k_at + partner, mask=is_k & turns, other=0.0)
-    kept = x.dtype
-    x, y = x.to(tl.float32), y.to(tl.float32)
+    # Element i turns with element i + HALF; what lies behind both halves only passes.
+    at = tl.arange(0, BLOCK_HALF)[None, :]
+    near = at < HALF
+    rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+    passing = rest < H
+    first = tl.load(q_at + at, mask=is_q & near, other=0.0) + tl.load(k_at + at, mask=is_k & near, other=0.0)
+    second = tl.load(q_at + HALF + at, mask=is_q & near, other=0.0)
+    second += tl.load(k_at + HALF + at, mask=is_k & near, other=0.0)
+    kept = first.dtype
+    x, y = first.to(tl.float32), second.to(tl.float32)
+    if H > 2 * HALF:
+        third = tl.load(q_at + rest, mask=is_q & passing, other=0.0)
+        third += tl.load(k_at + rest, mask=is_k & passing, other=0.0)
     if NORMED:
-        scale = tl.rsqrt(tl.sum(x * x, 1) / H + eps)[:, None]
-        x_weight = tl.load(q_norm + at, mask=is_q & (at < H), other=0.0).to(tl.float32)
-        x_weight += tl.load(k_norm + at, mask=is_k & (at < H), other=0.0).to(tl.float32)
-        y_weight = tl.load(q_norm + partner, mask=is_q & turns, other=0.0).to(tl.float32)
-        y_weight += tl.load(k_norm + partner, mask=is_k & turns, other=0.0).to(tl.float32)
-        x = (x * scale * x_weight).to(kept).to(tl.float32)
-        y = (y * scale * y_weight).to(kept).to(tl.float32)
-    angle = tl.where(at < HALF, at, at - HALF)
-    c = tl.load(cos + token * HALF + angle, mask=turns, other=1.0)
-    s = tl.load(sin + token * HALF + angle, mask=turns, other=0.0)
-    turned = (x * c + tl.where(at < HALF, -y, y) * s).to(kept)
+        squares = tl.sum(x * x, 1) + tl.sum(y * y, 1)
+        if H > 2 * HALF:
+            z = third.to(tl.float32)
+            squares += tl.sum(z * z, 1)
+        scale = tl.rsqrt(squares / H + eps)[:, None]
+        x = (x * scale * _weights(q_norm, k_norm, is_q, is_k, at, near)).to(kept).to(tl.float32)
+        y = (y * scale * _weights(q_norm, k_norm, is_q, is_k, HALF + at, near)).to(kept).to(tl.float32)
+        if H > 2 * HALF:
+            third = (z * scale * _weights(q_norm, k_norm, is_q, is_k, rest, passing)).to(kept)
+    c = tl.load(cos + token * HALF + at, mask=near, other=1.0)
+    s = tl.load(sin + token * HALF + at, mask=near, other=0.0)
+    first, second = (x * c - y * s).to(kept), (y * c + x * s).to(kept)
 
-    queries = turned
-    if SCALED:
-        queries = (turned.to(tl.float32) * tl.load(q_scale + token)).to(kept)
-    tl.store(out + (token * N + head) * H + at, queries, mask=is_q & (at < H))
     slot = tl.load(slots + token).to(tl.int64)
-    stored = (at < H) & (slot >= 0)
-    tl.store(k_cache + (slot * K + head - N) * H + at, turned, mask=is_k & stored)
-    values = tl.load(v_at + at, mask=is_v & (at < H), other=0.0)
-    tl.store(v_cache + (slot * K + head - N - K) * H + at, values, mask=is_v & stored)
+    is_k, is_v = is_k & (slot >= 0), is_v & (slot >= 0)
+    out_at = out + (token * N + head) * H
+    k_place = k_cache + (slot * K + head - N) * H
+    v_place = v_cache + (slot * K + head - N - K) * H
+    tl.store(k_place + at, first, mask=is_k & near)
+    tl.store(k_place + HALF + at, second, mask=is_k & near)
+    tl.store(v_place + at, tl.load(v_at + at, mask=is_v & near, other=0.0), mask=is_v & near)
+    tl.store(v_place + HALF + at, tl.load(v_at + HALF + at, mask=is_v & near, other=0.0), mask=is_v & near)
+    if H > 2 * HALF:
+        tl.store(k_place + rest, third, mask=is_k & passing)
+        tl.store(v_place + rest, tl.load(v_at + rest, mask=is_v & passing, other=0.0), mask=is_v & passing)
+    if SCALED:
+        factor = tl.load(q_scale + token)
+        first, second = (first.to(tl.float32) * factor).to(kept), (second.to(tl.float32) * factor).to(kept)
+        if H > 2 * HALF:
+            third = (third.to(tl.float32) * factor).to(kept)
+    tl.store(out_at + at, first, mask=is_q & near)
+    tl.store(out_at + HALF + at, second, mask=is_q & near)
+    if H > 2 * HALF:
+        tl.store(out_at + rest, third, mask=is_q & passing)
+
+
+@triton.jit
+def _weights(q_norm, k_norm, is_q, is_k, at, mask):
+    """Each head's norm at elements `at`, in fp32."""
+    weights = tl.load(q_norm + at, mask=is_q & mask, other=0.0).to(tl.float32)
+    return weights + tl.load(k_norm + at, mask=is_k & mask, other=0.0).to(tl.float32)

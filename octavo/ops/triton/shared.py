@@ -38,7 +38,8 @@ def shared_attention(
     R, N, H = q_RNH.shape
     B, K = k_cache_PBKH.shape[1:3]
     group = N // K
-    splits = min(8, triton.next_power_of_2(triton.cdiv(_PROGRAMS, triton.cdiv(R, rows_of_tile(group)) * K)))
+    # In one wave: what the parts write and read again grows with their number.
+    splits = min(8, max(1, _PROGRAMS // (triton.cdiv(R, rows_of_tile(group)) * K)))
     partial = torch.empty(R * N * splits * (H + 2), dtype=torch.float32, device=q_RNH.device)
     block_h = triton.next_power_of_2(H)
     wide = q_RNH.dtype == torch.float32 or block_h > 128
@@ -127,9 +128,9 @@ def _shared(
         key = first + tl.arange(0, BLOCK_N)
         block = tl.load(tables + first_row * table_stride + key // B, mask=key < end, other=0).to(tl.int64)
         slot = block * (B * K * H) + (key % B * (K * H) + kv_head * H)
-        inside = (key < end)[None, :] & in_head[:, None]
-        keys = tl.load(k_cache + slot[None, :] + at[:, None], mask=inside, other=0.0)
-        scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
+        inside = (key < end)[:, None] & in_head[None, :]
+        keys = tl.load(k_cache + slot[:, None] + at[None, :], mask=inside, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         if CAPPED:
             scores = soft_cap * tanh(scores / soft_cap)
         scores = tl.where((key < end)[None, :], scores, float("-inf"))
