@@ -1,7 +1,7 @@
 """Matrix products on one core, each build that this processor can run against the others, in turns.
 
-`scripts/bench kernels benchmarks/kernels.py`. Counted is the thread's own time, so a machine that is busy elsewhere
-disturbs little. Decision 0090 reads from it.
+`scripts/bench kernels benchmarks/kernels.py`. Counted is the thread's own time; what else runs on the machine
+still slows it, so compare the best turns. Decision 0090 reads from it.
 """
 
 import time
