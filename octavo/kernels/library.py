@@ -12,17 +12,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-# Builds from the best to the last, with the flags of /proc/cpuinfo that each needs; the names are those of setup.py.
-# Intel's cores have bf16 products too, but do fewer of them in a second than of fp32's: hence the maker.
-_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")
-INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
-    "avx512_bf16": (*_AVX512, "avx512_vnni", "avx512_bf16", "AuthenticAMD"),
-    "avx512_vnni": (*_AVX512, "avx512_vnni"),
-    "avx512": _AVX512,
-    "avx2": ("avx2", "fma", "f16c"),
-    "neon_dotprod": ("asimddp",),
-    "generic": (),
-}
+from octavo.kernels.builds import builds_of
 
 # Types of stored weights by the checkpoint's words, in the order of `enum Stored`.
 STORED = {
@@ -154,13 +144,13 @@ class Kernels:
 
 
 def builds() -> dict[str, Path]:
-    """The builds that lie beside this file and that this processor can run, the best first."""
-    has = _processor_flags()
+    """The builds that lie beside this file and are for this processor, the best first."""
+    has, maker = processor()
     here = {path.name.split(".")[0]: path for path in Path(__file__).parent.glob("_kernels_*.so")}
     return {
         name: here[f"_kernels_{name}"]
-        for name, needed in INSTRUCTION_SETS.items()
-        if f"_kernels_{name}" in here and has.issuperset(needed)
+        for name, build in builds_of(platform.machine()).items()
+        if f"_kernels_{name}" in here and has.issuperset(build.needs) and build.maker in (None, maker)
     }
 
 
@@ -172,11 +162,12 @@ def load(name: str | None = None) -> Kernels | None:
     return Kernels(found[chosen], chosen) if chosen in found else None
 
 
-def _processor_flags() -> set[str]:
+def processor() -> tuple[set[str], str | None]:
+    """What this processor can do, in the words of /proc/cpuinfo, and its maker's name there."""
     if platform.system() == "Darwin" and platform.machine() == "arm64":
-        return {"asimddp"}  # every Apple processor has it
+        return {"asimddp"}, None  # every Apple processor has it
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     maker = re.search(r"^vendor_id\s*:\s*(\S+)", text, re.MULTILINE)
-    return set(found[1].split() if found else ()) | ({maker[1]} if maker else set())
+    return set(found[1].split() if found else ()), maker[1] if maker else None

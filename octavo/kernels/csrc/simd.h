@@ -142,6 +142,8 @@ OCTAVO_INLINE vf load_fp16(const uint16_t* p) {
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
   vf v;
   for (int i = 0; i < W; i++) v[i] = from_fp16(p[i]);
@@ -186,6 +188,11 @@ OCTAVO_INLINE vi dot_u7s8(vi c, vi w, vi x) {
   return c + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #elif defined(__ARM_FEATURE_DOTPROD)
   return (vi)vdotq_s32((int32x4_t)c, (int8x16_t)w, (int8x16_t)x);
+#elif defined(__aarch64__)
+  // Two products fit 16 bits: 2 * 128 * 127 at most, for |x| is below 128.
+  const int16x8_t first = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8((int8x16_t)x));
+  const int16x8_t second = vmull_high_s8((int8x16_t)w, (int8x16_t)x);
+  return (vi)vpadalq_s16((int32x4_t)c, vpaddq_s16(first, second));
 #else
   for (int shift = 0; shift < 32; shift += 8) c += ((w << (24 - shift)) >> 24) * ((x << (24 - shift)) >> 24);
   return c;

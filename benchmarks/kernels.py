@@ -1,0 +1,62 @@
+"""Matrix products on one core, each build that this processor can run against the others, in turns.
+
+`scripts/bench kernels benchmarks/kernels.py`. Counted is the thread's own time; what else runs on the machine
+still slows it, so compare the best turns. Decision 0090 reads from it.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from octavo.cli.bench import print_json, print_table
+from octavo.kernels import library
+from octavo.kernels.builds import BUILDS
+from octavo.kernels.library import Kernels
+from octavo.kernels.weights import Packer, StoredRows
+from octavo.ops.cpu.calls import KernelOps
+
+TOKENS, INPUTS, OUTPUTS = 256, 1536, 1536
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+ROUNDS = 15
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    weight_OI, x_TI = torch.randn(OUTPUTS, INPUTS), torch.randn(TOKENS, INPUTS)
+    rows = StoredRows("F32", (OUTPUTS, INPUTS), weight_OI.numpy().view(np.uint8).reshape(-1))
+    # Those too that are never chosen on this maker's processors.
+    folder, has = Path(library.__file__).parent, library.processor()[0]
+    found = {path.name.split(".")[0].removeprefix("_kernels_"): path for path in folder.glob("_kernels_*.so")}
+    cases: list[tuple[str, str, KernelOps, Any, list[float]]] = []
+    for name in (name for name, build in BUILDS.items() if name in found and has.issuperset(build.needs)):
+        kernels = Kernels(found[name], name)
+        ops = KernelOps(kernels, kernels.engine(1))
+        for precision in PRECISIONS:
+            packed = Packer(kernels, ops.engine, precision, 2**24).pack([rows])
+            cases.append((name, precision, ops, packed, []))
+    for _ in range(ROUNDS):
+        for _, _, ops, packed, seconds in cases:
+            ops.linear(x_TI, packed)
+            began = time.process_time()
+            ops.linear(x_TI, packed)
+            seconds.append(time.process_time() - began)
+    work = 2 * TOKENS * INPUTS * OUTPUTS / 1e9
+    table = [
+        {
+            "build": name,
+            "precision": precision,
+            "median_gop_s": round(work / float(np.median(seconds)), 1),
+            "best_gop_s": round(work / min(seconds), 1),
+        }
+        for name, precision, _, _, seconds in cases
+    ]
+    print(f"{TOKENS} tokens, {INPUTS} inputs, {OUTPUTS} outputs, one thread, {ROUNDS} rounds\n")
+    print_table(table)
+    print_json({"benchmark": "kernels", "rows": table})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What each precision costs in quality: perplexity of a model on a text that comes with Python, against float32.
+
+`scripts/bench perplexity benchmarks/perplexity.py [--model M] [--chunks N] [--only P,P]`. The text is that of `help()`,
+`pydoc_data.topics`, joined by newlines; chunks of 512 tokens, each from its first token on without what was before.
+Knows nothing of speed: a machine that is busy gives the same numbers.
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import math
+import platform
+import sys
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+
+from octavo import LLM, SamplingParams
+from octavo.cli.bench import print_json, print_table
+from octavo.kernels import library
+
+CHUNK = 512
+# Options of each precision; `stored` is a quantized file's own.
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "stored": {},
+    "int8": {"quantize": "int8"},
+    "int4": {"quantize": "int4"},
+}
+
+
+def log_likelihoods(model: str | None, options: dict[str, Any], chunks: int) -> tuple[np.ndarray, LLM]:
+    """Natural logarithms of the probabilities of the text's tokens, but each chunk's first; and what computed them."""
+    llm = LLM(model, max_model_len=CHUNK + 16, max_num_batched_tokens=CHUNK, enable_prefix_caching=False, **options)
+    token_ids = llm.tokenizer.encode("\n".join(topics.values()))[: chunks * CHUNK]
+    prompts = [token_ids[i : i + CHUNK] for i in range(0, len(token_ids), CHUNK)]
+    found = []
+    work = ((prompt, SamplingParams(max_tokens=1, prompt_logprobs=0)) for prompt in prompts)
+    for index, output in llm.generate_iter(work, max_open=4):
+        entries = output.prompt_logprobs
+        pairs = zip(prompts[index][1:], entries[1:], strict=True)
+        found.append((index, [entry[token].logprob for token, entry in pairs]))
+    return np.concatenate([part for _, part in sorted(found)]), llm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model")
+    parser.add_argument("--chunks", type=int, default=128)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PRECISIONS))
+    asked = parser.parse_args()
+    text = "\n".join(topics.values())
+    kernels = library.load()
+    print(
+        f"text:    pydoc_data.topics of Python {platform.python_version()}, {len(text):,} characters, sha256 "
+        f"{hashlib.sha256(text.encode()).hexdigest()[:16]}; its first {asked.chunks * CHUNK:,} tokens, by {CHUNK}"
+    )
+    print(f"kernels: {kernels.name if kernels else 'none, plain torch'}\n", flush=True)
+    rows: list[dict[str, Any]] = []
+    base: np.ndarray | None = None
+    for precision in asked.only:
+        logs, llm = log_likelihoods(asked.model, PRECISIONS[precision], asked.chunks)
+        config = llm.engine.config
+        base = logs if base is None else base
+        worse = base - logs
+        rows.append(
+            {
+                "precision": precision,
+                "weights": config.weights,
+                "kv": config.kv_dtype,
+                "tokens": len(logs),
+                "perplexity": round(math.exp(-logs.mean()), 4),
+                "percent_above_first": round(100 * math.expm1(worse.mean()), 3),
+                "standard_error": round(100 * float(worse.std()) / math.sqrt(len(worse)), 3),
+            }
+        )
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        del llm
+        gc.collect()
+    print_table([row | {"perplexity": f"{row['perplexity']:.3f}"} for row in rows])
+    print_json({"benchmark": "perplexity", "model": asked.model or "default", "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
