@@ -133,8 +133,11 @@ class DecodeGraphs:
         return self._inputs.places((1, *(bucket,) * 5, tiles, tiles, bucket * self._tables.shape[1]))
 
     def _record(self, bucket: int, shared: bool, draws: bool) -> RecordedStep:
-        # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording.
+        # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording. What
+        # it draws must not stand where the replay looks up the tokens of the step before.
+        drawn_S = self._drawn_S.clone()
         self._compute(bucket, shared, draws)
+        self._drawn_S.copy_(drawn_S)
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         ctx, hidden_RD = self._compute(bucket, shared, draws)

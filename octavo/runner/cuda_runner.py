@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from octavo.batch import Batch, SamplingColumns, StepResult
+from octavo.batch import Batch, Ints, SamplingColumns, StepResult
 from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext, on_device
 from octavo.models.decoder import Decoder
@@ -143,6 +144,12 @@ class CudaRunner:
             result = self.waiting.run(batch)
             self._forward.drawn_S[: len(result.token_ids)] = on_device(result.token_ids, self._device)
             return FinishedStep(result)
+
+    @torch.inference_mode()
+    def read_blocks(self, blocks_L: Ints) -> NDArray[np.uint8]:
+        """As `KVCache.read_blocks`, after the steps that were submitted: one of them may be writing these blocks."""
+        with torch.cuda.stream(self._stream):
+            return self._kv_cache.read_blocks(blocks_L)
 
     def _start(self, batch: Batch) -> SubmittedStep:
         self._kv_cache.swap_out(batch.swap_out)

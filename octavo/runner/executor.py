@@ -95,7 +95,7 @@ class CudaExecutor:
 
     def __init__(self, runner: "CudaRunner"):
         self.runner = runner.waiting
-        self._submit = runner.submit
+        self._cuda = runner
         self._steps: deque[SubmittedStep | FinishedStep] = deque()
 
     @classmethod
@@ -107,14 +107,14 @@ class CudaExecutor:
         return cls(CudaRunner(model, cache, config))
 
     def submit(self, batch: Batch) -> None:
-        self._steps.append(self._submit(batch))
+        self._steps.append(self._cuda.submit(batch))
 
     def result(self) -> StepResult:
         assert self._steps, "result() without a submit()"
         return self._steps.popleft().result()
 
     def read_blocks(self, blocks: Ints) -> NDArray[np.uint8]:
-        return self.runner.kv_cache.read_blocks(blocks)
+        return self._cuda.read_blocks(blocks)
 
     @property
     def block_bytes(self) -> int:
