@@ -1,6 +1,9 @@
 # `make serve` and `make test` set up what they need in .venv; the second time there is nothing to do.
 .PHONY: serve test check clean
 
+# The kernels are compiled when Octavo is installed: a change of their source makes an installation old.
+SETUP := pyproject.toml constraints.txt scripts/install setup.py octavo/kernels/builds.py $(wildcard octavo/kernels/csrc/*)
+
 serve: .venv/.installed
 	.venv/bin/octavo serve
 
@@ -10,10 +13,10 @@ test: .venv/.installed-dev
 check: .venv/.installed-dev
 	scripts/check
 
-.venv/.installed: pyproject.toml constraints.txt scripts/install
+.venv/.installed: $(SETUP)
 	scripts/install
 
-.venv/.installed-dev: pyproject.toml constraints.txt scripts/install
+.venv/.installed-dev: $(SETUP)
 	scripts/install dev
 
 clean:

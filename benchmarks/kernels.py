@@ -14,7 +14,7 @@ import torch
 from octavo.cli.bench import print_json, print_table
 from octavo.kernels import library
 from octavo.kernels.builds import BUILDS
-from octavo.kernels.library import Kernels
+from octavo.kernels.library import Kernels, KernelThreads
 from octavo.kernels.weights import Packer, StoredRows
 from octavo.ops.cpu.calls import KernelOps
 
@@ -33,9 +33,9 @@ def main() -> None:
     cases: list[tuple[str, str, KernelOps, Any, list[float]]] = []
     for name in (name for name, build in BUILDS.items() if name in found and has.issuperset(build.needs)):
         kernels = Kernels(found[name], name)
-        ops = KernelOps(kernels, kernels.engine(1))
+        ops = KernelOps(KernelThreads(kernels, 1))
         for precision in PRECISIONS:
-            packed = Packer(kernels, ops.engine, precision, 2**24).pack([rows])
+            packed = Packer(ops.threads, precision, 2**24).pack([rows])
             cases.append((name, precision, ops, packed, []))
     for _ in range(ROUNDS):
         for _, _, ops, packed, seconds in cases:

@@ -125,7 +125,6 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "octavo_run": (None, (c_void_p, POINTER(Program), POINTER(Step))),
     "octavo_profile": (None, (c_void_p, c_void_p)),
     "octavo_sample": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
-    "octavo_lanes": (c_int32, ()),
 }
 
 
@@ -141,6 +140,18 @@ class Kernels:
 
     def __getattr__(self, function: str) -> Any:
         return getattr(self._library, f"octavo_{function}")
+
+
+class KernelThreads:
+    """`count` threads that run `kernels` together, and their room for what is in between; they end with this object."""
+
+    def __init__(self, kernels: Kernels, count: int):
+        self.kernels = kernels
+        self.address: int = kernels.engine(count)
+
+    def __del__(self) -> None:
+        if getattr(self, "address", None):
+            self.kernels.close(self.address)
 
 
 def builds() -> dict[str, Path]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.kernels import library
-from octavo.kernels.library import Kernels
+from octavo.kernels.library import Kernels, KernelThreads
 
 _PLAIN = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
 
@@ -78,11 +78,11 @@ class PackedWeight:
 class Packer:
     """Packs matrices into one arena of at most `num_bytes`, all in one precision."""
 
-    def __init__(self, kernels: Kernels, engine: int, precision: str, num_bytes: int):
-        self._kernels = kernels
-        self._engine = engine
+    def __init__(self, threads: KernelThreads, precision: str, num_bytes: int):
+        self._threads = threads
+        self._kernels = threads.kernels
         self._precision = precision
-        self._arena = Arena(kernels, num_bytes)
+        self._arena = Arena(threads.kernels, num_bytes)
 
     @property
     def num_bytes(self) -> int:
@@ -118,7 +118,7 @@ class Packer:
         for part in parts:
             assert part.shape[1] == width, "the parts of one matrix have the same inputs"
             dtype, data = library.STORED[part.dtype], part.data.ctypes.data
-            self._kernels.pack(self._engine, ctypes.byref(struct), place, part.shape[0], dtype, data, width)
+            self._kernels.pack(self._threads.address, ctypes.byref(struct), place, part.shape[0], dtype, data, width)
             place += part.shape[0]
         return Piece(struct, first)
 

@@ -7,7 +7,7 @@ from octavo.batch import SamplingColumns
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
 from octavo.kernels import library
-from octavo.kernels.library import Kernels
+from octavo.kernels.library import KernelThreads
 from octavo.kernels.weights import Packer
 from octavo.log import logger
 from octavo.models.loader import load_model
@@ -26,9 +26,9 @@ def kernel_runner(checkpoint: Checkpoint, config: EngineConfig, load_format: str
     """Loads and records the model; raises as `load_model` does. There are as many threads as torch would use."""
     kernels = library.load()
     assert kernels is not None, "the configuration was settled for kernels that are there"
-    engine = kernels.engine(torch.get_num_threads())
+    threads = KernelThreads(kernels, torch.get_num_threads())
     # Norms and biases are fp32; matrices are packed, and the arena takes room only as they fill it.
-    packer = Packer(kernels, engine, config.weights, 5 * config.model.num_parameters() + 2**24)
+    packer = Packer(threads, config.weights, 5 * config.model.num_parameters() + 2**24)
     stored = torch.bfloat16 if load_format == "dummy" and config.weights != "float32" else torch.float32
     model = load_model(checkpoint, config.model, stored, _CPU, load_format, packer=packer)
     kv_dtype = getattr(torch, config.kv_dtype)
@@ -37,19 +37,18 @@ def kernel_runner(checkpoint: Checkpoint, config: EngineConfig, load_format: str
     )
     forward: Forward
     try:
-        forward = StepGraph(model, cache, kernels, engine, config.max_num_batched_tokens, config.max_model_len)
+        forward = StepGraph(model, cache, threads, config.max_num_batched_tokens, config.max_model_len)
     except NotRecordableError as why:
         logger.warning("the model's step cannot be recorded, so its kernels are called one by one, slower: %s", why)
-        forward = PlainForward(model, cache, KernelOps(kernels, engine))
-    return ModelRunner(model, cache, forward, KernelDraw(kernels, engine), f"kernels {kernels.name}")
+        forward = PlainForward(model, cache, KernelOps(threads))
+    return ModelRunner(model, cache, forward, KernelDraw(threads), f"kernels {kernels.name}")
 
 
 class KernelDraw:
     """`sampler.Draw` in C++."""
 
-    def __init__(self, kernels: Kernels, engine: int):
-        self._kernels = kernels
-        self._engine = engine
+    def __init__(self, threads: KernelThreads):
+        self._threads = threads
 
     def __call__(self, logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
         S, V = logits_SV.shape
@@ -61,5 +60,5 @@ class KernelDraw:
         draws["key"] = noise.keys(columns.seed, columns.counter).view(np.uint32)
         tokens = np.empty(S, np.int32)
         logits = logits_SV.data_ptr(), S, V, logits_SV.stride(0)
-        self._kernels.sample(self._engine, *logits, draws.ctypes.data, tokens.ctypes.data)
+        self._threads.kernels.sample(self._threads.address, *logits, draws.ctypes.data, tokens.ctypes.data)
         return torch.from_numpy(tokens).long()

@@ -152,10 +152,7 @@ class CudaRunner:
             return self._kv_cache.read_blocks(blocks_L)
 
     def _start(self, batch: Batch) -> SubmittedStep:
-        self._kv_cache.swap_out(batch.swap_out)
-        self._kv_cache.swap_in(batch.swap_in)
-        self._kv_cache.write_blocks(batch.loaded_blocks, batch.loaded_bytes)
-        self._kv_cache.copy_blocks(batch.block_copies, self.waiting.ops)
+        self._kv_cache.move_blocks(batch, self.waiting.ops)
         self._forward.draw(batch)
         self._turn = (self._turn + 1) % _RING
         S = len(batch.sample_index)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.batch import Ints
+from octavo.batch import Batch, Ints
 from octavo.config import ModelConfig
 from octavo.layers.context import LayerCache, on_device
 from octavo.ops import Ops
@@ -43,6 +43,13 @@ class KVCache:
         self.device = device
         self._caches = [cache for layer in self.layers for cache in (layer.k_PBKH, layer.v_PBKH)]
         self._host_PCBKH = _host_memory((num_host_blocks, len(self._caches), *shape[1:]), dtype, device)
+
+    def move_blocks(self, batch: Batch, ops: Ops) -> None:
+        """All that a step wants moved before it computes, in the order in which one may need the other's place."""
+        self.swap_out(batch.swap_out)
+        self.swap_in(batch.swap_in)
+        self.write_blocks(batch.loaded_blocks, batch.loaded_bytes)
+        self.copy_blocks(batch.block_copies, ops)
 
     def copy_blocks(self, copies_C2: Ints, ops: Ops) -> None:
         """Copies blocks, (source, destination) a row, in all layers."""

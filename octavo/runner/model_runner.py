@@ -45,10 +45,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """Copies blocks, computes the step's tokens, draws the samples."""
-        self.kv_cache.swap_out(batch.swap_out)
-        self.kv_cache.swap_in(batch.swap_in)
-        self.kv_cache.write_blocks(batch.loaded_blocks, batch.loaded_bytes)
-        self.kv_cache.copy_blocks(batch.block_copies, self.ops)
+        self.kv_cache.move_blocks(batch, self.ops)
         hidden_TD = self.forward.hidden(batch)
         result = StepResult(token_ids=np.empty(0, np.int32))
         if batch.prompt_logprobs is not None and len(batch.prompt_logprobs.target):

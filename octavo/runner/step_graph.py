@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from octavo.batch import Batch, Ints
-from octavo.kernels.library import Kernels, Rows, Step
+from octavo.kernels.library import KernelThreads, Rows, Step
 from octavo.layers.context import ForwardContext
 from octavo.layers.rope import Rope
 from octavo.models.decoder import Decoder
@@ -25,15 +25,12 @@ _MOST_LOGITS = 256
 class StepGraph:
     """A recorded model. Raises `NotRecordableError` if its code computes anything but ops and views."""
 
-    def __init__(
-        self, model: Decoder, kv_cache: KVCache, kernels: Kernels, engine: int, max_tokens: int, max_positions: int
-    ):
-        self._kernels = kernels
-        self._engine = engine
+    def __init__(self, model: Decoder, kv_cache: KVCache, threads: KernelThreads, max_tokens: int, max_positions: int):
+        self.threads = threads
         self._num_tokens = model.config.num_tokens
         self._angles = _Angles(model.rope, max_positions)
-        self._step = _record_step(model, kv_cache, kernels, engine, max_tokens)
-        self._head = _record_head(model, kernels, engine)
+        self._step = _record_step(model, kv_cache, threads, max_tokens)
+        self._head = _record_head(model, threads)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         T, R = batch.num_tokens, batch.num_rows
@@ -52,7 +49,7 @@ class StepGraph:
         token_ids, positions, slots, query_start, seq_lens, tables = (array.ctypes.data for array in arrays)
         rows = Rows(R, query_start, seq_lens, tables, batch.block_tables.shape[1])
         step = Step(T, token_ids, positions, slots, rows, cos_R.ctypes.data, sin_R.ctypes.data, q_scale)
-        self._step.run(self._kernels, self._engine, step)
+        self._step.run(self.threads, step)
         return self._step.output[:T]
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
@@ -60,7 +57,7 @@ class StepGraph:
             return torch.cat([self.logits(part).clone() for part in torch.split(hidden_SD, _MOST_LOGITS)])
         S = len(hidden_SD)
         self._head.inputs[0][:S] = hidden_SD
-        self._head.run(self._kernels, self._engine, Step(tokens=S))
+        self._head.run(self.threads, Step(tokens=S))
         logits_SV = self._head.output[:S]
         if self._num_tokens:
             logits_SV[:, self._num_tokens :] = float("-inf")
@@ -100,15 +97,15 @@ class _Angles:
 
 
 @torch.no_grad()
-def _record_step(model: Decoder, kv_cache: KVCache, kernels: Kernels, engine: int, max_tokens: int) -> Recording:
-    recorder = Recorder(kernels, engine)
+def _record_step(model: Decoder, kv_cache: KVCache, threads: KernelThreads, max_tokens: int) -> Recording:
+    recorder = Recorder(threads)
     hidden_TD = model.forward(_two_tokens(model, kv_cache, recorder))
     return Recording(recorder.tape, [], hidden_TD, max_tokens)
 
 
 @torch.no_grad()
-def _record_head(model: Decoder, kernels: Kernels, engine: int) -> Recording:
-    recorder = Recorder(kernels, engine)
+def _record_head(model: Decoder, threads: KernelThreads) -> Recording:
+    recorder = Recorder(threads)
     hidden_TD = recorder.tape.new(2, model.config.hidden_size)
     logits_TV = model.lm_head(hidden_TD, _two_tokens(model, None, recorder))
     return Recording(recorder.tape, [hidden_TD], logits_TV, _MOST_LOGITS)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from paged_oracle import expected
-from test_scheduler import Bench, prompt_of
+from scheduler_bench import Bench, prompt_of
 
 from octavo.cli.bench.fairness import compare
 from octavo.engine.block_manager import BlockManager

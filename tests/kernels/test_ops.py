@@ -19,10 +19,7 @@ pytestmark = pytest.mark.skipif(not BUILDS, reason="the kernels were not built: 
 
 @pytest.fixture(scope="module", params=BUILDS or [None])
 def ops(request):
-    kernels = library.load(request.param)
-    engine = kernels.engine(THREADS)
-    yield KernelOps(kernels, engine)
-    kernels.close(engine)
+    return KernelOps(library.KernelThreads(library.load(request.param), THREADS))
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +55,7 @@ def rounded(x_TI, group):
 def test_linear_of_few_bits(ops, precision, group, tokens):
     weight_OI, x_TI = torch.randn(200, 576), torch.randn(tokens, 576)
     rows = StoredRows("F32", (200, 576), weight_OI.numpy().view(np.uint8).reshape(-1))
-    packed = Packer(ops.kernels, ops.engine, precision, 2**22).pack([rows])
+    packed = Packer(ops.threads, precision, 2**22).pack([rows])
     # What the packed weights are, read back one input at a time.
     scale = weight_OI.unflatten(1, (-1, group or 576))
     extreme = scale.gather(2, scale.abs().argmax(-1, keepdim=True))
@@ -186,7 +183,7 @@ def test_attention_is_the_same_in_any_company(ops, dtype):
 def test_linear_is_the_same_in_any_company(ops, precision):
     weight_OI = torch.randn(80, 576)
     rows = StoredRows("F32", (80, 576), weight_OI.numpy().view(np.uint8).reshape(-1))
-    packed = Packer(ops.kernels, ops.engine, precision, 2**20).pack([rows])
+    packed = Packer(ops.threads, precision, 2**20).pack([rows])
     x_TI = torch.randn(250, 576)
     whole = ops.linear(x_TI, packed)
     for first, last in ((0, 1), (3, 5), (10, 17), (40, 53), (9, 250)):
@@ -218,14 +215,14 @@ def test_draws_are_those_of_torch(ops, given):
     for scale in (0.1, 3.0):
         logits_SV = torch.randn(200, 1003) * scale
         logits_SV[3, 10:] = float("-inf")
-        found = KernelDraw(ops.kernels, ops.engine)(logits_SV.clone(), columns_of(200, **given))
+        found = KernelDraw(ops.threads)(logits_SV.clone(), columns_of(200, **given))
         assert found.tolist() == sampler.draw(logits_SV.clone(), columns_of(200, **given)).tolist()
 
 
 def test_equals_are_kept_or_dropped_together_and_the_first_wins(ops):
     logits_SV = torch.full((4, 50), -5.0)
     logits_SV[:, [7, 20, 33]] = 4.0
-    draw = KernelDraw(ops.kernels, ops.engine)
+    draw = KernelDraw(ops.threads)
     assert draw(logits_SV.clone(), columns_of(4, temperature=0.0)).tolist() == [7] * 4
     seen = {int(t) for s in range(60) for t in draw(logits_SV.clone(), columns(4, temperature=1.0, top_k=1, seed=s))}
     assert seen == {7, 20, 33}

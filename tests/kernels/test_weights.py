@@ -18,10 +18,7 @@ TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *HALVES]
 
 @pytest.fixture(scope="module", params=list(library.builds()) or [None])
 def ops(request):
-    kernels = library.load(request.param)
-    engine = kernels.engine(2)
-    yield KernelOps(kernels, engine)
-    kernels.close(engine)
+    return KernelOps(library.KernelThreads(library.load(request.param), 2))
 
 
 def stored(word, rows, width):
@@ -43,7 +40,7 @@ def stored(word, rows, width):
 def test_rows_are_read_exactly(ops, word):
     rows, wanted = stored(word, 20, 512)
     found = np.empty((20, 512), np.float32)
-    ops.kernels.read_rows(library.STORED[word], rows.data.ctypes.data, 20, 512, found.ctypes.data)
+    ops.threads.kernels.read_rows(library.STORED[word], rows.data.ctypes.data, 20, 512, found.ctypes.data)
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -52,7 +49,7 @@ def test_rows_are_read_exactly(ops, word):
 def test_quantized_weights_keep_their_precision(ops, word, tokens):
     """Activations are rounded to 16 bits: beside the weights' own error, which is in both, that is nothing."""
     rows, weights = stored(word, 50, 512)
-    packed = Packer(ops.kernels, ops.engine, "stored", 2**20).pack([rows])
+    packed = Packer(ops.threads, "stored", 2**20).pack([rows])
     x_TI = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(1))
     x_TI[0, :32] = 0.0
     wanted = x_TI.double() @ torch.from_numpy(weights).double().T
@@ -61,7 +58,7 @@ def test_quantized_weights_keep_their_precision(ops, word, tokens):
 
 def test_parts_of_different_types_make_one_matrix(ops):
     parts = [stored("Q4_K", 24, 512), stored("Q6_K", 40, 512), stored("Q6_K", 8, 512)]
-    packed = Packer(ops.kernels, ops.engine, "stored", 2**20).pack([rows for rows, _ in parts])
+    packed = Packer(ops.threads, "stored", 2**20).pack([rows for rows, _ in parts])
     assert packed.shape == (72, 512)
     assert [(piece.first, piece.rows) for piece in packed.pieces] == [(0, 24), (24, 48)]
     x_TI, bias_O = torch.randn(5, 512), torch.randn(72)
@@ -74,7 +71,7 @@ def test_parts_of_different_types_make_one_matrix(ops):
 @pytest.mark.parametrize("word", ["Q4_1", "Q8_0"])
 def test_the_bytes_are_those_foretold(ops, precision, word):
     rows, _ = stored(word, 576, 1536)
-    packer = Packer(ops.kernels, ops.engine, precision, 2**23)
+    packer = Packer(ops.threads, precision, 2**23)
     packer.pack([rows])
     assert packer.num_bytes == packed_bytes(word, 576, 1536, precision)
 
@@ -82,4 +79,4 @@ def test_the_bytes_are_those_foretold(ops, precision, word):
 def test_an_arena_too_small_is_noticed(ops):
     rows, _ = stored("Q8_0", 64, 512)
     with pytest.raises(AssertionError, match="too small"):
-        Packer(ops.kernels, ops.engine, "float32", 1000).pack([rows])
+        Packer(ops.threads, "float32", 1000).pack([rows])

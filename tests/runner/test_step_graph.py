@@ -82,11 +82,10 @@ def test_fewer_bits_stay_near(folder, options, most):
 
 
 def record(folder):
-    kernels = library.load()
     checkpoint = open_checkpoint(str(folder))
     model = load_model(checkpoint, read_model(checkpoint), torch.float32, torch.device("cpu"))
     cache = KVCache(model.config, 8, 16, torch.float32, torch.device("cpu"))
-    return StepGraph(model, cache, kernels, kernels.engine(1), 64, 128)
+    return StepGraph(model, cache, library.KernelThreads(library.load(), 1), 64, 128)
 
 
 def test_arithmetic_between_the_ops_is_noticed(folder, monkeypatch):

@@ -105,7 +105,11 @@ class _Contestant:
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} if python == sys.executable else _beside(),
         )
-        said = self._hear()
+        try:
+            said = self._hear()
+        except ConfigError:
+            self.close()
+            raise
         self.ready: float = said["ready_s"]
         self.about: dict[str, Any] = said["about"]
 
@@ -133,8 +137,12 @@ class _Contestant:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._process:
+            self._process.kill()
 
 
 def _beside() -> dict[str, str]:

@@ -84,7 +84,5 @@ void octavo_sample(Engine* engine, float* logits, int64_t count, int64_t width, 
   });
 }
 
-int32_t octavo_lanes() { return W; }
-
 }  // extern "C"
 #pragma GCC visibility pop

@@ -13,10 +13,10 @@ import torch
 
 from octavo.batch import Ints
 from octavo.kernels import library
-from octavo.kernels.library import CacheShape, Instruction, Kernels, Operand, Rows, Step
+from octavo.kernels.library import CacheShape, Instruction, KernelThreads, Operand, Rows, Step
 from octavo.kernels.weights import PackedWeight, Packer, StoredRows, packed_bytes
 from octavo.ops import reference
-from octavo.ops.cpu.tape import NotRecordableError, Tape
+from octavo.ops.cpu.tape import Tape
 
 _STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PRECISION = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float32"}
@@ -25,9 +25,8 @@ _PRECISION = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float1
 class KernelCalls:
     """Writes each op on `tape`; what becomes of the tape is the subclass's business."""
 
-    def __init__(self, kernels: Kernels, engine: int, tape: Tape):
-        self.kernels = kernels
-        self.engine = engine
+    def __init__(self, threads: KernelThreads, tape: Tape):
+        self.threads = threads
         self.tape = tape
 
     def _done(self, **arrays: Any) -> None:
@@ -78,7 +77,7 @@ class KernelCalls:
     def _packed(self, weight_OI: torch.Tensor) -> PackedWeight:
         rows, precision = stored_rows(weight_OI), _PRECISION[weight_OI.dtype]
         num_bytes = packed_bytes(rows.dtype, *rows.shape, precision) + 4096
-        return Packer(self.kernels, self.engine, precision, num_bytes).pack([rows])
+        return Packer(self.threads, precision, num_bytes).pack([rows])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = self.tape.new(*x.shape)
@@ -192,8 +191,8 @@ def _caches(k_cache_PBKH: torch.Tensor, v_cache_PBKH: torch.Tensor) -> dict[str,
 class Recorder(KernelCalls):
     """Only writes down. What it gives back holds nothing yet, and only its memory's address counts."""
 
-    def __init__(self, kernels: Kernels, engine: int):
-        super().__init__(kernels, engine, Tape(fixed=True))
+    def __init__(self, threads: KernelThreads):
+        super().__init__(threads, Tape(fixed=True))
 
     def _done(self, **arrays: Any) -> None:
         pass
@@ -202,12 +201,12 @@ class Recorder(KernelCalls):
 class KernelOps(KernelCalls):
     """Each op computes at once: to test a kernel, or for a call outside of any step."""
 
-    def __init__(self, kernels: Kernels, engine: int):
-        super().__init__(kernels, engine, Tape())
+    def __init__(self, threads: KernelThreads):
+        super().__init__(threads, Tape())
 
     def _done(self, **arrays: Any) -> None:
         tape, self.tape = self.tape, Tape()
-        tape.run(self.kernels, self.engine, _step(tape, **arrays))
+        tape.run(self.threads, _step(tape, **arrays))
 
 
 def _step(
@@ -250,6 +249,3 @@ def _step(
         sin=tables[1].ctypes.data,
         q_scale=address(q_scale),
     )
-
-
-__all__ = ["KernelOps", "NotRecordableError", "Recorder", "stored_rows"]

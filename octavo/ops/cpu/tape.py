@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from octavo.kernels import library
-from octavo.kernels.library import Buffer, Instruction, Kernels, Operand, Program, Step
+from octavo.kernels.library import Buffer, Instruction, KernelThreads, Operand, Program, Step
 
 
 class NotRecordableError(Exception):
@@ -73,10 +73,10 @@ class Tape:
             self.most_inputs,
         )
 
-    def run(self, kernels: Kernels, engine: int, step: Step) -> None:
+    def run(self, threads: KernelThreads, step: Step) -> None:
         """Runs it on the tensors it was written with."""
         program = self.program([(tensor.data_ptr(), tensor.stride(0)) for tensor in self.tensors])
-        kernels.run(engine, ctypes.byref(program), ctypes.byref(step))
+        threads.kernels.run(threads.address, ctypes.byref(program), ctypes.byref(step))
 
 
 class Recording:
@@ -99,9 +99,9 @@ class Recording:
         self._memory = [memory[place] for place in places]
         self._program = tape.program([(tensor.data_ptr(), tensor.stride(0)) for tensor in self._memory])
 
-    def run(self, kernels: Kernels, engine: int, step: Step) -> None:
+    def run(self, threads: KernelThreads, step: Step) -> None:
         """Computes the step's tokens; what comes out lies in the first rows of `output`."""
-        kernels.run(engine, ctypes.byref(self._program), ctypes.byref(step))
+        threads.kernels.run(threads.address, ctypes.byref(self._program), ctypes.byref(step))
 
 
 def _places(tape: Tape, inputs: Sequence[int], output: int) -> list[int]:

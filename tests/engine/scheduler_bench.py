@@ -1,0 +1,90 @@
+"""A scheduler and the paged oracle, stepped by hand."""
+
+import random
+from collections import defaultdict
+
+from paged_oracle import PagedOracle, engine_config
+
+from octavo.engine.scheduler import Scheduler
+from octavo.engine.state import Plan
+from octavo.request import Request
+from octavo.sampling_params import SamplingParams
+
+
+class Bench:
+    """A scheduler and an oracle, stepped by hand, with every invariant checked after every step.
+
+    `depth` steps are scheduled before the first one's result is looked at.
+    """
+
+    def __init__(self, *, eager=False, depth=1, **changes):
+        self.depth = depth
+        self.config = engine_config(**changes)
+        self.scheduler = Scheduler(self.config)
+        if eager:  # admit whatever fits this moment, so that preemption is certain
+            self.scheduler._fits_ahead = lambda state, owned_hits: True
+        self.oracle = PagedOracle(self.config.num_blocks, self.config.block_size, self.config.num_host_blocks)
+        self.answers = defaultdict(list)
+        self.reasons = {}
+        self.prompt_logprobs = defaultdict(dict)
+        self.cached = {}
+        self.scores = {}
+
+    def add(self, name, prompt, *, priority=0, salt=None, bad_words=(), **params):
+        params = {"max_tokens": 8, "ignore_eos": True, "seed": 1} | params
+        request = Request(name, list(prompt), SamplingParams(**params), priority, salt, [list(w) for w in bad_words])
+        self.scheduler.add(request)
+        return request
+
+    def step(self):
+        while self.scheduler.steps_under_way < self.depth and (batch := self.scheduler.schedule()):
+            assert batch.num_tokens <= self.config.max_num_batched_tokens
+            assert batch.num_rows <= self.config.max_num_seqs
+            self.scheduler.check()
+            self.oracle.submit(batch)
+        if not self.scheduler.steps_under_way:
+            return None
+        batch = self.oracle.batches[-1]
+        output = self.scheduler.update(self.oracle.result())
+        self.scheduler.check()
+        self.poison()
+        for name, index, _, score in output.beam_scores:
+            self.scores[name, index] = score
+        for name, index, token, reason, stop, _ in output.tokens:
+            self.answers[name, index].append(token)
+            if reason:
+                self.reasons[name, index] = (reason, stop)
+        for name, start, entries in output.prompt_logprobs:
+            for i, entry in enumerate(entries):
+                self.prompt_logprobs[name][start + i] = entry
+        for name, _, cached in output.started:
+            self.cached[name] = cached
+        return batch
+
+    def preempt(self):
+        """Preempts the only running request, its copies made at once."""
+        (state,) = self.scheduler._running
+        plan = Plan(budget=0)
+        self.scheduler._preempt(state, plan)
+        self.oracle.swap(plan.swap_out, [])
+        self.poison()
+        self.scheduler.check()
+        return state
+
+    def poison(self):
+        """Nobody may rely on what lies in a block that is free."""
+        blocks, swap = self.scheduler.blocks, self.scheduler.swap
+        free = [block for block in blocks._free_queue if blocks._hash_of[block] is None]
+        self.oracle.poison(free, swap._free)
+
+    def run(self, limit=10_000):
+        for _ in range(limit):
+            if self.step() is None:
+                assert not self.scheduler.has_work()
+                assert self.scheduler.blocks.num_owned == self.scheduler.swap.num_used == 0
+                return self
+        raise AssertionError("the scheduler does not come to an end")
+
+
+def prompt_of(length, seed=0):
+    return [random.Random(seed).randrange(10, 1000) for _ in range(length)]
