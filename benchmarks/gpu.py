@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--models", default="qwen3-0.6b,qwen3-8b")
     parser.add_argument("--work", default=",".join(WORKS))
     parser.add_argument("--reps", type=int, default=2)
+    parser.add_argument("--engine", type=json.loads, default={}, help="more options of the engine, as a JSON object")
     parser.add_argument("--start", default="start", help="name of the start's row: start_cold or start_warm")
     parser.add_argument("--commit", default="", help="commit, where there is no git to ask")
     parser.add_argument("--out", type=Path, help="file to append the rows to")
@@ -174,15 +175,15 @@ def main() -> None:
         "commit": commit,
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        **({"engine": given.engine} if given.engine else {}),
     }
     rows: list[dict[str, Any]] = []
     for model in given.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(MODELS[model]))
             began = time.perf_counter()
-            engine = Engine.build(
-                EngineOptions(model=folder, load_format="dummy", device="cuda", max_model_len=8192, max_num_seqs=512)
-            )
+            options = {"load_format": "dummy", "device": "cuda", "max_model_len": 8192, "max_num_seqs": 512}
+            engine = Engine.build(EngineOptions(model=folder, **options | given.engine))
             ready = time.perf_counter() - began + imported
         rows.append({**stamp, "model": model, "work": given.start, "rep": 0, "seconds": round(ready, 3)})
         print(model, engine.timeline, flush=True)

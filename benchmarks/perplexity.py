@@ -16,6 +16,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
+import torch
 
 from octavo import LLM, SamplingParams
 from octavo.cli.bench import print_json, print_table
@@ -30,11 +31,22 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
 }
+ON_A_GPU: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    # In steps of many rows these are rounded to fp8 as well; in steps of few, as in decoding, they are not.
+    "fp8": {"dtype": "bfloat16", "quantize": "fp8"},
+    "fp8-few": {"dtype": "bfloat16", "quantize": "fp8", "max_num_batched_tokens": 32, "max_num_seqs": 32},
+    "fp8-kv": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+    "fp8-both": {"dtype": "bfloat16", "quantize": "fp8", "kv_cache_dtype": "fp8"},
+}
 
 
 def log_likelihoods(model: str | None, options: dict[str, Any], chunks: int) -> tuple[np.ndarray, LLM]:
     """Natural logarithms of the probabilities of the text's tokens, but each chunk's first; and what computed them."""
-    llm = LLM(model, max_model_len=CHUNK + 16, max_num_batched_tokens=CHUNK, enable_prefix_caching=False, **options)
+    options = {"max_num_batched_tokens": CHUNK} | options
+    llm = LLM(model, max_model_len=CHUNK + 16, enable_prefix_caching=False, **options)
     token_ids = llm.tokenizer.encode("\n".join(topics.values()))[: chunks * CHUNK]
     prompts = [token_ids[i : i + CHUNK] for i in range(0, len(token_ids), CHUNK)]
     found = []
@@ -50,7 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--chunks", type=int, default=128)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PRECISIONS))
+    precisions = ON_A_GPU if torch.cuda.is_available() else PRECISIONS
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(precisions))
     asked = parser.parse_args()
     text = "\n".join(topics.values())
     kernels = library.load()
@@ -58,11 +71,12 @@ def main() -> None:
         f"text:    pydoc_data.topics of Python {platform.python_version()}, {len(text):,} characters, sha256 "
         f"{hashlib.sha256(text.encode()).hexdigest()[:16]}; its first {asked.chunks * CHUNK:,} tokens, by {CHUNK}"
     )
-    print(f"kernels: {kernels.name if kernels else 'none, plain torch'}\n", flush=True)
+    gpu = torch.cuda.is_available() and f"Triton on {torch.cuda.get_device_name()}"
+    print(f"kernels: {gpu or (kernels.name if kernels else 'none, plain torch')}\n", flush=True)
     rows: list[dict[str, Any]] = []
     base: np.ndarray | None = None
     for precision in asked.only:
-        logs, llm = log_likelihoods(asked.model, PRECISIONS[precision], asked.chunks)
+        logs, llm = log_likelihoods(asked.model, precisions[precision], asked.chunks)
         config = llm.engine.config
         base = logs if base is None else base
         worse = base - logs

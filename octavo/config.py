@@ -15,12 +15,15 @@ from octavo.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2:135m"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_DTYPE_BYTES = {**DTYPE_BYTES, "fp8": 1}
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-Quantize = Literal["int8", "int4"]
-# Matrices as plain tensors of the model's dtype, or packed for the CPU's kernels: in one precision, or as stored.
-Precision = Literal["plain", "stored", "float32", "bfloat16", "int8", "int4"]
+Quantize = Literal["int8", "int4", "fp8"]
+KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8"]
+# Matrices as plain tensors of the model's dtype, in fp8 for a GPU, or packed for the CPU's kernels: in one precision,
+# or as stored.
+Precision = Literal["plain", "fp8", "stored", "float32", "bfloat16", "int8", "int4"]
 PreemptionMode = Literal["auto", "recompute", "swap"]
 
 
@@ -124,15 +127,28 @@ class ModelConfig:
         """Weights in elements, biases and norms among them; a tied head counts once."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         width, mlp = self.hidden_size, self.intermediate_size
-        layer = width * (2 * q + 2 * kv) + 3 * width * mlp + 2 * width
+        layer = self._layer_matrices() + 2 * width
         layer += self.qkv_bias * (q + 2 * kv) + self.o_bias * width + self.mlp_bias * (2 * mlp + width)
         layer += self.qk_norm * 2 * self.head_dim
         tables = 1 if self.tie_word_embeddings else 2
         return self.num_layers * layer + tables * self.vocab_size * width + width
 
+    def _layer_matrices(self) -> int:
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+
+    def matrix_parameters(self) -> int:
+        """Of the weights, those in matrices of layers: neither embedding and head nor biases and norms."""
+        return self.num_layers * self._layer_matrices()
+
+    def matrix_outputs(self) -> int:
+        """Rows of all these matrices together."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.num_layers * (q + 2 * kv + 2 * self.hidden_size + 2 * self.intermediate_size)
+
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of K and V that one token keeps in the cache, over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * KV_DTYPE_BYTES[dtype]
 
 
 @dataclass(slots=True)
@@ -148,9 +164,12 @@ class EngineOptions:
     revision: str | None = option(None, "branch, tag or commit of the model on its hub")
     tokenizer: str | None = option(None, "folder or file to take the tokenizer from, if not from the model")
     dtype: Dtype = option("auto", "type of weights and KV cache; auto: 16 bits, or what a quantized file holds")
+    kv_cache_dtype: KVCacheDtype = option("auto", "type of the KV cache; auto: that of dtype; fp8 on a GPU alone")
     device: Device = option("auto", "where to run; auto: a GPU if there is one")
     quantize: Quantize | None = option(
-        None, "precision to bring the weights to, on a CPU; by default a quantized file keeps its own"
+        None,
+        "precision to bring the weights to: int8 or int4 on a CPU, where by default a quantized file keeps its own;"
+        " fp8 on a GPU",
     )
     load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights of the model's real shape")
     max_model_len: int | None = option(

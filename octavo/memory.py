@@ -111,10 +111,12 @@ def resolve(
     dtype: str,
     free: int,
     precision: Precision = "plain",
+    kv_dtype: str | None = None,
     total: int | None = None,
     host_free: int = 0,
 ) -> tuple[EngineConfig, MemoryPlan]:
-    """Settles every open option for a `model` of `weights` bytes on a device with `free` bytes.
+    """Settles every open option for a `model` of `weights` bytes on a device with `free` bytes; `kv_dtype` is `dtype`'s
+    if it is not given.
 
     A GPU has `total` bytes, and the share is of these, as in vLLM: what others have taken of it is theirs. Without
     `total`, as on a CPU, the share is of what is free. `host_free` are the bytes of RAM beside a GPU; on a CPU `free`
@@ -134,7 +136,8 @@ def resolve(
     taken = total - free
     budget = int(total * share) - taken
     working = working_bytes(model, dtype, max_num_seqs, max_tokens)
-    per_token = model.kv_bytes_per_token(dtype)
+    kv_dtype = kv_dtype or dtype
+    per_token = model.kv_bytes_per_token(kv_dtype)
     wanted = options.max_model_len or model.max_position
     if wanted > model.max_position:
         raise ConfigError(
@@ -168,7 +171,7 @@ def resolve(
     config = EngineConfig(
         model=model,
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=kv_dtype,
         weights=precision,
         device=device,
         max_model_len=min(wanted, fitting),

@@ -19,14 +19,15 @@ from octavo.cli.machine import gpus, torch_may_use_gpu
 from octavo.cli.options import add_options, from_args
 from octavo.config import DTYPE_BYTES, EngineOptions, ModelConfig, format_size
 from octavo.errors import CapacityError, CheckpointError
-from octavo.kernels.support import settle
+from octavo.kernels.support import kv_dtype, settle
 from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_config
 from octavo.models.sizes import num_weights, stored_types, weight_bytes
 
 _CONCURRENT = (1, 4, 16, 64)
 _OPTIONS = (
-    *("model", "hub", "revision", "dtype", "device", "quantize", "max_model_len", "block_size", "kv_cache_memory"),
+    *("model", "hub", "revision", "dtype", "kv_cache_dtype", "device", "quantize", "max_model_len"),
+    *("block_size", "kv_cache_memory"),
     *("gpu_memory_utilization", "cpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens"),
 )
 
@@ -62,6 +63,7 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
     device, free, total, place = _memory(options.device)
     tensors = source.what.tensors
     dtype, precision, _ = settle(options, model, stored_types(tensors), device)
+    kv = kv_dtype(options, dtype, device)
     count, weights = num_weights(tensors, model), weight_bytes(tensors, model, dtype, precision)
     found: dict[str, Any] = {
         "model": options.model,
@@ -72,7 +74,7 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
         "dtype": dtype,
         "precision": precision,
         "weight_memory": weights,
-        "kv_bytes_per_token": model.kv_bytes_per_token(dtype),
+        "kv_bytes_per_token": model.kv_bytes_per_token(kv),
         "max_position": model.max_position,
         "device": device,
         "memory": place,
@@ -97,6 +99,7 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
             free=free,
             total=total,
             precision=precision,
+            kv_dtype=kv,
             host_free=free_ram(),
         )
     except CapacityError as error:

@@ -7,28 +7,62 @@ from octavo.memory import default_dtype
 
 _MOST_HEADS_OF_A_GROUP = 64
 _MOST_HEAD_WIDTH = 1024
+# Compute capabilities from which on a GPU's matrix units know a type.
+_BFLOAT16, _E4M3 = (8, 0), (8, 9)
 
 
 def settle(
-    options: EngineOptions, model: ModelConfig, stored: set[str], device: str, has_bfloat16: bool = True
+    options: EngineOptions,
+    model: ModelConfig,
+    stored: set[str],
+    device: str,
+    capability: tuple[int, int] = (9, 0),
 ) -> tuple[str, Precision, str | None]:
     """(dtype, `EngineConfig.weights`, why a CPU runs on plain torch instead of the kernels if it does).
 
-    `stored` are the types of the checkpoint's matrices, empty where there are none. Raises `ConfigError` for a
-    precision that cannot be had.
+    `stored` are the types of the checkpoint's matrices, empty where there are none, `capability` is a GPU's. Raises
+    `ConfigError` for a precision that cannot be had.
     """
+    if device == "cuda":
+        return _on_gpu(options, model, capability)
+    if options.quantize == "fp8":
+        raise ConfigError("quantize is fp8, which is for a GPU; on a CPU use int8 or int4")
     why = None
-    if device == "cpu":
-        why = why_not(model, options.dtype, options.block_size, stored)
-        if why is None:
-            return _on_kernels(options, stored)
+    why = why_not(model, options.dtype, options.block_size, stored)
+    if why is None:
+        return _on_kernels(options, stored)
     if options.quantize:
-        raise ConfigError(
-            f"quantize is {options.quantize}, but "
-            + (f"the CPU's kernels cannot run here: {why}" if why else "it works on a CPU alone; leave it out")
-        )
-    dtype = default_dtype(model, device, has_bfloat16) if options.dtype == "auto" else options.dtype
-    return dtype, "plain", why
+        raise ConfigError(f"quantize is {options.quantize}, but the CPU's kernels cannot run here: {why}")
+    return default_dtype(model, device, False) if options.dtype == "auto" else options.dtype, "plain", why
+
+
+def _on_gpu(options: EngineOptions, model: ModelConfig, capability: tuple[int, int]) -> tuple[str, Precision, None]:
+    has_bfloat16 = capability >= _BFLOAT16
+    dtype = default_dtype(model, "cuda", has_bfloat16) if options.dtype == "auto" else options.dtype
+    mine = ".".join(map(str, capability))
+    if dtype == "bfloat16" and not has_bfloat16:
+        raise ConfigError(f"dtype is bfloat16, which a GPU of compute capability {mine} does not have; use float16")
+    for name in ("quantize", "kv_cache_dtype"):
+        if getattr(options, name) == "fp8" and capability < _E4M3:
+            raise ConfigError(
+                f"{name} is fp8, which needs a GPU of compute capability {_E4M3[0]}.{_E4M3[1]} (Ada, Hopper) or newer,"
+                f" and this one has {mine}; leave it out"
+            )
+    if options.quantize is None:
+        return dtype, "plain", None
+    if options.quantize != "fp8":
+        raise ConfigError(f"quantize is {options.quantize}, which works on a CPU alone; on a GPU use fp8")
+    return dtype, "fp8", None
+
+
+def kv_dtype(options: EngineOptions, dtype: str, device: str) -> str:
+    """`EngineConfig.kv_dtype` for a model of `dtype`; `ConfigError` for a type that the device cannot read."""
+    wanted = options.kv_cache_dtype
+    if wanted in ("auto", dtype):
+        return dtype
+    if device == "cpu":
+        raise ConfigError(f"kv_cache_dtype is {wanted}, but on a CPU the KV cache has dtype's, {dtype}; leave it out")
+    return wanted
 
 
 def _on_kernels(options: EngineOptions, stored: set[str]) -> tuple[str, Precision, None]:

@@ -21,8 +21,9 @@ from octavo.layers.quant.gguf import dequantize
 from octavo.models import family_of
 from octavo.models.decoder import Decoder
 from octavo.models.packed import PackedTensors
+from octavo.models.quantized import Fp8Tensors
 from octavo.models.sizes import NOT_WEIGHTS, unused_tensors
-from octavo.models.weights import Weights
+from octavo.models.weights import TensorSource, Weights
 from octavo.ops.cpu.calls import stored_rows
 from octavo.ops.weight import Table, Weight
 
@@ -35,18 +36,24 @@ def load_model(
     load_format: str = "auto",
     seed: int = 0,
     packer: Packer | None = None,
+    fp8: bool = False,
 ) -> Decoder:
-    """The checkpoint's decoder with weights of `dtype` on `device`, its matrices packed if there is a `packer`.
+    """The checkpoint's decoder with weights of `dtype` on `device`, matrices packed if there is a `packer`, or `fp8`.
 
     `load_format` "dummy" takes random weights of the configuration's shapes instead, which follow from `seed`
     alone. Raises `CheckpointError` for tensors that are missing, of another shape, or left over.
     """
     names = family_of(config.architecture).names
+
+    def seen(source: "RandomTensors | CheckpointTensors") -> TensorSource:
+        if fp8:
+            return Fp8Tensors(source, {f"{names['lm_head']}.weight"})
+        return PackedTensors(source, packer) if packer else source
+
     if load_format == "dummy":
-        random = RandomTensors(dtype, device, seed)
-        return Decoder(config, Weights(PackedTensors(random, packer) if packer else random, names), device)
+        return Decoder(config, Weights(seen(RandomTensors(dtype, device, seed)), names), device)
     source = CheckpointTensors(checkpoint, dtype, device)
-    decoder = Decoder(config, Weights(PackedTensors(source, packer) if packer else source, names), device)
+    decoder = Decoder(config, Weights(seen(source), names), device)
     source.check_all_taken(unused_tensors(config))
     _return_freed_memory()
     return decoder

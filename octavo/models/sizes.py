@@ -30,12 +30,20 @@ def weight_bytes(
 ) -> int:
     """Bytes of all weights as `EngineConfig.dtype` and `weights` have them.
 
-    Plain tensors are of `dtype`, whatever they were stored in. Packed ones are as `kernels.weights` says; norms and
+    Plain tensors are of `dtype`, whatever they were stored in; in fp8 the layers' matrices have a byte a weight and an
+    fp32 scale an output. Packed ones are as `kernels.weights` says; norms and
     biases are fp32 beside them, and the embedding's rows stay in the mapped file.
     """
     if precision == "plain":
         return num_weights(tensors, model) * DTYPE_BYTES[dtype]
     names = family_of(model.architecture).names
+    if precision == "fp8":
+        kept = {f"{names['embedding']}.weight", f"{names['lm_head']}.weight"}
+        matrices = [info.shape for name, info in tensors.items() if len(info.shape) == 2 and name not in kept]
+        elements = sum(map(prod, matrices)) or model.matrix_parameters()
+        outputs = sum(shape[0] for shape in matrices) or model.matrix_outputs()
+        others = num_weights(tensors, model) - elements
+        return elements + 4 * outputs + others * DTYPE_BYTES[dtype]
     unused = unused_tensors(model)
     if not model.tie_word_embeddings:
         unused.add(f"{names['embedding']}.weight")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo.batch import Ints
-from octavo.ops.weight import Table, Weight
+from octavo.ops.weight import Fp8Weight, Table, Weight
 
 # Most fp32 elements of one intermediate alive at once: 64 MiB. Longer work is cut into tiles.
 _TILE = 2**24
@@ -20,6 +20,8 @@ def embedding(token_ids_T: torch.Tensor, weight_VD: Table) -> torch.Tensor:
 
 
 def linear(x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    if isinstance(weight_OI, Fp8Weight):
+        weight_OI = (weight_OI.values_OI.to(x_TI.dtype) * weight_OI.scale_O[:, None]).to(x_TI.dtype)
     assert isinstance(weight_OI, torch.Tensor), "packed weights belong to the CPU's kernels"
     return F.linear(x_TI, weight_OI, bias_O)
 
@@ -59,6 +61,9 @@ def rope_and_cache(
     index_T = slots_T.long()
     k_TKH = _rotate(k_TKH, cos_Tr, sin_Tr)
     for cache, new_TKH in ((k_cache_PBKH, k_TKH), (v_cache_PBKH, v_TKH)):
+        if cache.dtype == torch.float8_e4m3fn:  # what is too large for it would become NaN; bytes are what torch moves
+            new_TKH = new_TKH.clamp(-448, 448).to(cache.dtype).view(torch.uint8)
+            cache = cache.view(torch.uint8)
         cache.flatten(0, 1).index_copy_(0, index_T, new_TKH.to(cache.dtype))
     q_TNH = _rotate(q_TNH, cos_Tr, sin_Tr)
     return q_TNH if q_scale_T is None else (q_TNH.float() * q_scale_T[:, None, None]).to(q_TNH.dtype)

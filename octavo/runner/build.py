@@ -13,7 +13,7 @@ from octavo.checkpoint import Checkpoint, open_engine_checkpoint
 from octavo.checkpoint.fingerprint import fingerprint
 from octavo.config import EngineConfig, EngineOptions
 from octavo.errors import ConfigError
-from octavo.kernels.support import settle
+from octavo.kernels.support import kv_dtype, settle
 from octavo.log import logger
 from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_model
@@ -44,8 +44,8 @@ def build_executor(
         checkpoint = open_engine_checkpoint(options)
     model = read_model(checkpoint)
     mark("open model")
-    has_bfloat16 = device == "cpu" or torch.cuda.is_bf16_supported()
-    dtype, precision, why = settle(options, model, stored_types(checkpoint.tensors), device, has_bfloat16)
+    capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+    dtype, precision, why = settle(options, model, stored_types(checkpoint.tensors), device, capability)
     if why:
         logger.warning("the CPU's own kernels cannot run this model, so plain torch does, much slower: %s", why)
     free, total = torch.cuda.mem_get_info() if device == "cuda" else (free_ram(), None)
@@ -60,6 +60,7 @@ def build_executor(
         total=total,
         host_free=free_ram(),
         precision=precision,
+        kv_dtype=kv_dtype(options, dtype, device),
     )
     executor = load_executor(checkpoint, config, options.load_format)
     mark("load weights")

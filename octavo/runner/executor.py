@@ -62,7 +62,7 @@ class LocalExecutor:
     @classmethod
     def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> "LocalExecutor":
         """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
-        if config.weights != "plain":
+        if config.device == "cpu" and config.weights != "plain":
             return cls(kernel_runner(checkpoint, config, load_format))
         return cls(ModelRunner(*_load(checkpoint, config, load_format)))
 
@@ -138,8 +138,9 @@ def load_executor(checkpoint: Checkpoint, config: EngineConfig, load_format: str
 
 def _load(checkpoint: Checkpoint, config: EngineConfig, load_format: str) -> tuple[Decoder, KVCache]:
     device = torch.device(config.device)
-    model = load_model(checkpoint, config.model, getattr(torch, config.dtype), device, load_format)
-    dtype = getattr(torch, config.kv_dtype)
+    dtype, fp8 = getattr(torch, config.dtype), config.weights == "fp8"
+    model = load_model(checkpoint, config.model, dtype, device, load_format, fp8=fp8)
+    dtype = torch.float8_e4m3fn if config.kv_dtype == "fp8" else getattr(torch, config.kv_dtype)
     cache = KVCache(
         config.model, config.num_blocks, config.block_size, dtype, device, num_host_blocks=config.num_host_blocks
     )

@@ -41,8 +41,10 @@ class KVCache:
             LayerCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(config.num_layers)
         ]
         self.device = device
-        self._caches = [cache for layer in self.layers for cache in (layer.k_PBKH, layer.v_PBKH)]
-        self._host_PCBKH = _host_memory((num_host_blocks, len(self._caches), *shape[1:]), dtype, device)
+        # Moved as bytes where torch cannot move the type itself.
+        moved = torch.uint8 if dtype.itemsize == 1 else dtype
+        self._caches = [cache.view(moved) for layer in self.layers for cache in (layer.k_PBKH, layer.v_PBKH)]
+        self._host_PCBKH = _host_memory((num_host_blocks, len(self._caches), *shape[1:]), moved, device)
 
     def move_blocks(self, batch: Batch, ops: Ops) -> None:
         """All that a step wants moved before it computes, in the order in which one may need the other's place."""
@@ -115,7 +117,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type == "cpu":
         size = prod(shape) * dtype.itemsize
         return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
-    return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.zeros(prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).view(shape)
 
 
 def _host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -30,11 +30,13 @@ def answers(model, device, **options):
     return found
 
 
-def test_beams_and_swapped_blocks(tmp_path):
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_beams_and_swapped_blocks(tmp_path, kv):
     model = str(save_llama(tmp_path))
 
     def search(**options):
-        engine = Engine.build(EngineOptions(model=model, dtype="float32", max_model_len=64, block_size=4, **options))
+        options = {"dtype": "float32", "max_model_len": 64, "block_size": 4} | options
+        engine = Engine.build(EngineOptions(model=model, **options))
         engine.scheduler._fits_ahead = lambda state, owned_hits: True
         params = SamplingParams(beam_width=4, n=4, temperature=0.0, max_tokens=24, ignore_eos=True)
         for i in range(6):
@@ -46,10 +48,11 @@ def test_beams_and_swapped_blocks(tmp_path):
             engine.scheduler.check()
         return found, engine.stats().swaps
 
-    few = {"kv_cache_memory": 64 * 4 * 512, "swap_space": "1MiB", "preemption_mode": "swap"}
-    on_gpu, swaps = search(device="cuda", **few)
+    few = {"kv_cache_memory": 64 * 4 * (128 if kv == "fp8" else 512), "swap_space": "1MiB", "preemption_mode": "swap"}
+    on_gpu, swaps = search(device="cuda", kv_cache_dtype=kv, **few)
     assert swaps > 0
-    assert on_gpu == search(device="cpu", kv_cache_memory="8MiB")[0]
+    enough = {"device": "cuda", "kv_cache_dtype": "fp8"} if kv == "fp8" else {"device": "cpu"}
+    assert on_gpu == search(kv_cache_memory="8MiB", **enough)[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 24, "max_num_seqs": 6}], ids=str)

@@ -58,9 +58,26 @@ def test_attention_over_shared_beginnings(ops, heads, groups):
 
 @pytest.mark.parametrize(("width", "outputs"), [(1024, 3072), (4096, 1000), (576, 1536)])
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_fused_chain(ops, rows, width, outputs):
-    for dtype in (torch.bfloat16, torch.float32):
-        cases.check_fused(ops, CUDA, dtype, rows, width, outputs)
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_fused_chain(ops, rows, width, outputs, in_fp8):
+    cases.each_dtype(lambda dtype: cases.check_fused(ops, CUDA, dtype, rows, width, outputs, in_fp8=in_fp8))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1024, 3072), (576, 960), (136, 100)])
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_products(ops, inputs, outputs, in_fp8):
+    for rows in (1, 2, 3, 17, 64, 300):
+        for dtype in (torch.bfloat16, torch.float16) if in_fp8 else cases.TOLERANCE:
+            cases.check_linear(ops, CUDA, dtype, rows, inputs, outputs, in_fp8=in_fp8)
+
+
+@pytest.mark.parametrize("heads", [(16, 8, 128), (9, 3, 64)], ids=str)
+def test_fp8_cache(ops, heads):
+    for dtype in (torch.bfloat16, torch.float16):
+        cases.check_fp8_cache(CUDA, dtype, heads, bound=0.0)
+        cases.check_attention(ops, CUDA, dtype, heads, MIXED, kv=torch.float8_e4m3fn)
+        cases.check_attention(ops, CUDA, dtype, heads, SINGLES * 20, 100, 5.0, kv=torch.float8_e4m3fn)
+        cases.check_shared(ops, CUDA, dtype, heads, [(3, 0), (9, 2048), (140, 256)], kv=torch.float8_e4m3fn)
 
 
 def test_draws_are_the_sampler_s():

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from octavo.layers.quant import fp8
 from octavo.ops import Ops, reference
 from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.fused import FusedOps
 from octavo.ops.triton.matvec import MOST_ROWS
+from octavo.ops.triton.rope import rope_and_cache
 from octavo.ops.triton.shared import rows_of_tile
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -55,6 +57,41 @@ def check_rope(
     close(results[0][1], results[1][1])
 
 
+def check_fp8_cache(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], bound: float) -> None:
+    """What is written in e4m3 is what is written in `dtype`, rounded; too large numbers become 448."""
+    N, K, H = heads
+    T, B, P = 7, 4, 6
+    qkv = (torch.randn(T, N + 2 * K, H, device=device) * 200).to(dtype)
+    q, k, v = qkv.split((N, K, K), dim=1)
+    v /= 100
+    angles = torch.randn(T, H // 2, device=device)
+    slots = torch.randperm(P * B, device=device)[:T].int()
+    caches = []
+    for kind in (dtype, torch.float8_e4m3fn):
+        cache = torch.zeros(2, P, B, K, H, device=device).to(kind)
+        rope_and_cache(q, k, v, angles.cos(), angles.sin(), cache[0], cache[1], slots)
+        caches.append(cache.float())
+    expected = caches[0].clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(caches[1], expected, atol=bound / 8, rtol=bound)
+
+
+def check_linear(
+    ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int, *, in_fp8: bool
+) -> None:
+    """x may lie inside wider rows. Where x is rounded to e4m3 too, the error is that of its 3 bits."""
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    weight = (torch.randn(outputs, inputs, device=device) * inputs**-0.5).to(dtype)
+    bias = torch.randn(outputs, device=device).to(dtype)
+    chosen = fp8.quantize(weight) if in_fp8 else weight
+    found = ops.linear(x, chosen, bias)
+    expected = reference.linear(x.double(), chosen, bias.double()) if in_fp8 else x.double() @ weight.double().T + bias
+    if in_fp8 and rows >= 64 and dtype == torch.bfloat16 and device.type == "cuda":
+        assert found.dtype == dtype
+        assert (found.double() - expected).norm() < 0.04 * expected.norm()
+    else:
+        close(found, expected)
+
+
 def check_attention(
     ops: Ops,
     device: torch.device,
@@ -64,13 +101,17 @@ def check_attention(
     window: int = 0,
     cap: float = 0.0,
     block_size: int = 16,
+    kv: torch.dtype | None = None,
 ) -> None:
-    """`rows` are (tokens with keys in the cache, queries among them); blocks lie in a shuffled order."""
+    """`rows` are (tokens with keys in the cache, queries among them); blocks lie in a shuffled order.
+
+    The cache is of type `kv`, or else of the queries'.
+    """
     N, K, H = heads
     lens, queries = (np.array(column, np.int32) for column in zip(*rows, strict=True))
     counts = -(-lens // block_size)
     P = int(counts.sum()) + 3
-    caches = torch.randn(2, P, block_size, K, H, device=device).to(dtype)
+    caches = torch.randn(2, P, block_size, K, H, device=device)
     # What lies behind a row's end belongs to nobody and may hold anything.
     tables = torch.full((len(rows), int(counts.max()) + 2), P - 1, dtype=torch.int32)
     order = torch.randperm(P - 1)
@@ -78,6 +119,7 @@ def check_attention(
         tables[row, :count], order = order[:count], order[count:]
         caches[:, tables[row, count - 1], lens[row] - (count - 1) * block_size :] = float("nan")
     caches[:, P - 1] = float("nan")
+    caches = caches.to(kv or dtype)
     starts = np.concatenate(([0], np.cumsum(queries))).astype(np.int32)
     positions = np.concatenate([np.arange(n - m, n) for n, m in rows]).astype(np.int32)
     q = torch.randn(int(starts[-1]), N, H, device=device).to(dtype)
@@ -89,7 +131,7 @@ def check_attention(
             *(starts, lens, H**-0.5, window, cap),
         )
 
-    close(run(ops, caches), run(reference, caches.nan_to_num()))
+    close(run(ops, caches), run(reference, caches.float().nan_to_num()))
 
 
 def check_shared(
@@ -99,6 +141,7 @@ def check_shared(
     heads: tuple[int, int, int],
     groups: list[tuple[int, int]],
     cap: float = 0.0,
+    kv: torch.dtype | None = None,
 ) -> None:
     """`groups` are (rows, keys that they share, a multiple of 16); each row has some keys of its own behind them."""
     N, K, H = heads
@@ -115,7 +158,7 @@ def check_shared(
     tables_RM = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
     for row, table in enumerate(tables):
         tables_RM[row, : len(table)] = torch.tensor(table)
-    caches = torch.randn(2, 4000, size, K, H, device=device).to(dtype)
+    caches = torch.randn(2, 4000, size, K, H, device=device).to(kv or dtype)
     q = torch.randn(len(tables), N, H, device=device).to(dtype)
     ints = {"dtype": torch.int32, "device": device}
     starts, seq_lens = np.arange(len(lens) + 1, dtype=np.int32), np.array(lens, np.int32)
@@ -129,7 +172,9 @@ def check_shared(
     close(ops.sharing(prefix).paged_attention(*arguments), reference.paged_attention(*arguments))
 
 
-def check_fused(ops: TritonOps, device: torch.device, dtype: torch.dtype, rows: int, width: int, outputs: int) -> None:
+def check_fused(
+    ops: TritonOps, device: torch.device, dtype: torch.dtype, rows: int, width: int, outputs: int, *, in_fp8: bool
+) -> None:
     """A chain of ops as a decoder layer makes it, in which some take in what stands in front of them."""
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -138,9 +183,11 @@ def check_fused(ops: TritonOps, device: torch.device, dtype: torch.dtype, rows: 
     x, residual = tensor(rows, width) * width**0.5, tensor(rows, width)
     up, down, head, bias = tensor(2 * outputs, width), tensor(width, outputs), tensor(outputs, width), tensor(outputs)
     norm = tensor(width) * width**0.5
+    if in_fp8:
+        up, down, head = map(fp8.quantize, (up, down, head))
 
     def chain(which: Ops, kind: torch.dtype) -> list[torch.Tensor]:
-        to = lambda tensor: tensor.to(kind)  # noqa: E731
+        to = lambda tensor: tensor.to(kind) if isinstance(tensor, torch.Tensor) else tensor  # noqa: E731
         normed, stream = which.add_rms_norm(to(x), to(residual), to(norm), 1e-5)
         hidden = which.linear(which.silu_mul(which.linear(normed, to(up))), to(down))
         last, stream2 = which.add_rms_norm(hidden, stream, to(norm), 1e-5)

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
     # The interpreter computes with numpy, and says what numpy says of infinities.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
 CPU = torch.device("cpu")
 
@@ -58,8 +59,29 @@ def test_attention_over_shared_beginnings(cases, ops, groups):
 
 
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 32, 24), (2, 640, 40), (3, 1024, 40)])
-def test_fused_chain(cases, ops, rows, width, outputs):
-    cases.check_fused(ops, CPU, torch.float32, rows, width, outputs)
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_fused_chain(cases, ops, rows, width, outputs, in_fp8):
+    cases.check_fused(ops, CPU, torch.float32, rows, width, outputs, in_fp8=in_fp8)
+
+
+def test_a_cache_in_fp8_is_read(cases, ops):
+    # That it is written is for tests/gpu: the interpreter does not carry when it rounds to e4m3.
+    cases.check_attention(ops, CPU, torch.float32, (4, 2, 16), [(70, 1), (40, 20)], kv=torch.float8_e4m3fn)
+    cases.check_shared(ops, CPU, torch.float32, (4, 2, 16), [(5, 32)], kv=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_products_of_any_number_of_rows(cases, ops, in_fp8):
+    from octavo.ops.triton.product import product
+
+    cases.check_linear(Products(product), CPU, torch.float32, 70, 72, 40, in_fp8=in_fp8)
+
+
+class Products:
+    """`Ops` with a product to be tested, and nothing else."""
+
+    def __init__(self, product):
+        self.linear = product
 
 
 def test_draws_are_those_of_the_noise(ops):

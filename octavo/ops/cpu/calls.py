@@ -17,6 +17,7 @@ from octavo.kernels.library import CacheShape, Instruction, KernelThreads, Opera
 from octavo.kernels.weights import PackedWeight, Packer, StoredRows, packed_bytes
 from octavo.ops import reference
 from octavo.ops.cpu.tape import Tape
+from octavo.ops.weight import Fp8Weight, Weight
 
 _STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PRECISION = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float32"}
@@ -54,9 +55,8 @@ class KernelCalls:
         self._done(token_ids=token_ids_T)
         return out_TD
 
-    def linear(
-        self, x_TI: torch.Tensor, weight_OI: torch.Tensor | PackedWeight, bias_O: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+        assert not isinstance(weight_OI, Fp8Weight), "fp8 weights belong to a GPU"
         weight = weight_OI if isinstance(weight_OI, PackedWeight) else self._packed(weight_OI)
         self.tape.kept.append(weight)
         out_TO = self.tape.new(len(x_TI), weight.shape[0])

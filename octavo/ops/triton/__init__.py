@@ -1,4 +1,4 @@
-"""The kernels of an NVIDIA GPU, in Triton; matrix products are cuBLAS', which torch brings.
+"""The kernels of an NVIDIA GPU, in Triton; large matrix products are cuBLAS', which torch brings.
 
 Compiled when they are first used, and kept on disk by Triton. Shapes and meanings stand in `octavo.ops.Ops`.
 """
@@ -11,14 +11,14 @@ import torch
 
 from octavo.batch import Ints
 from octavo.ops import reference
-from octavo.ops.triton import matmul, matvec
+from octavo.ops.triton import fp8, matmul, matvec, product
 from octavo.ops.triton.decode import PrefixParts, decode_attention
 from octavo.ops.triton.norm import add_rms_norm, rms_norm
 from octavo.ops.triton.prefill import prefill_attention
 from octavo.ops.triton.rope import rope_and_cache
 from octavo.ops.triton.shared import shared_attention
 from octavo.ops.triton.silu_mul import silu_mul
-from octavo.ops.weight import Weight
+from octavo.ops.weight import Dense, Fp8Weight, Weight
 
 _COUNTERS = 4096
 
@@ -75,11 +75,14 @@ class TritonOps:
         )
 
     def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-        assert isinstance(weight_OI, torch.Tensor), "packed weights belong to the CPU's kernels"
+        assert isinstance(weight_OI, Dense), "packed weights belong to the CPU's kernels"
         if len(x_TI) <= matvec.MOST_ROWS:
             return matvec.matvec(x_TI, weight_OI, bias_O, pdl=self.pdl)
         if matmul.suits(len(x_TI), weight_OI):
             return matmul.matmul(x_TI, weight_OI, bias_O, pdl=self.pdl)
+        if isinstance(weight_OI, Fp8Weight):
+            way = fp8.linear if fp8.suits(x_TI, weight_OI) else product.product
+            return way(x_TI, weight_OI, bias_O)
         return reference.linear(x_TI, weight_OI, bias_O)
 
     def add_rms_norm(

@@ -188,7 +188,7 @@ def _decode(
         block = tl.load(tables + row * table_stride + key // B, mask=key < end, other=0).to(tl.int64)
         place = block * (B * K * H) + (key % B * (K * H) + kv_head * H)
         inside = (key < end)[:, None] & in_head[None, :]
-        keys = tl.load(k_cache + place[:, None] + at[None, :], mask=inside, other=0.0)
+        keys = tl.load(k_cache + place[:, None] + at[None, :], mask=inside, other=0.0).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         if CAPPED:
             scores = soft_cap * tanh(scores / soft_cap)
@@ -199,7 +199,7 @@ def _decode(
         better = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2(scores - better[:, None])
         fade = tl.exp2(best - better)
-        values = tl.load(v_cache + place[:, None] + at[None, :], mask=inside, other=0.0)
+        values = tl.load(v_cache + place[:, None] + at[None, :], mask=inside, other=0.0).to(queries.dtype)
         result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         total = total * fade + tl.sum(weights, 1)
         best = better

@@ -16,7 +16,7 @@ from octavo.ops.triton import TritonOps
 from octavo.ops.triton.matvec import norm_matvec, silu_matvec
 from octavo.ops.triton.norm import write_add_rms_norm
 from octavo.ops.triton.silu_mul import write_silu_mul
-from octavo.ops.weight import Weight
+from octavo.ops.weight import Dense, Weight
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class _Waiting:
     """`result` is still to be computed: by `product` of it with a weight and a bias, or by `write`."""
 
     result: torch.Tensor
-    product: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+    product: Callable[[Dense, torch.Tensor | None], torch.Tensor]
     write: Callable[[], None]
 
 
@@ -44,7 +44,7 @@ class FusedOps(TritonOps):
     def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         waiting = self._waiting
         if waiting is not None and waiting.result is x_TI:
-            assert isinstance(weight_OI, torch.Tensor), "packed weights belong to the CPU's kernels"
+            assert isinstance(weight_OI, Dense), "packed weights belong to the CPU's kernels"
             self._waiting = None
             return waiting.product(weight_OI, bias_O)
         self.finish()

@@ -12,25 +12,32 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.ops.triton.tiles import dot_precision
+from octavo.ops.weight import Dense, Fp8Weight
 
 MOST_ROWS = 16
 _MOST_WEIGHTS = 2**22
 _WARPS, _INPUTS, _OUTPUTS = 4, 512, 16  # of a program
 
 
-def suits(rows: int, weight_OI: torch.Tensor) -> bool:
-    """Whether this is the faster way, as measured in docs/decisions/0083."""
-    return rows <= MOST_ROWS and weight_OI.numel() <= _MOST_WEIGHTS and weight_OI.shape[1] % _INPUTS == 0
+def suits(rows: int, weight_OI: Dense) -> bool:
+    """Whether this is the faster way, as measured in docs/decisions/0083; of fp8 it reads half as much as others."""
+    if rows > MOST_ROWS:
+        return False
+    if isinstance(weight_OI, Fp8Weight):
+        return weight_OI.values_OI.shape[1] % _INPUTS == 0
+    return weight_OI.numel() <= _MOST_WEIGHTS and weight_OI.shape[1] % _INPUTS == 0
 
 
-def matmul(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, pdl: bool) -> torch.Tensor:
+def matmul(x_TI: torch.Tensor, weight_OI: Dense, bias_O: torch.Tensor | None, *, pdl: bool) -> torch.Tensor:
     """`x W^T + b`."""
-    outputs, inputs = weight_OI.shape
+    values_OI = weight_OI.values_OI if isinstance(weight_OI, Fp8Weight) else weight_OI
+    outputs, inputs = values_OI.shape
     out_TO = torch.empty((len(x_TI), outputs), dtype=x_TI.dtype, device=x_TI.device)
     _matmul[(triton.cdiv(outputs, _OUTPUTS),)](
         x_TI,
-        weight_OI,
-        weight_OI if bias_O is None else bias_O,
+        values_OI,
+        weight_OI.scale_O if isinstance(weight_OI, Fp8Weight) else values_OI,
+        values_OI if bias_O is None else bias_O,
         out_TO,
         len(x_TI),
         outputs,
@@ -39,6 +46,7 @@ def matmul(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
         BLOCK_N=_OUTPUTS,
         SLICES=_WARPS,
         BLOCK_K=_INPUTS // _WARPS,
+        SCALED=isinstance(weight_OI, Fp8Weight),
         BIASED=bias_O is not None,
         PRECISION=dot_precision(x_TI.dtype),
         PDL=pdl,
@@ -53,6 +61,7 @@ def matmul(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
 def _matmul(
     x,
     weight,
+    scales,
     bias,
     out,
     tokens,
@@ -62,6 +71,7 @@ def _matmul(
     BLOCK_N: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SCALED: tl.constexpr,
     BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -78,12 +88,14 @@ def _matmul(
     if PDL:
         gdc_wait()
     values = tl.load(line + at, mask=given, other=0.0)
-    sums = tl.dot(values, tl.trans(first, (0, 2, 1)), input_precision=PRECISION)
+    sums = tl.dot(values, tl.trans(first.to(values.dtype), (0, 2, 1)), input_precision=PRECISION)
     for start in range(SLICES * BLOCK_K, INPUTS, SLICES * BLOCK_K):
         weights = tl.load(row + start + at, mask=here, other=0.0)
         values = tl.load(line + start + at, mask=given, other=0.0)
-        sums = tl.dot(values, tl.trans(weights, (0, 2, 1)), sums, input_precision=PRECISION)
+        sums = tl.dot(values, tl.trans(weights.to(values.dtype), (0, 2, 1)), sums, input_precision=PRECISION)
     result = tl.sum(sums, 0)
+    if SCALED:
+        result *= tl.load(scales + output, mask=output < outputs, other=0.0)[None, :]
     if BIASED:
         result += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
     place = out + token[:, None] * outputs + output[None, :]

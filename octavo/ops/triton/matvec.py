@@ -12,22 +12,22 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from octavo.ops.weight import Dense, Fp8Weight
+
 # Elements of a weight's row that are held at once.
 _MOST_INPUTS = 4096
 # Every row more is multiplied and added up element by element, so that soon the matrix units are faster.
 MOST_ROWS = 2
 
 
-def matvec(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, pdl: bool) -> torch.Tensor:
+def matvec(x_TI: torch.Tensor, weight_OI: Dense, bias_O: torch.Tensor | None, *, pdl: bool) -> torch.Tensor:
     """`x W^T + b`."""
     out_TO = torch.empty((len(x_TI), len(weight_OI)), dtype=x_TI.dtype, device=x_TI.device)
     _launch(x_TI, x_TI, x_TI, weight_OI, bias_O, out_TO, out_TO, 0.0, "none", pdl)
     return out_TO
 
 
-def silu_matvec(
-    gate_up_T2I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, pdl: bool
-) -> torch.Tensor:
+def silu_matvec(gate_up_T2I: torch.Tensor, weight_OI: Dense, bias_O: torch.Tensor | None, *, pdl: bool) -> torch.Tensor:
     """`(silu(gate) * up) W^T + b`."""
     out_TO = torch.empty((len(gate_up_T2I), len(weight_OI)), dtype=gate_up_T2I.dtype, device=gate_up_T2I.device)
     _launch(gate_up_T2I, gate_up_T2I, gate_up_T2I, weight_OI, bias_O, out_TO, out_TO, 0.0, "silu", pdl)
@@ -40,7 +40,7 @@ def norm_matvec(
     norm_I: torch.Tensor,
     eps: float,
     stream_TI: torch.Tensor,
-    weight_OI: torch.Tensor,
+    weight_OI: Dense,
     bias_O: torch.Tensor | None,
     *,
     pdl: bool,
@@ -55,7 +55,7 @@ def _launch(
     x: torch.Tensor,
     residual: torch.Tensor,
     norm: torch.Tensor,
-    weight_OI: torch.Tensor,
+    weight_OI: Dense,
     bias: torch.Tensor | None,
     out: torch.Tensor,
     stream: torch.Tensor,
@@ -63,14 +63,16 @@ def _launch(
     before: str,
     pdl: bool,
 ) -> None:
-    outputs, inputs = weight_OI.shape
+    values_OI = weight_OI.values_OI if isinstance(weight_OI, Fp8Weight) else weight_OI
+    outputs, inputs = values_OI.shape
     block_k, block_n, warps = _tiles(inputs)
     _matvec[(triton.cdiv(outputs, block_n),)](
         x,
         residual,
         norm,
-        weight_OI,
-        weight_OI if bias is None else bias,
+        values_OI,
+        weight_OI.scale_O if isinstance(weight_OI, Fp8Weight) else values_OI,
+        values_OI if bias is None else bias,
         out,
         stream,
         eps,
@@ -81,6 +83,7 @@ def _launch(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         BEFORE=before,
+        SCALED=isinstance(weight_OI, Fp8Weight),
         BIASED=bias is not None,
         PDL=pdl,
         num_warps=warps,
@@ -103,6 +106,7 @@ def _matvec(
     residual,
     norm,
     weight,
+    scales,
     bias,
     out,
     stream,
@@ -114,6 +118,7 @@ def _matvec(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BEFORE: tl.constexpr,
+    SCALED: tl.constexpr,
     BIASED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -144,11 +149,11 @@ def _matvec(
             if BEFORE == "silu":
                 gate = tl.load(x + t * 2 * INPUTS + k, mask=inside, other=0.0).to(tl.float32)
                 up = tl.load(x + t * 2 * INPUTS + INPUTS + k, mask=inside, other=0.0).to(tl.float32)
-                values = (gate / (1.0 + tl.exp(-gate)) * up).to(weights.dtype).to(tl.float32)
+                values = (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty).to(tl.float32)
             elif BEFORE == "norm":
                 values = tl.load(x + t * INPUTS + k, mask=inside, other=0.0).to(tl.float32)
                 values += tl.load(residual + t * INPUTS + k, mask=inside, other=0.0).to(tl.float32)
-                kept = values.to(weights.dtype)
+                kept = values.to(out.dtype.element_ty)
                 if program == 0:
                     tl.store(stream + t * INPUTS + k, kept, mask=inside)
                 values = kept.to(tl.float32)
@@ -165,6 +170,8 @@ def _matvec(
         sums = tl.sum(products, 1)[:, None]
     if BEFORE == "norm":
         sums *= tl.rsqrt(squares / INPUTS + eps)[None, :]
+    if SCALED:
+        sums *= tl.load(scales + output, mask=output < outputs, other=0.0)[:, None]
     if BIASED:
         sums += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[:, None]
     place = out + token[None, :] * outputs + output[:, None]

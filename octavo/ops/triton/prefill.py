@@ -141,7 +141,7 @@ def _prefill(
         key = first + tl.arange(0, BLOCK_N)
         block = tl.load(table + key // B).to(tl.int64)
         place = block * (B * K * H) + (key % B * (K * H) + kv_head * H)
-        keys = tl.load(k_cache + place[:, None] + at[None, :], mask=in_head[None, :], other=0.0)
+        keys = tl.load(k_cache + place[:, None] + at[None, :], mask=in_head[None, :], other=0.0).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if CAPPED:
             scores = soft_cap * tanh(scores * (scale / soft_cap))
@@ -151,7 +151,7 @@ def _prefill(
             better = tl.maximum(best, tl.max(scores, 1) * scale)
             weights = tl.exp2(scores * scale - better[:, None])
         fade = tl.exp2(best - better)
-        values = tl.load(v_cache + place[:, None] + at[None, :], mask=in_head[None, :], other=0.0)
+        values = tl.load(v_cache + place[:, None] + at[None, :], mask=in_head[None, :], other=0.0).to(queries.dtype)
         result = result * fade[:, None]
         result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)
         total = total * fade + tl.sum(weights, 1)
@@ -161,7 +161,7 @@ def _prefill(
         block = tl.load(table + key // B, mask=key < end, other=0).to(tl.int64)
         place = block * (B * K * H) + (key % B * (K * H) + kv_head * H)
         inside = (key < end)[:, None] & in_head[None, :]
-        keys = tl.load(k_cache + place[:, None] + at[None, :], mask=inside, other=0.0)
+        keys = tl.load(k_cache + place[:, None] + at[None, :], mask=inside, other=0.0).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         if CAPPED:
             scores = soft_cap * tanh(scores / soft_cap)
@@ -174,7 +174,7 @@ def _prefill(
         reach = tl.where(better == float("-inf"), 0.0, better)
         weights = tl.exp2(scores - reach[:, None])
         fade = tl.exp2(best - reach)
-        values = tl.load(v_cache + place[:, None] + at[None, :], mask=inside, other=0.0)
+        values = tl.load(v_cache + place[:, None] + at[None, :], mask=inside, other=0.0).to(queries.dtype)
         result = result * fade[:, None]
         result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)
         total = total * fade + tl.sum(weights, 1)

@@ -142,13 +142,13 @@ def _rope_and_cache(
     out_at = out + (token * N + head) * H
     k_place = k_cache + (slot * K + head - N) * H
     v_place = v_cache + (slot * K + head - N - K) * H
-    tl.store(k_place + at, first, mask=is_k & near)
-    tl.store(k_place + HALF + at, second, mask=is_k & near)
-    tl.store(v_place + at, tl.load(v_at + at, mask=is_v & near, other=0.0), mask=is_v & near)
-    tl.store(v_place + HALF + at, tl.load(v_at + HALF + at, mask=is_v & near, other=0.0), mask=is_v & near)
+    keep(k_place + at, first, is_k & near)
+    keep(k_place + HALF + at, second, is_k & near)
+    keep(v_place + at, tl.load(v_at + at, mask=is_v & near, other=0.0), is_v & near)
+    keep(v_place + HALF + at, tl.load(v_at + HALF + at, mask=is_v & near, other=0.0), is_v & near)
     if H > 2 * HALF:
-        tl.store(k_place + rest, third, mask=is_k & passing)
-        tl.store(v_place + rest, tl.load(v_at + rest, mask=is_v & passing, other=0.0), mask=is_v & passing)
+        keep(k_place + rest, third, is_k & passing)
+        keep(v_place + rest, tl.load(v_at + rest, mask=is_v & passing, other=0.0), is_v & passing)
     if SCALED:
         factor = tl.load(q_scale + token)
         first, second = (first.to(tl.float32) * factor).to(kept), (second.to(tl.float32) * factor).to(kept)
@@ -158,6 +158,15 @@ def _rope_and_cache(
     tl.store(out_at + HALF + at, second, mask=is_q & near)
     if H > 2 * HALF:
         tl.store(out_at + rest, third, mask=is_q & passing)
+
+
+@triton.jit
+def keep(place, values, mask):
+    """Stores `values` in the cache's type; for 8 bits they are cut to its largest number, which 448 is."""
+    kind: tl.constexpr = place.dtype.element_ty
+    if kind.primitive_bitwidth == 8:
+        values = tl.minimum(tl.maximum(values.to(tl.float32), -448.0), 448.0)
+    tl.store(place, values.to(kind), mask=mask)
 
 
 @triton.jit

@@ -129,7 +129,7 @@ def _shared(
         block = tl.load(tables + first_row * table_stride + key // B, mask=key < end, other=0).to(tl.int64)
         slot = block * (B * K * H) + (key % B * (K * H) + kv_head * H)
         inside = (key < end)[:, None] & in_head[None, :]
-        keys = tl.load(k_cache + slot[:, None] + at[None, :], mask=inside, other=0.0)
+        keys = tl.load(k_cache + slot[:, None] + at[None, :], mask=inside, other=0.0).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         if CAPPED:
             scores = soft_cap * tanh(scores / soft_cap)
@@ -137,7 +137,7 @@ def _shared(
         better = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2(scores - better[:, None])
         fade = tl.exp2(best - better)
-        values = tl.load(v_cache + slot[:, None] + at[None, :], mask=(key < end)[:, None] & in_head[None, :], other=0.0)
+        values = tl.load(v_cache + slot[:, None] + at[None, :], mask=inside, other=0.0).to(queries.dtype)
         result = result * fade[:, None]
         result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)
         total = total * fade + tl.sum(weights, 1)
