@@ -208,6 +208,11 @@ class EngineOptions:
     fair_share: bool = option(
         False, "who was served least goes first: tenants are told apart by a request's user field, or its API key"
     )
+    deterministic: bool = option(
+        False,
+        "a request's tokens and log probabilities are the same bits alone and in any company: on a GPU slower, on a"
+        " CPU always so",
+    )
     seed: int = option(0, "seed of the requests that bring none")
 
     def __post_init__(self) -> None:
@@ -265,6 +270,7 @@ class EngineConfig:
     num_host_blocks: int = 0  # blocks of the KV cache that host memory can keep for preempted requests
     preemption_mode: PreemptionMode = "auto"
     fair_share: bool = False
+    deterministic: bool = False
 
     @property
     def max_blocks_per_seq(self) -> int:

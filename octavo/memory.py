@@ -184,6 +184,7 @@ def resolve(
         num_host_blocks=num_host_blocks,
         preemption_mode=options.preemption_mode,
         fair_share=options.fair_share,
+        deterministic=options.deterministic,
     )
     plan = MemoryPlan(
         total=total,

@@ -1,5 +1,7 @@
 """In what precision a model runs, and whether on the CPU's kernels; if not, why, in words for a person."""
 
+from importlib.util import find_spec
+
 from octavo.config import EngineOptions, ModelConfig, Precision
 from octavo.errors import ConfigError
 from octavo.kernels import library
@@ -33,6 +35,10 @@ def settle(
         return _on_kernels(options, stored)
     if options.quantize:
         raise ConfigError(f"quantize is {options.quantize}, but the CPU's kernels cannot run here: {why}")
+    if options.deterministic:
+        raise ConfigError(
+            f"deterministic is on, which plain torch cannot promise, and the CPU's kernels cannot run here: {why}"
+        )
     return default_dtype(model, device, False) if options.dtype == "auto" else options.dtype, "plain", why
 
 
@@ -48,6 +54,8 @@ def _on_gpu(options: EngineOptions, model: ModelConfig, capability: tuple[int, i
                 f"{name} is fp8, which needs a GPU of compute capability {_E4M3[0]}.{_E4M3[1]} (Ada, Hopper) or newer,"
                 f" and this one has {mine}; leave it out"
             )
+    if options.deterministic and find_spec("triton") is None:
+        raise ConfigError("deterministic is on, which on a GPU needs Triton; pip install triton, or leave it out")
     if options.quantize is None:
         return dtype, "plain", None
     if options.quantize != "fp8":

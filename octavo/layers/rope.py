@@ -34,7 +34,9 @@ class Rope:
         else:
             width = self.config.rotary_dim
             base_T = self.config.theta * alpha_T.double() ** (width / (width - 2))
-            inv_freq = (1.0 / base_T[:, None] ** self.exponents).float()
+            stretched = (1.0 / base_T[:, None] ** self.exponents).float()
+            # A sequence without a stretch has the bits that it has in a step where nobody is stretched.
+            inv_freq = torch.where(alpha_T[:, None] == 1.0, self.inv_freq, stretched)
         angles_Tr = positions_T.float()[:, None] * inv_freq
         return angles_Tr.cos() * self.magnitude, angles_Tr.sin() * self.magnitude
 

@@ -82,7 +82,7 @@ class DecodeGraphs:
         in another order than the batch's, which the samples know.
         """
         groups = None
-        if draws:
+        if draws and not self._ops.invariant:
             block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
             groups = find_groups(batch.block_tables, batch.seq_lens, block_size, self._rows_of_tile)
         rows = batch.num_rows
@@ -145,7 +145,8 @@ class DecodeGraphs:
         return RecordedStep(graph, ctx, hidden_RD)
 
     def _compute(self, bucket: int, shared: bool, draws: bool) -> tuple[ForwardContext, torch.Tensor]:
-        ctx = self._context(FusedOps(self._ops) if bucket <= MOST_ROWS else self._ops, bucket, shared)
+        fused = bucket <= MOST_ROWS and not self._ops.invariant
+        ctx = self._context(FusedOps(self._ops) if fused else self._ops, bucket, shared)
         hidden_RD = self._model.forward(ctx)
         if isinstance(ctx.ops, FusedOps):
             ctx.ops.finish()
@@ -162,6 +163,8 @@ class DecodeGraphs:
         prepare(
             given, self._drawn_S, positions, rope.inv_freq, rope.magnitude, width, packed, token_ids, cos, sin, tables
         )
+        if self._ops.invariant:  # the same functions as in steps that are no graph
+            cos, sin = rope.cos_sin(positions)
         every_row = np.arange(bucket + 1, dtype=np.int32)
         return ForwardContext(
             ops=ops.sharing(SharedPrefix(lengths, tile_start, tile_rows)) if shared else ops,

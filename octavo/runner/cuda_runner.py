@@ -18,8 +18,10 @@ from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext, on_device
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import TritonOps
+from octavo.ops.triton.invariant import segment_for
 from octavo.ops.triton.prepare import look_up
 from octavo.ops.triton.sampling import MIN_TEMPERATURE, draw
+from octavo.runner import noise, sampler
 from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
@@ -57,7 +59,7 @@ class CudaForward:
     def __init__(self, model: Decoder, kv_cache: KVCache, config: EngineConfig):
         self._model = model
         self._kv_cache = kv_cache
-        self._ops = TritonOps(model.device)
+        self._ops = TritonOps(model.device, segment_for(config.max_model_len) if config.deterministic else 0)
         self._num_tokens = config.model.num_tokens or config.model.vocab_size
         rows, tokens = bucket_of(config.max_num_seqs), config.max_num_batched_tokens
         self.drawn_S = torch.zeros(rows, dtype=torch.int32, device=model.device)
@@ -133,7 +135,8 @@ class CudaRunner:
         self._stream.wait_stream(torch.cuda.current_stream(model.device))
         with torch.cuda.stream(self._stream), torch.inference_mode():
             self._forward = CudaForward(model, kv_cache, config)
-        self.waiting = ModelRunner(model, kv_cache, self._forward)
+        draw_tokens = draw_by_row if config.deterministic else sampler.draw
+        self.waiting = ModelRunner(model, kv_cache, self._forward, draw_tokens)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> SubmittedStep | FinishedStep:
@@ -163,16 +166,33 @@ class CudaRunner:
         return SubmittedStep(tokens_S, done)
 
 
+def draw_by_row(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
+    """`sampler.Draw` that looks at each row alone: a plain one is drawn as in the steps that nobody waits for."""
+    plain_S = _plain_rows(columns)
+    tokens_S = sampler.draw(logits_SV, columns) if not plain_S.all() else None
+    if not plain_S.any():
+        assert tokens_S is not None
+        return tokens_S
+    device = logits_SV.device
+    out_S = torch.empty(len(logits_SV), dtype=torch.int32, device=device)
+    keys_S2 = on_device(noise.keys(columns.seed, columns.counter), device)
+    draw(logits_SV, keys_S2, on_device(columns.temperature, device), logits_SV.shape[1], out_S)
+    return out_S.long() if tokens_S is None else torch.where(on_device(plain_S, device), out_S.long(), tokens_S)
+
+
+def _plain_rows(columns: SamplingColumns) -> NDArray[np.bool_]:
+    """Whether a sample asks for nothing but a temperature in its draw."""
+    heat = columns.temperature
+    too_cold = (heat > 0) & (heat < MIN_TEMPERATURE)
+    return (columns.top_k <= 0) & (columns.top_p >= 1) & (columns.min_p <= 0) & ~too_cold
+
+
 def plain(columns: SamplingColumns) -> bool:
     """Whether every sample asks for nothing but a temperature, so that it can be drawn without being waited for."""
-    heat = columns.temperature
     return not (
         len(columns.bias_sample)
         or len(columns.allowed_sample)
         or len(columns.penalty_sample)
         or (columns.num_logprobs >= 0).any()
-        or (columns.top_k > 0).any()
-        or (columns.top_p < 1).any()
-        or (columns.min_p > 0).any()
-        or ((heat > 0) & (heat < MIN_TEMPERATURE)).any()
+        or not _plain_rows(columns).all()
     )

@@ -56,6 +56,29 @@ def test_attention_over_shared_beginnings(ops, heads, groups):
         cases.check_shared(ops, CUDA, dtype, heads, groups)
 
 
+@pytest.mark.parametrize("heads", [(16, 8, 128), (32, 8, 128), (9, 3, 64), (8, 1, 256), (12, 12, 80)], ids=str)
+def test_invariant_attention(heads):
+    ops = cases.TritonOps(CUDA, 256)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        cases.check_attention(ops, CUDA, dtype, heads, MIXED)
+        for length, window in ((700, 0), (1300, 0), (1300, 300)):
+            cases.check_invariance(ops, CUDA, dtype, heads, length, window)
+    cases.check_invariance(ops, CUDA, torch.bfloat16, heads, 1300, kv=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1024, 3072), (576, 960), (136, 100)])
+def test_a_row_s_product_is_the_same_bits_in_any_company(inputs, outputs, in_fp8):
+    ops = cases.TritonOps(CUDA, 256)
+    for dtype in cases.TOLERANCE:
+        weight = (torch.randn(outputs, inputs, device=CUDA) * inputs**-0.5).to(dtype)
+        weight = cases.fp8.quantize(weight) if in_fp8 else weight
+        x = torch.randn(600, inputs, device=CUDA).to(dtype)
+        whole = ops.linear(x, weight)
+        for rows in (1, 2, 16, 17, 64, 65, 128, 200, 257):
+            assert torch.equal(ops.linear(x[300 : 300 + rows].clone(), weight), whole[300 : 300 + rows]), (dtype, rows)
+
+
 @pytest.mark.parametrize(("width", "outputs"), [(1024, 3072), (4096, 1000), (576, 1536)])
 @pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize("in_fp8", [False, True])

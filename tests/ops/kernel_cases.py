@@ -172,6 +172,50 @@ def check_shared(
     close(ops.sharing(prefix).paged_attention(*arguments), reference.paged_attention(*arguments))
 
 
+def check_invariance(
+    ops: TritonOps,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    length: int,
+    window: int = 0,
+    kv: torch.dtype | None = None,
+    many: int = 40,
+) -> None:
+    """The last query of a row of `length` tokens has the same bits in every kind of step."""
+    N, K, H = heads
+    size = 16
+    blocks = -(-length // size)
+    caches = torch.randn(2, 2 * blocks, size, K, H, device=device).to(kv or dtype)
+    q = torch.randn(length, N, H, device=device).to(dtype)
+    table, other = torch.randperm(2 * blocks).int().view(2, blocks)
+
+    def last(rows: list[tuple[torch.Tensor, int, torch.Tensor]], which: int) -> torch.Tensor:
+        """The last query of row `which`, each row being (table, tokens, queries of the last of them)."""
+        lens = np.array([tokens for _, tokens, _ in rows], np.int32)
+        starts = np.concatenate(([0], np.cumsum([len(queries) for *_, queries in rows]))).astype(np.int32)
+        found = ops.paged_attention(
+            *(torch.cat([queries for *_, queries in rows]), caches[0], caches[1]),
+            *(torch.from_numpy(array).to(device) for array in (starts, lens)),
+            *(torch.stack([its for its, *_ in rows]).to(device), torch.empty(0), starts, lens, H**-0.5, window),
+        )
+        return found[starts[which + 1] - 1]
+
+    mine = (table, length, q[-1:])
+    alone = last([mine], 0)
+    assert torch.isfinite(alone).all()
+    company = [(other, length - i % 9, q[i : i + 1]) for i in range(many)]
+    for rows, which in (
+        ([(table, length, q)], 0),
+        ([(table, length, q[-7:])], 0),
+        ([(other, length - 1, q[:-1]), mine], 1),
+        ([mine, (other, length, q)], 0),
+        ([*company, mine, *company * 4], many),
+        ([(other, 20, q[:20]), (table, length, q[-33:])], 1),
+    ):
+        assert torch.equal(last(rows, which), alone)
+
+
 def check_fused(
     ops: TritonOps, device: torch.device, dtype: torch.dtype, rows: int, width: int, outputs: int, *, in_fp8: bool
 ) -> None:

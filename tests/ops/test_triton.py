@@ -53,6 +53,17 @@ def test_attention(cases, ops, rows, window, cap):
     cases.check_attention(ops, CPU, torch.float32, (6, 2, 16), rows, window, cap)
 
 
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (9, 3.0)])
+def test_invariant_attention(cases, window, cap):
+    rows = [(5, 1), (140, 1), (40, 40), (75, 12), (3, 1)]
+    cases.check_attention(cases.TritonOps(CPU, 64), CPU, torch.float32, (6, 2, 16), rows, window, cap)
+
+
+@pytest.mark.parametrize("window", [0, 50])
+def test_a_query_is_the_same_bits_in_any_company(cases, window):
+    cases.check_invariance(cases.TritonOps(CPU, 64), CPU, torch.float32, (4, 2, 16), 75, window, many=2)
+
+
 @pytest.mark.parametrize("groups", [[(5, 32), (2, 0), (70, 16)], [(3, 160)]], ids=str)
 def test_attention_over_shared_beginnings(cases, ops, groups):
     cases.check_shared(ops, CPU, torch.float32, (4, 2, 16), groups, cap=4.0)

@@ -13,6 +13,7 @@ from octavo.batch import Ints
 from octavo.ops import reference
 from octavo.ops.triton import fp8, matmul, matvec, product
 from octavo.ops.triton.decode import PrefixParts, decode_attention
+from octavo.ops.triton.invariant import invariant_attention
 from octavo.ops.triton.norm import add_rms_norm, rms_norm
 from octavo.ops.triton.prefill import prefill_attention
 from octavo.ops.triton.rope import rope_and_cache
@@ -33,17 +34,25 @@ class SharedPrefix:
 
 
 class TritonOps:
-    """The ops of one device, and the memory that their programs meet in."""
+    """The ops of one device, and the memory that their programs meet in.
+
+    With a `segment` (see `invariant.segment_for`) a token's results have the same bits whatever else a step computes.
+    """
 
     embedding = staticmethod(reference.embedding)
     rms_norm = staticmethod(rms_norm)
     copy_blocks = staticmethod(reference.copy_blocks)
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, segment: int = 0):
+        self._segment = segment
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         self._prefix: SharedPrefix | None = None
         # Whether a kernel may be launched before the one in front of it has ended (programmatic dependent launch).
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+    @property
+    def invariant(self) -> bool:
+        return self._segment > 0
 
     def sharing(self, prefix: "SharedPrefix") -> "TritonOps":
         """These ops for steps of single tokens, in which some rows share a beginning."""
@@ -76,6 +85,8 @@ class TritonOps:
 
     def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(weight_OI, Dense), "packed weights belong to the CPU's kernels"
+        if self.invariant:
+            return product.product(x_TI, weight_OI, bias_O)
         if len(x_TI) <= matvec.MOST_ROWS:
             return matvec.matvec(x_TI, weight_OI, bias_O, pdl=self.pdl)
         if matmul.suits(len(x_TI), weight_OI):
@@ -112,6 +123,7 @@ class TritonOps:
             *(q_TNH, k_TKH, v_TKH, cos_Tr, sin_Tr, k_cache_PBKH, v_cache_PBKH, slots_T),
             *(q_scale_T, q_norm_H, k_norm_H, eps),
             pdl=self.pdl,
+            invariant=self.invariant,
         )
 
     def paged_attention(
@@ -132,6 +144,16 @@ class TritonOps:
         """The leading rows with one query each go to the decode kernel, all others to the prefill kernel."""
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         singles = leading_singles(query_start_host)
+        if self.invariant:
+            caches, how = (k_cache_PBKH, v_cache_PBKH), (self._segment, scale, sliding_window, soft_cap)
+            rows = seq_lens_R[:singles], block_tables_RM[:singles]
+            if singles:
+                invariant_attention(q_TNH, *caches, None, *rows, out_TNH, singles, *how)
+            rows = seq_lens_R[singles:], block_tables_RM[singles:]
+            if singles < len(seq_lens_host):
+                count = int(query_start_host[-1]) - singles
+                invariant_attention(q_TNH, *caches, query_start_R1[singles:], *rows, out_TNH, count, *how)
+            return out_TNH
         if singles:
             decode_attention(
                 q_TNH[:singles],

@@ -25,12 +25,16 @@ def rope_and_cache(
     eps: float = 0.0,
     *,
     pdl: bool = False,
+    invariant: bool = False,
 ) -> torch.Tensor:
-    """A slot below 0 is that of a padding token, whose key and value are not kept."""
+    """A slot below 0 is that of a padding token, whose key and value are not kept.
+
+    `invariant`: programs are of one shape for any number of tokens, so that a norm's sum has one order.
+    """
     T, N, H = q_TNH.shape
     K = k_TKH.shape[1]
     out_TNH = torch.empty((T, N, H), dtype=q_TNH.dtype, device=q_TNH.device)
-    heads = 8 if T >= 256 else 2
+    heads = 8 if T >= 256 and not invariant else 2
     half = cos_Tr.shape[1]
     _rope_and_cache[(T, triton.cdiv(N + 2 * K, heads))](
         q_TNH,
