@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from octavo.config import EngineOptions
 from octavo.engine.engine import Engine
+from octavo.layers.quant import fp8
+from octavo.ops import reference
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
 from tests.tiny_models import save_llama
@@ -59,3 +62,17 @@ def test_beams_and_swapped_blocks(tmp_path, kv):
 def test_the_tokens_are_the_cpu_s(tmp_path, options):
     model = str(save_llama(tmp_path))
     assert answers(model, "cuda", **options) == answers(model, "cpu", **options)
+
+
+def test_fp8_weights_are_the_rounded_ones(tmp_path):
+    """With activations of fp32, which are not rounded, tokens are those of a model whose weights were rounded."""
+    model = save_llama(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    for name, weight in weights.items():
+        if "layers" in name and weight.dim() == 2:
+            rounded = reference.linear(torch.eye(weight.shape[1]), fp8.quantize(weight)).T
+            assert (rounded - weight).abs().max() > 1e-4
+            weights[name] = rounded.contiguous()
+    other = save_llama(tmp_path / "rounded")
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert answers(str(model), "cuda", quantize="fp8") == answers(str(other), "cpu")
