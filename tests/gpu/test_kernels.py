@@ -56,8 +56,17 @@ def test_attention_over_shared_beginnings(ops, heads, groups):
         cases.check_shared(ops, CUDA, dtype, heads, groups)
 
 
-@pytest.mark.parametrize(("width", "outputs"), [(1024, 3072), (4096, 1000), (576, 1536)])
-@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("heads", [(16, 8, 128), (9, 3, 64), (8, 1, 256), (12, 12, 80)], ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("lengths", [[1, 16, 17, 700], [3000], [64, 129] * 16], ids=["few", "one", "many"])
+def test_attention_that_turns_heads(ops, heads, norm, lengths):
+    for rotary in (heads[2], heads[2] // 2):
+        for dtype in (torch.bfloat16, torch.float32):
+            cases.check_turned(ops, CUDA, dtype, heads, lengths, rotary, norm=norm)
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(1024, 3072), (4096, 1000), (576, 1536), (512, 512)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17])
 def test_fused_chain(ops, rows, width, outputs):
     for dtype in (torch.bfloat16, torch.float32):
         cases.check_fused(ops, CUDA, dtype, rows, width, outputs)
