@@ -132,6 +132,43 @@ class MemoryWatch:
         self.peak, self.mean = max(self._used) / 2**30, sum(self._used) / len(self._used) / 2**30
 
 
+class HostClock:
+    """Microseconds a step that the host spends in the parts of a step; "wait" is for the device."""
+
+    def __init__(self, engine: Engine):
+        self._seconds = dict.fromkeys(("schedule", "submit", "wait", "update"), 0.0)
+        self._steps = 0
+        scheduler, executor = engine.scheduler, engine.executor
+        self._places = (
+            (scheduler, "schedule", "schedule"),
+            (executor, "submit", "submit"),
+            (executor, "result", "wait"),
+            (scheduler, "update", "update"),
+        )
+
+    def __enter__(self) -> "HostClock":
+        for owner, method, part in self._places:
+            setattr(owner, method, self._timed(getattr(owner, method), part))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for owner, method, _part in self._places:
+            delattr(owner, method)
+
+    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments)
+            self._seconds[part] += time.perf_counter() - began
+            self._steps += part == "update"
+            return result
+
+        return timed
+
+    def row(self) -> dict[str, int]:
+        return {f"{part}_us": round(1e6 * total / max(1, self._steps)) for part, total in self._seconds.items()}
+
+
 def generate(engine: Engine, work: Work, name: str) -> float:
     """Seconds for the whole of `work`, from the first request to the last token."""
     prompts, lengths = work
@@ -209,7 +246,7 @@ def main() -> None:
 def run(engine: Engine, name: str, rep: int) -> dict[str, Any]:
     work = WORKS[name]()
     steps = engine.scheduler.stats().steps
-    with MemoryWatch() as memory:
+    with MemoryWatch() as memory, HostClock(engine) as clock:
         seconds = generate(engine, work, f"{name}-{rep}")
     return {
         "seconds": round(seconds, 3),
@@ -218,6 +255,7 @@ def run(engine: Engine, name: str, rep: int) -> dict[str, Any]:
         "steps": engine.scheduler.stats().steps - steps,
         "peak_gib": round(memory.peak, 1),
         "mean_gib": round(memory.mean, 1),
+        **clock.row(),
     }
 
 

@@ -16,12 +16,14 @@ from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.fused import FusedOps
-from octavo.ops.triton.matvec import MOST_ROWS
 from octavo.ops.triton.prepare import prepare
 from octavo.ops.triton.shared import rows_of_tile
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
 from octavo.runner.step_inputs import StepInputs
+
+# Rows up to which their order does not matter, since all start at once.
+_UNSORTED = 32
 
 
 def bucket_of(rows: int) -> int:
@@ -78,14 +80,19 @@ class DecodeGraphs:
     def run(self, batch: Batch, *, draws: bool) -> tuple[ForwardContext, torch.Tensor]:
         """The context, and hidden states, [R, D], in memory that the next step writes to.
 
-        With `draws` the samples are drawn too, and rows with a common beginning read it together. These may then stand
-        in another order than the batch's, which the samples know.
+        With `draws` the samples are drawn too, and rows with a common beginning read it together. Rows may then stand
+        in another order than the batch's, which the samples know: groups side by side, else the longest first, since
+        what starts last should not take longest.
         """
         groups = None
+        rows = batch.num_rows
         if draws and not self._ops.invariant:
             block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
             groups = find_groups(batch.block_tables, batch.seq_lens, block_size, self._rows_of_tile)
-        rows = batch.num_rows
+            if groups is not None:
+                batch = _in_order(batch, groups.order)
+            elif rows > _UNSORTED:
+                batch = _in_order(batch, np.argsort(-batch.seq_lens, kind="stable"))
         key = (bucket_of(rows), groups is not None, draws)
         self._send(batch, groups, key[0])
         recorded = self._recorded.get(key)
@@ -98,16 +105,6 @@ class DecodeGraphs:
         places = self._places(bucket)
         lengths = tile_start = tile_rows = np.zeros(0, np.int32)
         if groups is not None:
-            inverse = np.argsort(groups.order)
-            batch = replace(
-                batch,
-                token_ids=batch.token_ids[groups.order],
-                positions=batch.positions[groups.order],
-                slots=batch.slots[groups.order],
-                seq_lens=batch.seq_lens[groups.order],
-                block_tables=batch.block_tables[groups.order],
-                sample_index=inverse[batch.sample_index].astype(np.int32),
-            )
             lengths = _padded(groups.lengths, bucket, 0)
             tile_start, tile_rows = (
                 _padded(array, places[7].stop - places[7].start, 0) for array in (groups.tile_start, groups.tile_rows)
@@ -145,8 +142,7 @@ class DecodeGraphs:
         return RecordedStep(graph, ctx, hidden_RD)
 
     def _compute(self, bucket: int, shared: bool, draws: bool) -> tuple[ForwardContext, torch.Tensor]:
-        fused = bucket <= MOST_ROWS and not self._ops.invariant
-        ctx = self._context(FusedOps(self._ops) if fused else self._ops, bucket, shared)
+        ctx = self._context(self._ops if self._ops.invariant else FusedOps(self._ops), bucket, shared)
         hidden_RD = self._model.forward(ctx)
         if isinstance(ctx.ops, FusedOps):
             ctx.ops.finish()
@@ -181,6 +177,21 @@ class DecodeGraphs:
             query_start_host=every_row,
             seq_lens_host=every_row[1:],
         )
+
+
+def _in_order(batch: Batch, order: Ints) -> Batch:
+    """The step with its rows, a token each, in another order."""
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return replace(
+        batch,
+        token_ids=batch.token_ids[order],
+        positions=batch.positions[order],
+        slots=batch.slots[order],
+        seq_lens=batch.seq_lens[order],
+        block_tables=batch.block_tables[order],
+        sample_index=inverse[batch.sample_index].astype(np.int32),
+    )
 
 
 def _padded(array: Ints, length: int, value: int) -> Ints:

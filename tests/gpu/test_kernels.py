@@ -56,6 +56,22 @@ def test_attention_over_shared_beginnings(ops, heads, groups):
         cases.check_shared(ops, CUDA, dtype, heads, groups)
 
 
+@pytest.mark.parametrize("heads", [(16, 8, 128), (9, 3, 64), (8, 1, 256), (12, 12, 80)], ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("lengths", [[1, 16, 17, 700], [3000], [64, 129] * 16], ids=["few", "one", "many"])
+def test_attention_that_turns_heads(ops, heads, norm, lengths):
+    for rotary in (heads[2], heads[2] // 2):
+        for dtype in (torch.bfloat16, torch.float32):
+            cases.check_turned(ops, CUDA, dtype, heads, lengths, rotary, norm=norm)
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(1024, 3072), (4096, 1000), (576, 1536), (512, 512)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17])
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_fused_chain(ops, rows, width, outputs, in_fp8):
+    cases.each_dtype(lambda dtype: cases.check_fused(ops, CUDA, dtype, rows, width, outputs, in_fp8=in_fp8))
+
+
 @pytest.mark.parametrize("heads", [(16, 8, 128), (32, 8, 128), (9, 3, 64), (8, 1, 256), (12, 12, 80)], ids=str)
 def test_invariant_attention(heads):
     ops = cases.TritonOps(CUDA, 256)
@@ -77,13 +93,6 @@ def test_a_row_s_product_is_the_same_bits_in_any_company(inputs, outputs, in_fp8
         whole = ops.linear(x, weight)
         for rows in (1, 2, 16, 17, 64, 65, 128, 200, 257):
             assert torch.equal(ops.linear(x[300 : 300 + rows].clone(), weight), whole[300 : 300 + rows]), (dtype, rows)
-
-
-@pytest.mark.parametrize(("width", "outputs"), [(1024, 3072), (4096, 1000), (576, 1536)])
-@pytest.mark.parametrize("rows", [1, 2, 8])
-@pytest.mark.parametrize("in_fp8", [False, True])
-def test_fused_chain(ops, rows, width, outputs, in_fp8):
-    cases.each_dtype(lambda dtype: cases.check_fused(ops, CUDA, dtype, rows, width, outputs, in_fp8=in_fp8))
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(1024, 3072), (576, 960), (136, 100)])

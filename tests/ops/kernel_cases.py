@@ -9,7 +9,6 @@ from octavo.layers.quant import fp8
 from octavo.ops import Ops, reference
 from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.fused import FusedOps
-from octavo.ops.triton.matvec import MOST_ROWS
 from octavo.ops.triton.rope import rope_and_cache
 from octavo.ops.triton.shared import rows_of_tile
 
@@ -134,6 +133,53 @@ def check_attention(
     close(run(ops, caches), run(reference, caches.float().nan_to_num()))
 
 
+def check_turned(
+    ops: TritonOps,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    lengths: list[int],
+    rotary: int,
+    *,
+    norm: bool,
+) -> None:
+    """Attention that turns queries and newest keys itself; the last row is padding."""
+    N, K, H = heads
+    B, R = 16, len(lengths) + 1
+    counts = [-(-length // B) for length in lengths]
+    order = torch.randperm(sum(counts)).int()
+    tables = torch.zeros(R, max(counts), dtype=torch.int32)
+    for row, count in enumerate(counts):
+        tables[row, :count], order = order[:count], order[count:]
+    slots = [int(tables[row, (n - 1) // B]) * B + (n - 1) % B for row, n in enumerate(lengths)]
+    ints = {"dtype": torch.int32, "device": device}
+    lens, slots_T = torch.tensor([*lengths, 0], **ints), torch.tensor([*slots, -1], **ints)
+    qkv = torch.randn(R, N + 2 * K, H, device=device).to(dtype)
+    angles = torch.randn(R, rotary // 2, device=device)
+    weights = [torch.randn(H, device=device).to(dtype) for _ in range(2)] if norm else [None, None]
+    factor = torch.rand(R, device=device) + 1
+    old = torch.randn(2, sum(counts), B, K, H, device=device).to(dtype)
+    results = []
+    fused = FusedOps(ops)
+    for which, kind in ((fused, dtype), (reference, torch.float64)):
+        caches = old.to(kind).clone()
+        q, k, v = qkv.to(kind).split((N, K, K), dim=1)
+        rows = R if which is fused else R - 1  # nobody but a recorded step has padding
+        q, k, v, turn, places = (tensor[:rows] for tensor in (q, k, v, angles, slots_T))
+        q = which.rope_and_cache(
+            *(q, k, v, turn.cos(), turn.sin(), caches[0], caches[1], places, factor[:rows], *weights, 1e-5)
+        )
+        starts = np.arange(rows + 1, dtype=np.int32)
+        out = which.paged_attention(
+            *(q, caches[0], caches[1], torch.from_numpy(starts).to(device), lens[:rows], tables[:rows].to(device)),
+            *(lens[:rows] - 1, starts, np.array(lengths, np.int32), H**-0.5),
+        )
+        results.append((out[: R - 1], caches))
+    fused.finish()
+    close(results[0][0], results[1][0])
+    close(results[0][1], results[1][1])
+
+
 def check_shared(
     ops: TritonOps,
     device: torch.device,
@@ -239,10 +285,9 @@ def check_fused(
         unread = which.silu_mul(torch.cat((stream, stream), dim=1))
         return [stream, hidden, last, stream2, alone, unread]
 
-    which = FusedOps(ops) if rows <= MOST_ROWS else ops
+    which = FusedOps(ops)
     found = chain(which, dtype)
-    if isinstance(which, FusedOps):
-        which.finish()
+    which.finish()
     for one, other in zip(found, chain(reference, torch.float64), strict=True):
         close(one, other)
 

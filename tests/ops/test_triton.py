@@ -69,7 +69,12 @@ def test_attention_over_shared_beginnings(cases, ops, groups):
     cases.check_shared(ops, CPU, torch.float32, (4, 2, 16), groups, cap=4.0)
 
 
-@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 32, 24), (2, 640, 40), (3, 1024, 40)])
+@pytest.mark.parametrize(("rotary", "norm"), [(16, False), (8, True)])
+def test_attention_that_turns_heads(cases, ops, rotary, norm):
+    cases.check_turned(ops, CPU, torch.float32, (6, 2, 16), [1, 16, 40, 300], rotary, norm=norm)
+
+
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 32, 24), (2, 640, 40), (3, 1024, 40), (5, 512, 512)])
 @pytest.mark.parametrize("in_fp8", [False, True])
 def test_fused_chain(cases, ops, rows, width, outputs, in_fp8):
     cases.check_fused(ops, CPU, torch.float32, rows, width, outputs, in_fp8=in_fp8)

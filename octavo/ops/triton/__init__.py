@@ -16,7 +16,7 @@ from octavo.ops.triton.decode import PrefixParts, decode_attention
 from octavo.ops.triton.invariant import invariant_attention
 from octavo.ops.triton.norm import add_rms_norm, rms_norm
 from octavo.ops.triton.prefill import prefill_attention
-from octavo.ops.triton.rope import rope_and_cache
+from octavo.ops.triton.rope import Heads, rope_and_cache
 from octavo.ops.triton.shared import shared_attention
 from octavo.ops.triton.silu_mul import silu_mul
 from octavo.ops.weight import Dense, Fp8Weight, Weight
@@ -142,6 +142,28 @@ class TritonOps:
         soft_cap: float = 0.0,
     ) -> torch.Tensor:
         """The leading rows with one query each go to the decode kernel, all others to the prefill kernel."""
+        return self._attend(
+            *(q_TNH, k_cache_PBKH, v_cache_PBKH, query_start_R1, seq_lens_R, block_tables_RM, positions_T),
+            *(query_start_host, seq_lens_host, scale, sliding_window, soft_cap),
+        )
+
+    def _attend(
+        self,
+        q_TNH: torch.Tensor,
+        k_cache_PBKH: torch.Tensor,
+        v_cache_PBKH: torch.Tensor,
+        query_start_R1: torch.Tensor,
+        seq_lens_R: torch.Tensor,
+        block_tables_RM: torch.Tensor,
+        positions_T: torch.Tensor,
+        query_start_host: Ints,
+        seq_lens_host: Ints,
+        scale: float,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+        heads: Heads | None = None,
+    ) -> torch.Tensor:
+        """With `heads` these stand for `q_TNH`, and all rows have one query each."""
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         singles = leading_singles(query_start_host)
         if self.invariant:
@@ -169,6 +191,7 @@ class TritonOps:
                 self._shared(q_TNH, k_cache_PBKH, v_cache_PBKH, block_tables_RM, scale, soft_cap)
                 if self._prefix and not sliding_window
                 else None,
+                heads,
                 pdl=self.pdl,
             )
         if singles < len(seq_lens_host):

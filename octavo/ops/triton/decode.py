@@ -2,7 +2,8 @@
 
 A program takes one row, one kv head with all its query heads, and one split of the row's keys, so that the grid
 depends on the number of rows alone and may live in a CUDA graph. The last split of a row to finish joins them all, and
-what `shared` has computed over a beginning that the row has in common with others.
+what `shared` has computed over a beginning that the row has in common with others. What `rope_and_cache` does to a
+step's heads can be done here too: each split turns the queries, and the one with the newest key that key.
 
 Shapes as in `octavo.ops`; G query heads a kv head, X splits.
 """
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
+from octavo.ops.triton.rope import Heads, keep, turned
+from octavo.ops.triton.tiles import LOG2_E, dot_precision, fetch, tanh
 
 # Programs that keep every multiprocessor of a large GPU busy, with some to spare for rows of unequal length.
 _PROGRAMS = 132 * 8
@@ -55,18 +57,24 @@ def decode_attention(
     sliding_window: int,
     soft_cap: float,
     prefix: PrefixParts | None = None,
+    heads: Heads | None = None,
     *,
     pdl: bool = False,
 ) -> None:
-    """Writes `out_RNH`. `counters` are zeros, at least one for each row and kv head, and zeros again afterwards."""
+    """Writes `out_RNH`. `counters` are zeros, at least one for each row and kv head, and zeros again afterwards.
+
+    With `heads` the queries are theirs, still to be turned, as are the newest keys, which are not in the cache yet.
+    """
+    assert prefix is None or heads is None, "queries are turned before they meet a shared beginning"
+    q_RNH = heads.q_TNH if heads else q_RNH
+    k, v = (heads.k_TKH, heads.v_TKH) if heads else (q_RNH, q_RNH)
     R, N, H = q_RNH.shape
     B, K = k_cache_PBKH.shape[1:3]
     splits = num_splits(R, K)
     assert splits == 1 or len(counters) >= R * K, "a counter for each row and kv head"
     partial = torch.empty((R * N * splits * (H + 2),) if splits > 1 else (1,), dtype=torch.float32, device=q_RNH.device)
     block_h = triton.next_power_of_2(H)
-    wide = q_RNH.dtype == torch.float32 or block_h > 128
-    tile = 32 if wide else 64
+    tile, stages = _tile(q_RNH.dtype, block_h)
     _decode[(K, R, splits)](
         q_RNH,
         k_cache_PBKH,
@@ -78,12 +86,25 @@ def decode_attention(
         counters,
         prefix.lengths_R if prefix else seq_lens_R,
         prefix.partial if prefix else partial,
+        k,
+        v,
+        heads.cos_Tr if heads else partial,
+        heads.sin_Tr if heads else partial,
+        heads.slots_T if heads else seq_lens_R,
+        q_RNH if heads is None or heads.q_scale_T is None else heads.q_scale_T,
+        q_RNH if heads is None or heads.q_norm_H is None else heads.q_norm_H,
+        q_RNH if heads is None or heads.k_norm_H is None else heads.k_norm_H,
+        heads.eps if heads else 0.0,
         scale * LOG2_E,
         soft_cap * LOG2_E,
         sliding_window,
         splits,
         q_RNH.stride(0),
         q_RNH.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
         block_tables_RM.stride(0),
         N=N,
         K=K,
@@ -99,12 +120,22 @@ def decode_attention(
         SPLIT=splits > 1,
         PREFIX_SPLITS=prefix.splits if prefix else 0,
         PREFIX_TILE=prefix.tile if prefix else 1,
+        TURNING=heads is not None,
+        HALF=heads.cos_Tr.shape[1] if heads else 0,
+        NORMED=heads is not None and heads.q_norm_H is not None,
+        SCALED=heads is not None and heads.q_scale_T is not None,
+        JOINED=4,
         PRECISION=dot_precision(q_RNH.dtype),
         PDL=pdl,
         num_warps=4,
-        num_stages=2 if wide else 3,
+        num_stages=stages,
         launch_pdl=pdl,
     )
+
+
+def _tile(dtype: torch.dtype, block_h: int) -> tuple[int, int]:
+    """(keys, stages) of a tile."""
+    return (32, 2) if dtype == torch.float32 or block_h > 128 else (64, 3)
 
 
 @triton.jit
@@ -119,12 +150,25 @@ def _decode(
     counters,
     prefix_lengths,
     prefix_partial,
+    k,
+    v,
+    cos,
+    sin,
+    slots,
+    q_scale,
+    q_norm,
+    k_norm,
+    eps,
     scale,
     soft_cap,
     window,
     splits,
     q_stride,
     q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
     table_stride,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -140,6 +184,11 @@ def _decode(
     SPLIT: tl.constexpr,
     PREFIX_SPLITS: tl.constexpr,
     PREFIX_TILE: tl.constexpr,
+    TURNING: tl.constexpr,
+    HALF: tl.constexpr,
+    NORMED: tl.constexpr,
+    SCALED: tl.constexpr,
+    JOINED: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -179,7 +228,24 @@ def _decode(
                 fetch(k_cache + early_place + line)
                 fetch(v_cache + early_place + line)
         gdc_wait()
-    queries = tl.load(q + row * q_stride + head[:, None] * q_head_stride + at[None, :], mask=here, other=0.0)
+    if TURNING:
+        angles = row * HALF
+        element, real = at[None, :], in_head[None, :]
+        if (end == length) & (length > 0):
+            slot = tl.load(slots + row).to(tl.int64)
+            cache_at = (slot * K + kv_head) * H + element
+            given = k + row * k_stride + kv_head * k_head_stride
+            newest = turned(given, k_norm, cos + angles, sin + angles, element, real, eps, H, HALF, NORMED)
+            keep(k_cache + cache_at, newest, real & (slot >= 0))
+            value = tl.load(v + row * v_stride + kv_head * v_head_stride + element, mask=real, other=0.0)
+            keep(v_cache + cache_at, value, real & (slot >= 0))
+            tl.debug_barrier()
+        given = q + row * q_stride + head[:, None] * q_head_stride
+        queries = turned(given, q_norm, cos + angles, sin + angles, element, here, eps, H, HALF, NORMED)
+        if SCALED:
+            queries = (queries.to(tl.float32) * tl.load(q_scale + row)).to(queries.dtype)
+    else:
+        queries = tl.load(q + row * q_stride + head[:, None] * q_head_stride + at[None, :], mask=here, other=0.0)
     best = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     result = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
@@ -209,6 +275,7 @@ def _decode(
             # partial: [R, K, X, G, H] results, then [R, K, X, G] maxima and sums
             first_part = (row * K + kv_head) * splits
             rows = tl.num_programs(1).to(tl.int64)
+            every_part = rows * K * splits
             maxima = partial + rows * N * splits * H
             sums = maxima + rows * N * splits
             place = (first_part + split) * G + group
@@ -223,39 +290,58 @@ def _decode(
             best = tl.full([BLOCK_G], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_G], tl.float32)
             result = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
-            for part in range(working):
+            for part in range(0, working, JOINED):
                 best, total, result = join(
-                    best, total, result, partial, first_part + part, rows * K * splits, group, at, here, G, H
+                    best, total, result, partial, first_part, part, working, every_part, group, at, here, G, H, JOINED
                 )
     if PREFIX_SPLITS > 0:
         prefix_tiles = tl.cdiv(begin, PREFIX_TILE)
         parts = tl.cdiv(prefix_tiles, tl.maximum(tl.cdiv(prefix_tiles, PREFIX_SPLITS), 1))
         first_part = (row * K + kv_head) * PREFIX_SPLITS
         all_parts = tl.num_programs(1).to(tl.int64) * K * PREFIX_SPLITS
-        for part in range(parts):
+        for part in range(0, parts, JOINED):
             best, total, result = join(
-                best, total, result, prefix_partial, first_part + part, all_parts, group, at, here, G, H
+                best, total, result, prefix_partial, first_part, part, parts, all_parts, group, at, here, G, H, JOINED
             )
     result = result / tl.maximum(total, 1e-30)[:, None]
     tl.store(out + (row * N + head[:, None]) * H + at[None, :], result.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def join(best, total, result, partial, part, parts, group, at, here, G: tl.constexpr, H: tl.constexpr):
-    """Running maxima, sums and results, joined with part number `part` of the `parts` in `partial`."""
-    place = part * G + group
-    maxima = partial + parts * G * H
-    its_best = tl.load(maxima + place, mask=group < G, other=0.0, cache_modifier=".cg")
-    its_total = tl.load(maxima + parts * G + place, mask=group < G, other=0.0, cache_modifier=".cg")
-    its_result = tl.load(partial + place[:, None] * H + at[None, :], mask=here, other=0.0, cache_modifier=".cg")
-    better = tl.maximum(best, its_best)
-    fade, weight = tl.exp2(best - better), tl.exp2(its_best - better)
-    return better, total * fade + its_total * weight, result * fade[:, None] + its_result * weight[:, None]
+def join(
+    best,
+    total,
+    result,
+    partial,
+    first,
+    part,
+    count,
+    every,
+    group,
+    at,
+    here,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    JOINED: tl.constexpr,
+):
+    """Running maxima, sums and results, joined with parts `part` and following of the `count` from `first` on.
 
-
-@triton.jit
-def fetch(addresses):
-    """Asks for the lines at `addresses` to be brought into the L2 cache; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    `partial` holds `every` parts. `JOINED` are read at once, so that their loads do not wait for each other.
+    """
+    maxima = partial + every * G * H
+    mine = part + tl.arange(0, JOINED)
+    place = (first + mine)[:, None] * G + group[None, :]
+    there = (mine < count)[:, None] & (group < G)[None, :]
+    its_best = tl.load(maxima + place, mask=there, other=0.0, cache_modifier=".cg")
+    its_best = tl.where((mine < count)[:, None], its_best, float("-inf"))
+    its_total = tl.load(maxima + every * G + place, mask=there, other=0.0, cache_modifier=".cg")
+    its_result = tl.load(
+        partial + place[:, :, None] * H + at[None, None, :],
+        mask=there[:, :, None] & here[None, :, :],
+        other=0.0,
+        cache_modifier=".cg",
     )
+    better = tl.maximum(best, tl.max(its_best, 0))
+    fade, weight = tl.exp2(best - better), tl.exp2(its_best - better[None, :])
+    total = total * fade + tl.sum(its_total * weight, 0)
+    return better, total, result * fade[:, None] + tl.sum(its_result * weight[:, :, None], 0)

@@ -1,8 +1,14 @@
-"""The ops of the smallest batches: an addition with its norm, or a SiLU, waits until the product that reads it.
+"""The ops of a decode step while it is recorded as a graph: one may wait for the next and be taken in by its kernel.
 
-Layers call one op after another and know nothing of it. An op that another may take in writes nothing at first: its
-result is remembered, and the next op either takes it in or has it computed. So whoever is not an op must not look at
-a result before `finish`. Meant for a step while it is recorded as a graph.
+Layers call one op after another and know nothing of it. An op that another may take in writes nothing at first: what it
+is about is remembered, and the next op either takes it in or has it computed. So whoever is not an op must not look at
+a result before `finish`. What is taken in here:
+
+    rows      what waits                          who takes it in
+    1 to 2    addition and norm, SiLU             the product behind it (`matvec`)
+    3 to 16   a product                           the addition, or the SiLU, behind it (`matmul`)
+              a norm whose squares are known      the product behind it
+    to 64     rotation and cache                  attention (`decode`), unless beginnings are shared
 """
 
 from collections.abc import Callable
@@ -12,78 +18,162 @@ from typing import Any
 import torch
 
 from octavo.ops import reference
-from octavo.ops.triton import TritonOps
-from octavo.ops.triton.matvec import norm_matvec, silu_matvec
-from octavo.ops.triton.norm import write_add_rms_norm
+from octavo.ops.triton import TritonOps, matmul, matvec
+from octavo.ops.triton.matmul import Normed
+from octavo.ops.triton.norm import write_add_rms_norm, write_rms_norm
+from octavo.ops.triton.rope import Heads, write_rope_and_cache
 from octavo.ops.triton.silu_mul import write_silu_mul
 from octavo.ops.weight import Dense, Weight
+
+MOST_TURNED = 64
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """`result` is still to be computed: by `product` of it with a weight and a bias, or by `write`."""
+    """An op that is still to be computed: by `write` into `result`, or in the kernel of an op that takes it in."""
 
     result: torch.Tensor
-    product: Callable[[Dense, torch.Tensor | None], torch.Tensor]
     write: Callable[[], None]
+    matvec: Callable[[Dense, torch.Tensor | None], torch.Tensor] | None = None
+    norm: Normed | None = None
+    product: tuple[torch.Tensor, Normed | None, Dense, torch.Tensor | None] | None = None
+    heads: Heads | None = None
 
 
 class FusedOps(TritonOps):
-    """`TritonOps` for steps of so few rows that reading the weights is all that counts."""
+    """`TritonOps` for one recording; after `finish` these ops are as any others."""
 
     def __init__(self, ops: TritonOps):
         self.__dict__.update(ops.__dict__)
         self._waiting: _Waiting | None = None
+        self._taken: dict[int, _Waiting] = {}  # by memory: what was taken in, for a second reader
+        self._recording = True
 
     def finish(self) -> None:
         """Computes what still waits."""
+        self._settle()
+        self._taken.clear()
+        self._recording = False
+
+    def _settle(self, *read: torch.Tensor) -> None:
+        """Has computed what waits, and what of `read` was only taken in so far."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting.write()
+        for tensor in read:
+            taken = self._taken.pop(_memory(tensor), None)
+            if taken is not None:
+                taken.write()
+
+    def _take(self, x: torch.Tensor) -> _Waiting | None:
+        """The waiting op if `x` is its result."""
+        waiting = self._waiting
+        if waiting is None or waiting.result is not x:
+            return None
+        self._waiting = None
+        self._taken[_memory(x)] = waiting
+        return waiting
 
     def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+        assert isinstance(weight_OI, Dense), "packed weights belong to the CPU's kernels"
         waiting = self._waiting
-        if waiting is not None and waiting.result is x_TI:
-            assert isinstance(weight_OI, Dense), "packed weights belong to the CPU's kernels"
-            self._waiting = None
-            return waiting.product(weight_OI, bias_O)
-        self.finish()
+        if not self._recording:
+            return super().linear(x_TI, weight_OI, bias_O)
+        if len(x_TI) <= matvec.MOST_ROWS:
+            if waiting is not None and waiting.matvec is not None and self._take(x_TI):
+                return waiting.matvec(weight_OI, bias_O)
+        elif matmul.suits(len(x_TI), weight_OI):
+            norm = waiting.norm if waiting is not None and waiting.norm is not None and self._take(x_TI) else None
+            self._settle(*(() if norm else (x_TI,)))
+            out_TO = x_TI.new_empty(len(x_TI), len(weight_OI))
+            self._waiting = _Waiting(
+                out_TO,
+                lambda: matmul.write_matmul(x_TI, norm, weight_OI, bias_O, out_TO, pdl=self.pdl),
+                product=(x_TI, norm, weight_OI, bias_O),
+            )
+            return out_TO
+        self._settle(x_TI)
         return super().linear(x_TI, weight_OI, bias_O)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.finish()
-        out, stream = torch.empty_like(x), torch.empty_like(x)
-        self._waiting = _Waiting(
-            out,
-            lambda w, b: norm_matvec(x, residual, weight, eps, stream, w, b, pdl=self.pdl),
-            lambda: write_add_rms_norm(x, residual, weight, eps, out, stream, pdl=self.pdl),
-        )
+        waiting = self._waiting
+        out = torch.empty_like(x)
+        if self._recording and waiting is not None and waiting.product is not None and self._take(x):
+            self._settle(residual)
+            stream, squares_PT = matmul.add_matmul(*waiting.product, residual, pdl=self.pdl)
+            self._waiting = _Waiting(
+                out, lambda: write_rms_norm(stream, weight, eps, out), norm=Normed(stream, squares_PT, weight, eps)
+            )
+            return out, stream
+        self._settle(x, residual)
+        stream = torch.empty_like(x)
+        if self._recording and len(x) <= matvec.MOST_ROWS:
+            self._waiting = _Waiting(
+                out,
+                lambda: write_add_rms_norm(x, residual, weight, eps, out, stream, pdl=self.pdl),
+                matvec=lambda w, b: matvec.norm_matvec(x, residual, weight, eps, stream, w, b, pdl=self.pdl),
+            )
+        else:
+            write_add_rms_norm(x, residual, weight, eps, out, stream, pdl=self.pdl)
         return out, stream
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
-        self.finish()
+        waiting = self._waiting
+        if self._recording and waiting is not None and waiting.product is not None and self._take(gate_up_T2F):
+            return matmul.silu_matmul(*waiting.product, pdl=self.pdl)
+        self._settle(gate_up_T2F)
+        if not self._recording or len(gate_up_T2F) > matvec.MOST_ROWS:
+            return super().silu_mul(gate_up_T2F)
         out_TF = gate_up_T2F.new_empty(len(gate_up_T2F), gate_up_T2F.shape[1] // 2)
         self._waiting = _Waiting(
             out_TF,
-            lambda w, b: silu_matvec(gate_up_T2F, w, b, pdl=self.pdl),
             lambda: write_silu_mul(gate_up_T2F, out_TF, pdl=self.pdl),
+            matvec=lambda w, b: matvec.silu_matvec(gate_up_T2F, w, b, pdl=self.pdl),
         )
         return out_TF
 
+    def rope_and_cache(
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        cos_Tr: torch.Tensor,
+        sin_Tr: torch.Tensor,
+        k_cache_PBKH: torch.Tensor,
+        v_cache_PBKH: torch.Tensor,
+        slots_T: torch.Tensor,
+        q_scale_T: torch.Tensor | None = None,
+        q_norm_H: torch.Tensor | None = None,
+        k_norm_H: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        self._settle(q_TNH, k_TKH, v_TKH)
+        heads = Heads(q_TNH, k_TKH, v_TKH, cos_Tr, sin_Tr, slots_T, q_scale_T, q_norm_H, k_norm_H, eps)
+        out_TNH = q_TNH.new_empty(q_TNH.shape)
+        write = lambda: write_rope_and_cache(heads, k_cache_PBKH, v_cache_PBKH, out_TNH, pdl=self.pdl)  # noqa: E731
+        if self._recording and self._prefix is None and len(q_TNH) <= MOST_TURNED:
+            self._waiting = _Waiting(out_TNH, write, heads=heads)
+        else:
+            write()
+        return out_TNH
+
+    def paged_attention(self, q_TNH: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        waiting = self._waiting
+        if waiting is not None and waiting.heads is not None and self._take(q_TNH):
+            return self._attend(q_TNH, *arguments, **named, heads=waiting.heads)
+        self._settle(q_TNH)
+        return super().paged_attention(q_TNH, *arguments, **named)
+
     def embedding(self, *arguments: Any) -> torch.Tensor:
-        self.finish()
+        self._settle()
         return reference.embedding(*arguments)
 
-    def rms_norm(self, *arguments: Any) -> torch.Tensor:
-        self.finish()
-        return super().rms_norm(*arguments)
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        self._settle(x)
+        return TritonOps.rms_norm(x, weight, eps)
 
-    def rope_and_cache(self, *arguments: Any, **named: Any) -> torch.Tensor:
-        self.finish()
-        return super().rope_and_cache(*arguments, **named)
 
-    def paged_attention(self, *arguments: Any, **named: Any) -> torch.Tensor:
-        self.finish()
-        return super().paged_attention(*arguments, **named)
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

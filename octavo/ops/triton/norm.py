@@ -11,15 +11,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`x` is [T, D], or heads [T, N, H] that may lie inside wider rows."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    write_rms_norm(x, weight, eps, out)
+    return out
+
+
+def write_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """As `rms_norm`, into `out`."""
     width = x.shape[-1]
     heads = x.shape[1] if x.dim() == 3 else 1
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     head_stride = x.stride(1) if x.dim() == 3 else 0
     block = triton.next_power_of_2(width)
     _rms_norm[(len(x) * heads,)](
         x, weight, out, heads, x.stride(0), head_stride, eps, D=width, BLOCK=block, num_warps=_warps(block)
     )
-    return out
 
 
 def add_rms_norm(

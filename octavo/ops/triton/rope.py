@@ -1,13 +1,31 @@
 """What happens to queries, keys and values between projection and attention, in one kernel: norms, rotation, cache.
 
 A program takes a few heads of one token. The heads are numbered as the projection lays them out: N queries, K keys, K
-values. Shapes as in `octavo.ops`.
+values. The decode kernel does the same by `turned`. Shapes as in `octavo.ops`.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@dataclass(slots=True)
+class Heads:
+    """A step's queries, keys and values as the projection leaves them, and all that is done to them."""
+
+    q_TNH: torch.Tensor
+    k_TKH: torch.Tensor
+    v_TKH: torch.Tensor
+    cos_Tr: torch.Tensor
+    sin_Tr: torch.Tensor
+    slots_T: torch.Tensor
+    q_scale_T: torch.Tensor | None
+    q_norm_H: torch.Tensor | None
+    k_norm_H: torch.Tensor | None
+    eps: float
 
 
 def rope_and_cache(
@@ -31,31 +49,47 @@ def rope_and_cache(
 
     `invariant`: programs are of one shape for any number of tokens, so that a norm's sum has one order.
     """
-    T, N, H = q_TNH.shape
-    K = k_TKH.shape[1]
-    out_TNH = torch.empty((T, N, H), dtype=q_TNH.dtype, device=q_TNH.device)
+    out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+    heads = Heads(q_TNH, k_TKH, v_TKH, cos_Tr, sin_Tr, slots_T, q_scale_T, q_norm_H, k_norm_H, eps)
+    write_rope_and_cache(heads, k_cache_PBKH, v_cache_PBKH, out_TNH, pdl=pdl, invariant=invariant)
+    return out_TNH
+
+
+def write_rope_and_cache(
+    given: Heads,
+    k_cache_PBKH: torch.Tensor,
+    v_cache_PBKH: torch.Tensor,
+    out_TNH: torch.Tensor,
+    *,
+    pdl: bool,
+    invariant: bool = False,
+) -> None:
+    """As `rope_and_cache`, into `out_TNH`."""
+    q, k, v = given.q_TNH, given.k_TKH, given.v_TKH
+    T, N, H = q.shape
+    K = k.shape[1]
     heads = 8 if T >= 256 and not invariant else 2
-    half = cos_Tr.shape[1]
+    half = given.cos_Tr.shape[1]
     _rope_and_cache[(T, triton.cdiv(N + 2 * K, heads))](
-        q_TNH,
-        k_TKH,
-        v_TKH,
-        cos_Tr,
-        sin_Tr,
+        q,
+        k,
+        v,
+        given.cos_Tr,
+        given.sin_Tr,
         k_cache_PBKH,
         v_cache_PBKH,
-        slots_T,
-        slots_T if q_scale_T is None else q_scale_T,
-        slots_T if q_norm_H is None else q_norm_H,
-        slots_T if k_norm_H is None else k_norm_H,
+        given.slots_T,
+        given.slots_T if given.q_scale_T is None else given.q_scale_T,
+        given.slots_T if given.q_norm_H is None else given.q_norm_H,
+        given.slots_T if given.k_norm_H is None else given.k_norm_H,
         out_TNH,
-        eps,
-        q_TNH.stride(0),
-        q_TNH.stride(1),
-        k_TKH.stride(0),
-        k_TKH.stride(1),
-        v_TKH.stride(0),
-        v_TKH.stride(1),
+        given.eps,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
         N=N,
         K=K,
         H=H,
@@ -63,13 +97,12 @@ def rope_and_cache(
         HEADS=heads,
         BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(max(1, H - 2 * half)),
-        SCALED=q_scale_T is not None,
-        NORMED=q_norm_H is not None,
+        SCALED=given.q_scale_T is not None,
+        NORMED=given.q_norm_H is not None,
         PDL=pdl,
         num_warps=max(1, heads * triton.next_power_of_2(H) // 256),
         launch_pdl=pdl,
     )
-    return out_TNH
 
 
 @triton.jit
@@ -178,3 +211,25 @@ def _weights(q_norm, k_norm, is_q, is_k, at, mask):
     """Each head's norm at elements `at`, in fp32."""
     weights = tl.load(q_norm + at, mask=is_q & mask, other=0.0).to(tl.float32)
     return weights + tl.load(k_norm + at, mask=is_k & mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def turned(place, norm, cos, sin, at, mask, eps, H: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr):
+    """Heads at `place`, [..., H], normed and rotated, in fp32 but rounded as the kernel above rounds them.
+
+    `at` numbers the elements of a head; `cos` and `sin` point to the token's angles.
+    """
+    # Every element meets its partner by loading it a second time; what passes unchanged meets itself by a sine of 0.
+    turning = at < 2 * HALF
+    other = tl.where(turning, tl.where(at < HALF, at + HALF, at - HALF), at)
+    x, y = tl.load(place + at, mask=mask, other=0.0), tl.load(place + other, mask=mask, other=0.0)
+    kept = x.dtype
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    if NORMED:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / H + eps)[:, None]
+        x = (x * scale * tl.load(norm + at, mask=mask, other=0.0).to(tl.float32)).to(kept).to(tl.float32)
+        y = (y * scale * tl.load(norm + other, mask=mask, other=0.0).to(tl.float32)).to(kept).to(tl.float32)
+    angle = tl.where(at < HALF, at, at - HALF)
+    c = tl.load(cos + angle, mask=turning, other=1.0)
+    s = tl.load(sin + angle, mask=turning, other=0.0)
+    return (x * c + tl.where(at < HALF, -y, y) * s).to(kept)

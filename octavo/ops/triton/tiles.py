@@ -1,4 +1,4 @@
-"""What the attention kernels agree on: scores in base 2, how fp32 products are taken, and a tanh."""
+"""What the kernels agree on: scores in base 2, how fp32 products are taken, a tanh, and fetching ahead."""
 
 import torch
 import triton
@@ -17,3 +17,11 @@ def dot_precision(dtype: torch.dtype) -> str:
 def tanh(x):
     """1 - 2 / (e^2x + 1), which neither overflows nor gives NaN."""
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def fetch(addresses):
+    """Asks for the lines at `addresses` to be brought into the L2 cache; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
