@@ -9,6 +9,7 @@ sequences; tokens of all rows lie one after another, so a prompt's chunk and a s
     seq_lens     4 (a prompt)  90   18 (16 cached tokens and a chunk of 2)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +34,7 @@ class SamplingColumns:
     seed: NDArray[np.uint64]
     counter: Ints  # index of the token being drawn, in its sequence
     num_logprobs: Ints  # -1: none, 0: of the drawn token alone, k: also of the k most likely
+    # What follows is in the order of the samples.
     # Added to logits, as (sample, token id, value) triples; -inf forbids a token.
     bias_sample: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     bias_token: Ints = field(default_factory=lambda: np.empty(0, np.int32))
@@ -54,6 +56,36 @@ class SamplingColumns:
     @property
     def num_samples(self) -> int:
         return len(self.temperature)
+
+    def part(self, start: int, stop: int) -> "SamplingColumns":
+        """The columns of samples `start` to `stop` alone."""
+        bias = (self.bias_sample >= start) & (self.bias_sample < stop)
+        first, last = np.searchsorted(self.allowed_sample, (start, stop))
+        allowed = self.allowed_start[first : last + 1]
+        low, high = np.searchsorted(self.penalty_sample, (start, stop))
+        history = self.history_start[low : high + 1]
+        return SamplingColumns(
+            temperature=self.temperature[start:stop],
+            top_k=self.top_k[start:stop],
+            top_p=self.top_p[start:stop],
+            min_p=self.min_p[start:stop],
+            seed=self.seed[start:stop],
+            counter=self.counter[start:stop],
+            num_logprobs=self.num_logprobs[start:stop],
+            bias_sample=self.bias_sample[bias] - np.int32(start),
+            bias_token=self.bias_token[bias],
+            bias_value=self.bias_value[bias],
+            allowed_sample=self.allowed_sample[first:last] - np.int32(start),
+            allowed_start=allowed - allowed[0],
+            allowed_token=self.allowed_token[allowed[0] : allowed[-1]],
+            penalty_sample=self.penalty_sample[low:high] - np.int32(start),
+            repetition_penalty=self.repetition_penalty[low:high],
+            presence_penalty=self.presence_penalty[low:high],
+            frequency_penalty=self.frequency_penalty[low:high],
+            history_start=history - history[0],
+            history_prompt=self.history_prompt[low:high],
+            history=self.history[history[0] : history[-1]],
+        )
 
 
 @dataclass(slots=True)
@@ -106,6 +138,22 @@ class LogprobColumns:
     token_ids: Ints  # [E, 1 + k]
     logprobs: Floats  # [E, 1 + k]
     rank: Ints  # [E] rank of the token in column 0; 1 is the most likely
+
+    @classmethod
+    def of(cls, parts: "Sequence[LogprobColumns]") -> "LogprobColumns":
+        """One below the other, the narrower ones filled up with zeros that nobody reads."""
+        width = max(part.token_ids.shape[1] for part in parts)
+        wide = lambda array: np.pad(array, ((0, 0), (0, width - array.shape[1])))  # noqa: E731
+        return cls(
+            token_ids=np.concatenate([wide(part.token_ids) for part in parts]),
+            logprobs=np.concatenate([wide(part.logprobs) for part in parts]),
+            rank=np.concatenate([part.rank for part in parts]),
+        )
+
+    @classmethod
+    def nothing(cls, entries: int) -> "LogprobColumns":
+        """Entries that nobody reads."""
+        return cls(np.zeros((entries, 1), np.int32), np.zeros((entries, 1), np.float32), np.zeros(entries, np.int32))
 
 
 @dataclass(slots=True)

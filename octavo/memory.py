@@ -112,11 +112,12 @@ def resolve(
     free: int,
     precision: Precision = "plain",
     kv_dtype: str | None = None,
+    working: int | None = None,
     total: int | None = None,
     host_free: int = 0,
 ) -> tuple[EngineConfig, MemoryPlan]:
     """Settles every open option for a `model` of `weights` bytes on a device with `free` bytes; `kv_dtype` is `dtype`'s
-    if it is not given.
+    if it is not given, `working` what a step takes at most, if it was measured.
 
     A GPU has `total` bytes, and the share is of these, as in vLLM: what others have taken of it is theirs. Without
     `total`, as on a CPU, the share is of what is free. `host_free` are the bytes of RAM beside a GPU; on a CPU `free`
@@ -135,7 +136,8 @@ def resolve(
     share, total = getattr(options, name), free if total is None else total
     taken = total - free
     budget = int(total * share) - taken
-    working = working_bytes(model, dtype, max_num_seqs, max_tokens)
+    if working is None:
+        working = working_bytes(model, dtype, max_num_seqs, max_tokens)
     kv_dtype = kv_dtype or dtype
     per_token = model.kv_bytes_per_token(kv_dtype)
     wanted = options.max_model_len or model.max_position

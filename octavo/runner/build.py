@@ -5,6 +5,7 @@ read.
 """
 
 import time
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +20,9 @@ from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_model
 from octavo.models.sizes import stored_types, weight_bytes
 from octavo.runner.executor import Executor, load_executor
+
+if TYPE_CHECKING:
+    from octavo.runner.cuda_memory import Measured
 
 Timeline = list[tuple[str, float]]
 
@@ -49,21 +53,30 @@ def build_executor(
     if why:
         logger.warning("the CPU's own kernels cannot run this model, so plain torch does, much slower: %s", why)
     free, total = torch.cuda.mem_get_info() if device == "cuda" else (free_ram(), None)
-    weights = weight_bytes(checkpoint.tensors, model, dtype, precision)
-    config, plan = resolve(
-        options,
-        model,
-        weights,
-        device=device,
-        dtype=dtype,
-        free=free,
-        total=total,
-        host_free=free_ram(),
-        precision=precision,
-        kv_dtype=kv_dtype(options, dtype, device),
-    )
-    executor = load_executor(checkpoint, config, options.load_format)
-    mark("load weights")
+    settled: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "free": free,
+        "total": total,
+        "host_free": free_ram(),
+        "precision": precision,
+        "kv_dtype": kv_dtype(options, dtype, device),
+    }
+    config, plan = resolve(options, model, weight_bytes(checkpoint.tensors, model, dtype, precision), **settled)
+
+    phase = "load weights"
+
+    def settle_memory(found: "Measured") -> EngineConfig:
+        nonlocal config, plan, phase, began
+        began += found.seconds
+        mark(phase)
+        timeline.append(("measure memory", found.seconds))
+        phase = "make cache"
+        config, plan = resolve(options, model, found.weights, working=found.working, **settled)
+        return config
+
+    executor = load_executor(checkpoint, config, options.load_format, settle_memory)
+    mark(phase)
     identity = b""
     if options.prefix_cache_dir:
         identity = kv_identity(checkpoint, config, executor.layout)

@@ -4,6 +4,7 @@ Between the two lies any number of processes and devices, or none; nobody above 
 """
 
 from collections import deque
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,11 +18,14 @@ from octavo.config import EngineConfig
 from octavo.models.decoder import Decoder
 from octavo.models.loader import load_model
 from octavo.runner.cpu import kernel_runner
-from octavo.runner.kv_cache import KVCache
+from octavo.runner.kv_cache import KVCache, kv_torch_dtype
 from octavo.runner.model_runner import ModelRunner
 
 if TYPE_CHECKING:
+    from octavo.runner.cuda_memory import Measured
     from octavo.runner.cuda_runner import CudaRunner, FinishedStep, SubmittedStep
+
+    Settle = Callable[[Measured], EngineConfig]
 
 
 class Executor(Protocol):
@@ -64,7 +68,7 @@ class LocalExecutor:
         """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
         if config.device == "cpu" and config.weights != "plain":
             return cls(kernel_runner(checkpoint, config, load_format))
-        return cls(ModelRunner(*_load(checkpoint, config, load_format)))
+        return cls(ModelRunner(_load_model(checkpoint, config, load_format), _make_cache(config)))
 
     def submit(self, batch: Batch) -> None:
         self._results.append(self.runner.run(batch))
@@ -99,12 +103,23 @@ class CudaExecutor:
         self._steps: deque[SubmittedStep | FinishedStep] = deque()
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> "CudaExecutor":
-        """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
+    def load(
+        cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto", settle: "Settle | None" = None
+    ) -> "CudaExecutor":
+        """Loads the model and makes its cache as `config` says; raises as `load_model` does.
+
+        `settle` is told what memory the model and its largest steps take, and gives the `config` to go on with.
+        """
+        from octavo.runner.cuda_memory import largest_decode, measure
         from octavo.runner.cuda_runner import CudaRunner
 
-        model, cache = _load(checkpoint, config, load_format)
-        return cls(CudaRunner(model, cache, config))
+        model = _load_model(checkpoint, config, load_format)
+        if settle is not None:
+            config = settle(measure(model, config))
+        runner = CudaRunner(model, _make_cache(config), config)
+        # The largest graph is recorded first: the memory that it leaves to the others is enough for each of them.
+        runner.submit(largest_decode(config)).result()
+        return cls(runner)
 
     def submit(self, batch: Batch) -> None:
         self._steps.append(self._cuda.submit(batch))
@@ -129,19 +144,25 @@ class CudaExecutor:
             self.result()
 
 
-def load_executor(checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> Executor:
-    """The executor for `config`'s device; raises as `load_model` does."""
+def load_executor(
+    checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto", settle: "Settle | None" = None
+) -> Executor:
+    """The executor for `config`'s device, or for what `settle` makes of it where memory is measured.
+
+    Raises as `load_model` and `settle` do.
+    """
     if config.device == "cuda" and find_spec("triton"):
-        return CudaExecutor.load(checkpoint, config, load_format)
+        return CudaExecutor.load(checkpoint, config, load_format, settle)
     return LocalExecutor.load(checkpoint, config, load_format)
 
 
-def _load(checkpoint: Checkpoint, config: EngineConfig, load_format: str) -> tuple[Decoder, KVCache]:
-    device = torch.device(config.device)
-    dtype, fp8 = getattr(torch, config.dtype), config.weights == "fp8"
-    model = load_model(checkpoint, config.model, dtype, device, load_format, fp8=fp8)
-    dtype = torch.float8_e4m3fn if config.kv_dtype == "fp8" else getattr(torch, config.kv_dtype)
-    cache = KVCache(
+def _load_model(checkpoint: Checkpoint, config: EngineConfig, load_format: str) -> Decoder:
+    dtype, device = getattr(torch, config.dtype), torch.device(config.device)
+    return load_model(checkpoint, config.model, dtype, device, load_format, fp8=config.weights == "fp8")
+
+
+def _make_cache(config: EngineConfig) -> KVCache:
+    dtype, device = kv_torch_dtype(config.kv_dtype), torch.device(config.device)
+    return KVCache(
         config.model, config.num_blocks, config.block_size, dtype, device, num_host_blocks=config.num_host_blocks
     )
-    return model, cache

@@ -109,6 +109,13 @@ class KVCache:
             yield on_device(part[:, 0], self.device).long(), part[:, 1].tolist()
 
 
+def kv_torch_dtype(name: str) -> torch.dtype:
+    """What `EngineConfig.kv_dtype` is called in torch."""
+    dtype = torch.float8_e4m3fn if name == "fp8" else getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros, since attention multiplies by zero what it hides, and a NaN would survive that.
 

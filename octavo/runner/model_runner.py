@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from octavo import ops
-from octavo.batch import Batch, LogprobColumns, PromptLogprobs, StepResult
+from octavo.batch import Batch, Ints, LogprobColumns, PromptLogprobs, SamplingColumns, StepResult
 from octavo.layers.context import on_device
 from octavo.models.decoder import Decoder
 from octavo.runner import sampler
@@ -18,6 +18,8 @@ from octavo.runner.kv_cache import KVCache
 
 # Prompt positions whose logits are alive at once: a chunk's worth for a large vocabulary would be gigabytes.
 _PROMPT_LOGPROBS_AT_ONCE = 256
+# Logits that are drawn from at once: sorting and masking them takes more than ten times as much memory.
+_LOGITS_AT_ONCE = 2**24
 
 
 class ModelRunner:
@@ -51,25 +53,44 @@ class ModelRunner:
         if batch.prompt_logprobs is not None and len(batch.prompt_logprobs.target):
             result.prompt_logprobs = self._prompt_logprobs(hidden_TD, batch.prompt_logprobs)
         if len(batch.sample_index):
-            # The n samples of a prompt share one row of logits until they are changed.
-            index, inverse = np.unique(batch.sample_index, return_inverse=True)
-            logits_SV = self.forward.logits(hidden_TD[on_device(index, self.device)])
-            if len(index) < len(inverse) or (np.diff(inverse) != 1).any():
-                logits_SV = logits_SV[on_device(inverse, self.device)]
-            tokens_S, result.logprobs = sampler.sample(logits_SV, batch.sampling, self.draw)
-            result.token_ids = tokens_S.int().cpu().numpy()
+            result.token_ids, result.logprobs = self._samples(hidden_TD, batch)
         return result
+
+    def _samples(self, hidden_TD: torch.Tensor, batch: Batch) -> tuple[Ints, LogprobColumns | None]:
+        """Draws all samples, so many at a time that logits and what is made of them stay small."""
+        step = max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size)
+        count = len(batch.sample_index)
+        if count <= step:
+            return self._draw_samples(hidden_TD, batch.sample_index, batch.sampling)
+        parts = [
+            self._draw_samples(
+                hidden_TD, batch.sample_index[i : i + step], batch.sampling.part(i, min(i + step, count))
+            )
+            for i in range(0, count, step)
+        ]
+        tokens = np.concatenate([tokens for tokens, _ in parts])
+        if all(found is None for _, found in parts):
+            return tokens, None
+        return tokens, LogprobColumns.of([found or LogprobColumns.nothing(len(tokens)) for tokens, found in parts])
+
+    def _draw_samples(
+        self, hidden_TD: torch.Tensor, sample_index: Ints, columns: SamplingColumns
+    ) -> tuple[Ints, LogprobColumns | None]:
+        # The n samples of a prompt share one row of logits until they are changed.
+        index, inverse = np.unique(sample_index, return_inverse=True)
+        logits_SV = self.forward.logits(hidden_TD[on_device(index, self.device)])
+        if len(index) < len(inverse) or (np.diff(inverse) != 1).any():
+            logits_SV = logits_SV[on_device(inverse, self.device)]
+        tokens_S, logprobs = sampler.sample(logits_SV, columns, self.draw)
+        return tokens_S.int().cpu().numpy(), logprobs
 
     def _prompt_logprobs(self, hidden_TD: torch.Tensor, asked: PromptLogprobs) -> LogprobColumns:
         k = int(asked.num_logprobs.max())
         parts = []
-        for start in range(0, len(asked.target), _PROMPT_LOGPROBS_AT_ONCE):
-            part = slice(start, start + _PROMPT_LOGPROBS_AT_ONCE)
+        step = min(_PROMPT_LOGPROBS_AT_ONCE, max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size))
+        for start in range(0, len(asked.target), step):
+            part = slice(start, start + step)
             logits = self.forward.logits(hidden_TD[on_device(asked.token_index[part], self.device)])
             targets = on_device(asked.target[part], self.device).long()
             parts.append(sampler.logprobs(logits, targets, k))
-        return LogprobColumns(
-            token_ids=np.concatenate([part.token_ids for part in parts]),
-            logprobs=np.concatenate([part.logprobs for part in parts]),
-            rank=np.concatenate([part.rank for part in parts]),
-        )
+        return LogprobColumns.of(parts)

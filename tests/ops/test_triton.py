@@ -61,7 +61,7 @@ def test_invariant_attention(cases, window, cap):
 
 @pytest.mark.parametrize("window", [0, 50])
 def test_a_query_is_the_same_bits_in_any_company(cases, window):
-    cases.check_invariance(cases.TritonOps(CPU, 64), CPU, torch.float32, (4, 2, 16), 75, window, many=2)
+    cases.check_invariance(cases.TritonOps(CPU, 64), CPU, torch.float32, (4, 2, 16), 75, window, many=0)
 
 
 @pytest.mark.parametrize("groups", [[(5, 32), (2, 0), (70, 16)], [(3, 160)]], ids=str)

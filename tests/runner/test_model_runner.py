@@ -46,6 +46,45 @@ def test_logprobs_of_samples(runner: ModelRunner, raw: torch.Tensor) -> None:
     assert result.logprobs.rank.tolist() == [1]
 
 
+def test_samples_are_the_same_however_many_are_drawn_at_once(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = columns(
+        7,
+        temperature=[0, 0.7, 0.9, 0, 1, 1, 0.8],
+        top_k=[0, 0, 20, 0, 0, 0, 9],
+        top_p=[1, 0.9, 1, 1, 1, 0.5, 1],
+        seed=range(7),
+        num_logprobs=[-1, -1, -1, 2, -1, -1, 4],
+        bias_sample=[1, 4, 4],
+        bias_token=[7, 8, 9],
+        bias_value=[5.0, 6.0, -3.0],
+        allowed_sample=[0, 5],
+        allowed_start=[0, 3, 5],
+        allowed_token=[4, 5, 6, 90, 91],
+        penalty_sample=[3, 6],
+        repetition_penalty=[2.0, 1.5],
+        presence_penalty=[0.5, 0.0],
+        frequency_penalty=[0.0, 0.7],
+        history_start=[0, 4, 9],
+        history_prompt=[2, 3],
+        history=[5, 6, 7, 8, 9, 9, 10, 11, 9],
+    )
+    results = []
+    for at_once in (2**24, 160 * 3, 160 * 2, 1):
+        monkeypatch.setattr(model_runner, "_LOGITS_AT_ONCE", at_once)
+        results.append(Steps(runner).run([(Row(PROMPT[i:]), 30 - i) for i in range(7)], sampling))
+    for result in results[1:]:
+        assert result.token_ids.tolist() == results[0].token_ids.tolist()
+        found, expected = result.logprobs, results[0].logprobs
+        assert found is not None
+        assert expected is not None
+        for sample, count in ((3, 3), (6, 5)):
+            assert found.token_ids[sample, :count].tolist() == expected.token_ids[sample, :count].tolist()
+            np.testing.assert_allclose(found.logprobs[sample, :count], expected.logprobs[sample, :count], atol=1e-5)
+            assert found.rank[sample] == expected.rank[sample]
+
+
 @pytest.mark.parametrize("at_once", [1, 4, 256])
 def test_prompt_logprobs_in_any_chunks(
     runner: ModelRunner, raw: torch.Tensor, at_once: int, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,129 @@
+"""How much of a GPU's memory a step takes at most: measured, by computing the largest steps once over a tiny cache.
+
+What the driver says is counted, so that kernels, libraries' work spaces and graphs are in it. The cache gets the rest.
+"""
+
+import gc
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from octavo.batch import Batch, PromptLogprobs, SamplingColumns
+from octavo.config import EngineConfig, format_size
+from octavo.errors import CapacityError
+from octavo.models.decoder import Decoder
+from octavo.runner.cuda_runner import CudaRunner
+from octavo.runner.kv_cache import KVCache, kv_torch_dtype
+
+# For blocks gathered on their way to or from the host, and pieces of memory that happen not to fit each other.
+_MARGIN = 256 * 1024**2
+# Of a recorded step, for each layer, and the steps that may be recorded: each number of rows with beginnings in common
+# and without, drawn and not.
+_GRAPH_BYTES_PER_LAYER = 64 * 1024
+_GRAPHS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Bytes that are taken by the weights, and at most by steps; and the seconds that it took to find out."""
+
+    weights: int
+    working: int
+    seconds: float
+
+
+def measure(model: Decoder, config: EngineConfig) -> Measured:
+    """For a model that is loaded, with the step sizes of `config`; raises `CapacityError` where a step does not fit."""
+    began = time.monotonic()
+    gc.collect()
+    torch.cuda.empty_cache()
+    weights = torch.cuda.memory_reserved()
+    free, _ = torch.cuda.mem_get_info()
+    try:
+        _run_largest_steps(model, config)
+    except torch.OutOfMemoryError:
+        raise CapacityError(
+            f"weights need {format_size(weights)}, and the largest step does not fit into the {format_size(free)}"
+            f" beside them; lower max_num_batched_tokens ({config.max_num_batched_tokens}) or max_num_seqs"
+            f" ({config.max_num_seqs}), or use a smaller or quantized model"
+        ) from None
+    torch.cuda.synchronize()
+    working = free - torch.cuda.mem_get_info()[0] + _MARGIN + _GRAPHS * _GRAPH_BYTES_PER_LAYER * config.model.num_layers
+    gc.collect()
+    torch.cuda.empty_cache()
+    return Measured(weights, working, time.monotonic() - began)
+
+
+def _run_largest_steps(model: Decoder, config: EngineConfig) -> None:
+    cache = KVCache(config.model, 1, config.block_size, kv_torch_dtype(config.kv_dtype), model.device)
+    runner = CudaRunner(model, cache, config)
+    runner.submit(_largest_chunks(config)).result()
+    runner.submit(largest_decode(config)).result()
+
+
+def largest_decode(config: EngineConfig) -> Batch:
+    """A token for each of the most rows, with a beginning in common, which takes more memory than none."""
+    rows = config.max_num_seqs
+    keys = min(config.max_model_len, 2 * 256 + 1)
+    return _batch(config, np.full(rows, keys, np.int32), np.ones(rows, np.int32), _columns(rows))
+
+
+def _largest_chunks(config: EngineConfig) -> Batch:
+    """As many tokens as a step may have in as many rows as there may be, each of which asks for all that there is."""
+    rows = config.max_num_seqs
+    most = min(config.max_num_batched_tokens, rows * config.max_model_len)
+    counts = np.full(rows, most // rows, np.int32)
+    counts[: most % rows] += 1
+    columns = _columns(rows)
+    columns.top_k[:] = config.model.vocab_size // 2
+    columns.top_p[:] = 0.9999
+    columns.min_p[:] = 1e-9
+    # Hot enough for all tokens to be about as likely, so that top_p has to look at all of them.
+    columns.temperature[:] = 1e6
+    columns.num_logprobs[:] = 20
+    every = np.arange(rows, dtype=np.int32)
+    columns.bias_sample, columns.bias_token = every, np.zeros(rows, np.int32)
+    columns.bias_value = np.ones(rows, np.float32)
+    columns.allowed_sample, columns.allowed_start = every, np.arange(rows + 1, dtype=np.int32) * 1000
+    columns.allowed_token = np.tile(np.arange(1000, dtype=np.int32) % config.model.vocab_size, rows)
+    columns.penalty_sample, columns.history_start = every, np.arange(rows + 1, dtype=np.int32) * 1000
+    columns.history = np.zeros(1000 * rows, np.int32)
+    columns.history_prompt = np.zeros(rows, np.int32)
+    columns.repetition_penalty = columns.presence_penalty = columns.frequency_penalty = np.ones(rows, np.float32)
+    batch = _batch(config, counts, counts, columns)
+    wanted = np.arange(min(512, most), dtype=np.int32)
+    batch.prompt_logprobs = PromptLogprobs(wanted, np.zeros_like(wanted), np.full_like(wanted, 20))
+    return batch
+
+
+def _columns(rows: int) -> SamplingColumns:
+    return SamplingColumns(
+        temperature=np.ones(rows, np.float32),
+        top_k=np.zeros(rows, np.int32),
+        top_p=np.ones(rows, np.float32),
+        min_p=np.zeros(rows, np.float32),
+        seed=np.zeros(rows, np.uint64),
+        counter=np.zeros(rows, np.int32),
+        num_logprobs=np.full(rows, -1, np.int32),
+    )
+
+
+def _batch(config: EngineConfig, seq_lens: np.ndarray, counts: np.ndarray, columns: SamplingColumns) -> Batch:
+    """Rows over block 0 alone, whose keys and values are written nowhere."""
+    query_start = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    within = np.arange(query_start[-1], dtype=np.int32) - np.repeat(query_start[:-1], counts)
+    blocks = -(-int(seq_lens.max()) // config.block_size)
+    return Batch(
+        token_ids=np.zeros(query_start[-1], np.int32),
+        positions=within + np.repeat(seq_lens - counts, counts).astype(np.int32),
+        slots=np.full(query_start[-1], -1, np.int32),
+        query_start=query_start,
+        seq_lens=seq_lens,
+        block_tables=np.zeros((len(counts), blocks), np.int32),
+        ntk_alpha=np.ones(len(counts), np.float32),
+        sample_index=query_start[1:] - 1,
+        sampling=columns,
+        block_copies=np.empty((0, 2), np.int32),
+    )
