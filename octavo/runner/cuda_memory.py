@@ -59,7 +59,7 @@ def measure(model: Decoder, config: EngineConfig) -> Measured:
 def _run_largest_steps(model: Decoder, config: EngineConfig) -> None:
     cache = KVCache(config.model, 1, config.block_size, kv_torch_dtype(config.kv_dtype), model.device)
     runner = CudaRunner(model, cache, config)
-    runner.submit(_largest_chunks(config)).result()
+    runner.submit(largest_chunks(config)).result()
     runner.submit(largest_decode(config)).result()
 
 
@@ -70,7 +70,7 @@ def largest_decode(config: EngineConfig) -> Batch:
     return _batch(config, np.full(rows, keys, np.int32), np.ones(rows, np.int32), _columns(rows))
 
 
-def _largest_chunks(config: EngineConfig) -> Batch:
+def largest_chunks(config: EngineConfig) -> Batch:
     """As many tokens as a step may have in as many rows as there may be, each of which asks for all that there is."""
     rows = config.max_num_seqs
     most = min(config.max_num_batched_tokens, rows * config.max_model_len)

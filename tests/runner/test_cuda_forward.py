@@ -1,0 +1,109 @@
+"""The GPU's forward pass on machines without one: its kernels in Triton's interpreter, a graph's replay as a call.
+
+What only a GPU can show (streams, real graphs, steps ahead) is for `tests/gpu`.
+"""
+
+import os
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.batch import StepResult
+from octavo.models import read_config
+from octavo.models.loader import load_model
+from octavo.runner.kv_cache import KVCache, kv_torch_dtype
+from octavo.runner.model_runner import ModelRunner
+from tests.steps import Row, Steps
+from tests.tiny_config import engine_config
+from tests.tiny_models import FolderCheckpoint, save_model
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs triton"),
+    pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="Triton's interpreter needs numpy < 2.4"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
+    # The interpreter computes with numpy, and says what numpy says of infinities.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+CPU = torch.device("cpu")
+
+
+class Replayed:
+    """A `CUDAGraph` that computes its step again, into the same memory."""
+
+    def __init__(self, compute, hidden):
+        self._compute, self._hidden = compute, hidden
+
+    def replay(self):
+        self._hidden.copy_(self._compute()[1])
+
+
+class GpuRunner:
+    """The greedy part of a `CudaRunner`."""
+
+    def __init__(self, model, config):
+        from octavo.runner.cuda_runner import CudaForward
+
+        dtype = kv_torch_dtype(config.kv_dtype)
+        self.kv_cache = KVCache(config.model, config.num_blocks, config.block_size, dtype, CPU)
+        self.forward = CudaForward(model, self.kv_cache, config)
+
+    def run(self, batch):
+        self.forward.draw(batch)
+        return StepResult(self.forward.drawn_S[: len(batch.sample_index)].numpy().copy())
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    from octavo.ops.triton import decode
+    from octavo.runner.cuda_graphs import DecodeGraphs, RecordedStep
+
+    def record(self, *key):
+        ctx, hidden = self._compute(*key)
+        return RecordedStep(Replayed(lambda: self._compute(*key), hidden), ctx, hidden)
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **more: zeros(*shape, **more))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(DecodeGraphs, "_record", record)
+    monkeypatch.setattr(decode, "_PROGRAMS", 16)  # one after another they take their time
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_tokens_are_those_of_plain_torch(tmp_path, without_a_gpu, deterministic):
+    checkpoint = FolderCheckpoint(save_model(tmp_path, "Qwen3", head_dim=16))
+    config = read_config(checkpoint.config)
+    model = load_model(checkpoint, config, torch.float32, CPU)
+    options = replace(
+        engine_config(config, num_blocks=40, block_size=16, max_num_seqs=4, max_num_batched_tokens=64),
+        device="cuda",
+        deterministic=deterministic,
+    )
+    cache = KVCache(config, options.num_blocks, options.block_size, torch.float32, CPU)
+    found = []
+    for runner in (ModelRunner(model, cache), GpuRunner(model, options)):
+        # A beginning in common is for tests of the kernel: it would take 256 tokens.
+        rows = [Row([3 + (7 * i + k * k) % 150 for k in range(n)]) for i, n in enumerate((1, 20))]
+        found.append(Steps(runner).generate(rows, 3, chunk=18))
+    assert found[1] == found[0]
+
+
+def test_the_largest_steps_touch_no_block(tmp_path, without_a_gpu):
+    from octavo.runner.cuda_memory import largest_chunks, largest_decode
+
+    checkpoint = FolderCheckpoint(save_model(tmp_path, "Llama"))
+    config = read_config(checkpoint.config)
+    options = engine_config(config, num_blocks=1, block_size=16, max_num_seqs=4, max_num_batched_tokens=34)
+    runner = GpuRunner(load_model(checkpoint, config, torch.float32, CPU), replace(options, device="cuda"))
+    waiting = ModelRunner(runner.forward._model, runner.kv_cache, runner.forward)
+    chunks = largest_chunks(options)
+    result = waiting.run(chunks)
+    assert chunks.num_tokens == 34
+    assert len(result.token_ids) == 4
+    assert result.prompt_logprobs is not None
+    assert len(runner.run(largest_decode(options)).token_ids) == 4
+    assert not any(cache.k_PBKH.any() or cache.v_PBKH.any() for cache in runner.kv_cache.layers)
