@@ -143,10 +143,10 @@ class LogprobColumns:
     def of(cls, parts: "Sequence[LogprobColumns]") -> "LogprobColumns":
         """One below the other, the narrower ones filled up with zeros that nobody reads."""
         width = max(part.token_ids.shape[1] for part in parts)
-        wide = lambda array: np.pad(array, ((0, 0), (0, width - array.shape[1])))  # noqa: E731
+        added = [((0, 0), (0, width - part.token_ids.shape[1])) for part in parts]
         return cls(
-            token_ids=np.concatenate([wide(part.token_ids) for part in parts]),
-            logprobs=np.concatenate([wide(part.logprobs) for part in parts]),
+            token_ids=np.concatenate([np.pad(part.token_ids, more) for part, more in zip(parts, added, strict=True)]),
+            logprobs=np.concatenate([np.pad(part.logprobs, more) for part, more in zip(parts, added, strict=True)]),
             rank=np.concatenate([part.rank for part in parts]),
         )
 

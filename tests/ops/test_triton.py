@@ -3,29 +3,20 @@
 `tests/gpu` runs the same cases and more on the device.
 """
 
-import os
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 import torch
 
 from octavo.runner import noise
+from tests import interpreter
 
-pytestmark = [
-    pytest.mark.skipif(find_spec("triton") is None, reason="needs triton"),
-    pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="Triton's interpreter needs numpy < 2.4"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
-    # The interpreter computes with numpy, and says what numpy says of infinities.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
+pytestmark = interpreter.MARKS
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def cases():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    interpreter.start()
     from tests.ops import kernel_cases
 
     torch.manual_seed(0)

@@ -3,11 +3,8 @@
 What only a GPU can show (streams, real graphs, steps ahead) is for `tests/gpu`.
 """
 
-import os
 from dataclasses import replace
-from importlib.util import find_spec
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,18 +13,12 @@ from octavo.models import read_config
 from octavo.models.loader import load_model
 from octavo.runner.kv_cache import KVCache, kv_torch_dtype
 from octavo.runner.model_runner import ModelRunner
+from tests import interpreter
 from tests.steps import Row, Steps
 from tests.tiny_config import engine_config
 from tests.tiny_models import FolderCheckpoint, save_model
 
-pytestmark = [
-    pytest.mark.skipif(find_spec("triton") is None, reason="needs triton"),
-    pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="Triton's interpreter needs numpy < 2.4"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
-    # The interpreter computes with numpy, and says what numpy says of infinities.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
+pytestmark = interpreter.MARKS
 CPU = torch.device("cpu")
 
 
@@ -58,7 +49,7 @@ class GpuRunner:
 
 @pytest.fixture
 def without_a_gpu(monkeypatch):
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    interpreter.start()
     from octavo.ops.triton import decode
     from octavo.runner.cuda_graphs import DecodeGraphs, RecordedStep
 
