@@ -23,7 +23,8 @@ from octavo.ops.triton.tiles import dot_precision, fetch
 
 MOST_ROWS = 16
 _MOST_WEIGHTS = 2**23
-_WARPS, _INPUTS = 4, 512  # of a program; each turn of its loop takes so many inputs
+_WARPS = 4
+_LEAST_INPUTS = 512  # of a turn of a program's loop, or twice as many
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class Normed:
 
 def suits(rows: int, weight_OI: torch.Tensor) -> bool:
     """Whether this is the faster way, as measured in docs/decisions/0083."""
-    return rows <= MOST_ROWS and weight_OI.numel() <= _MOST_WEIGHTS and weight_OI.shape[1] % _INPUTS == 0
+    return rows <= MOST_ROWS and weight_OI.numel() <= _MOST_WEIGHTS and weight_OI.shape[1] % _LEAST_INPUTS == 0
 
 
 def matmul(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, pdl: bool) -> torch.Tensor:
@@ -107,6 +108,7 @@ def _launch(
 ) -> None:
     outputs, inputs = out.shape[1], weight_OI.shape[1]
     block_n = _outputs(weight_OI)
+    at_once = _LEAST_INPUTS * (1 if inputs % (2 * _LEAST_INPUTS) else 2)
     parts = len(norm.squares_PT) if norm else 1
     _matmul[(triton.cdiv(outputs, block_n),)](
         norm.stream_TI if norm else x,
@@ -125,7 +127,7 @@ def _launch(
         BLOCK_T=MOST_ROWS,
         BLOCK_N=block_n,
         SLICES=_WARPS,
-        BLOCK_K=_INPUTS // _WARPS,
+        BLOCK_K=at_once // _WARPS,
         PARTS=triton.next_power_of_2(parts),
         BIASED=bias is not None,
         NORMED=norm is not None,
