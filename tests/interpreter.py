@@ -17,7 +17,7 @@ MARKS = [
 
 
 def start() -> None:
-    """To be called before the kernels are imported. Triton 3.6 takes arrays of one number for it, numpy 2.4 does not."""
+    """To be called before kernels are imported. Triton 3.6 takes an array for a number, and numpy 2.4 does not."""
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 

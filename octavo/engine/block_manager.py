@@ -137,10 +137,14 @@ class BlockManager:
     def _hash_blocks(self, seq: Sequence, count: int) -> None:
         """Extends `seq.block_hashes` to its first `count` blocks."""
         hashes, size = seq.block_hashes, self.block_size
-        for i in range(len(hashes), count):
-            parent = hashes[-1] if hashes else _root(seq)
-            tokens = array("i", seq.token_ids[i * size : (i + 1) * size])
-            hashes.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+        if len(hashes) >= count:
+            return
+        parent = hashes[-1] if hashes else _root(seq)
+        tokens = array("i", seq.token_ids[len(hashes) * size : count * size])
+        content, step = tokens.tobytes(), size * tokens.itemsize
+        for start in range(0, len(content), step):
+            parent = hashlib.blake2b(parent + content[start : start + step], digest_size=16).digest()
+            hashes.append(parent)
 
     # ---- owning -----------------------------------------------------------------------------------------------
 

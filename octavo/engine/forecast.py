@@ -22,7 +22,8 @@ MEMORY = 0.05  # weight of the newest answer in the moving mean
 class Forecast:
     """A moving mean of answer lengths, and the peak of memory that follows from it."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
         self._mean = FIRST_GUESS
 
     def ended(self, num_output: int) -> None:
@@ -35,6 +36,10 @@ class Forecast:
         `owned_hits` blocks of its prompt are held by running requests already.
         """
         block = blocks.block_size
+        joining = sum(blocks.blocks_for(seq.num_tokens) for seq in state.sequences)
+        growth = self._max_rows * self._mean * SHARE_OF_MEAN
+        if (blocks.num_owned + joining) * block + growth <= blocks.num_blocks * block:
+            return True  # even if there were as many rows as there may be
         together = [(each, seq) for each in running for seq in each.sequences]
         held = [(len(seq.block_table) - seq.num_borrowed) * block for _, seq in together]
         shared = blocks.num_owned * block - sum(held)  # by sequences whose first owner has ended

@@ -53,7 +53,7 @@ class Scheduler:
         self._running: list[RequestState] = []
         self._steps: deque[Plan] = deque()
         self._started: list[tuple[str, float, int]] = []
-        self._forecast = Forecast()
+        self._forecast = Forecast(config.max_num_seqs)
         self._numbers = itertools.count()
         self._stats = EngineStats()
         self.admission = Admission(self.blocks, self.swap, store, self._stats)
@@ -149,9 +149,11 @@ class Scheduler:
             self._even_out(self._fair, plan)
         for state, seq in self._by_urgency():
             self._place(state, seq, plan)
-        while not short and plan.budget > 0 and self._waiting and self._admit(state := self._next(), plan):
-            for seq in state.sequences:
-                self._place(state, seq, plan)
+        if not short and plan.budget > 0 and self._waiting:
+            plan.rows = self._num_rows()
+            while plan.budget > 0 and self._waiting and self._admit(state := self._next(), plan):
+                for seq in state.sequences:
+                    self._place(state, seq, plan)
         if not plan.entries:
             assert self._steps or not self._running, "running requests, but nothing to compute"
             return None
@@ -195,16 +197,21 @@ class Scheduler:
             while givers and not joined and not self._has_room(state):
                 self._preempt(self._cheapest(givers), plan)
                 givers = fair.gives_way(state, self._running)
+            plan.rows = self._num_rows()
             if not (self._has_room(state) and self._admit(state, plan)):
                 return
             joined = True
 
     def _has_room(self, state: RequestState) -> bool:
         """Whether `state` could join beside what the running requests take in this step, even with nothing cached."""
-        rows = sum(running.num_rows for running in self._running)
+        rows = self._num_rows()
         blocks = self._demand() + sum(self.blocks.blocks_for(seq.num_tokens) for seq in state.sequences)
         fits = rows + state.num_rows <= self._config.max_num_seqs and blocks <= self.blocks.num_available
         return fits and self._may_join(state, 0)
+
+    def _num_rows(self) -> int:
+        """Rows of the running requests, those kept for samples to come among them."""
+        return sum(running.num_rows for running in self._running)
 
     def _place(self, state: RequestState, seq: Sequence, plan: Plan) -> None:
         """Lets `seq` compute what it wants, as far as the budget goes."""
@@ -293,7 +300,7 @@ class Scheduler:
 
     def _admit(self, state: RequestState, plan: Plan) -> bool:
         """Gives a waiting request the blocks for all that is known of it and lets it run; False if they are short."""
-        if sum(running.num_rows for running in self._running) + state.num_rows > self._config.max_num_seqs:
+        if plan.rows + state.num_rows > self._config.max_num_seqs:
             return False
         if state.swapped:
             if not self.admission.take_back(state, plan, self._may_join):
@@ -306,6 +313,7 @@ class Scheduler:
             self._rows.add(seq)
         self._waiting.remove(state)
         self._running.append(state)
+        plan.rows += state.num_rows
         return True
 
     def _may_join(self, state: RequestState, owned_hits: int) -> bool:

@@ -63,6 +63,7 @@ class Plan:
     """A step while it is made, and until its result is read."""
 
     budget: int  # tokens that may still be added
+    rows: int = 0  # of the running requests, those kept for samples to come among them; known while others join
     entries: list[tuple[Sequence, int]] = field(default_factory=list)
     # Who draws a token, in the entries' order: (sequence, 0), and (sequence, k) for its k-th fork, still to be made.
     samples: list[tuple[Sequence, int]] = field(default_factory=list)

@@ -18,9 +18,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.ops.triton.rope import Heads, keep, turned
 from octavo.ops.triton.tiles import LOG2_E, dot_precision, fetch, tanh
 
-# Programs that keep every multiprocessor of a large GPU busy, with some to spare for rows of unequal length.
-_PROGRAMS = 132 * 8
+# Programs that keep every multiprocessor of a large GPU busy. More of them cost more to join than they save, and rows of
+# unequal length are put in order instead.
+_PROGRAMS = 132 * 2
 MAX_SPLITS = 64
+# Rows times kv heads from which on narrow programs are faster.
+_MANY = 132
 # A split of fewer keys costs more to join than it saves.
 _LEAST_KEYS = 128
 
@@ -110,6 +113,7 @@ def decode_attention(
         K=K,
         G=N // K,
         BLOCK_G=max(16, triton.next_power_of_2(N // K)),
+        HEADS=triton.next_power_of_2(N // K),
         H=H,
         BLOCK_H=block_h,
         B=B,
@@ -124,10 +128,9 @@ def decode_attention(
         HALF=heads.cos_Tr.shape[1] if heads else 0,
         NORMED=heads is not None and heads.q_norm_H is not None,
         SCALED=heads is not None and heads.q_scale_T is not None,
-        JOINED=4,
         PRECISION=dot_precision(q_RNH.dtype),
         PDL=pdl,
-        num_warps=4,
+        num_warps=4 if R * K < _MANY else 2,
         num_stages=stages,
         launch_pdl=pdl,
     )
@@ -174,6 +177,7 @@ def _decode(
     K: tl.constexpr,
     G: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    HEADS: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     B: tl.constexpr,
@@ -188,7 +192,6 @@ def _decode(
     HALF: tl.constexpr,
     NORMED: tl.constexpr,
     SCALED: tl.constexpr,
-    JOINED: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -270,78 +273,58 @@ def _decode(
         total = total * fade + tl.sum(weights, 1)
         best = better
 
+    # From here on without the rows that only the matrix units wanted.
+    if HEADS < BLOCK_G:
+        real = group < G
+        result = tl.sum(tl.reshape(tl.where(real[:, None], result, 0.0), [BLOCK_G // HEADS, HEADS, BLOCK_H]), 0)
+        best = tl.sum(tl.reshape(tl.where(real, best, 0.0), [BLOCK_G // HEADS, HEADS]), 0)
+        total = tl.sum(tl.reshape(tl.where(real, total, 0.0), [BLOCK_G // HEADS, HEADS]), 0)
+    mine = tl.arange(0, HEADS)
+    here = (mine < G)[:, None] & in_head[None, :]
     if SPLIT:  # noqa: SIM102 (known when the kernel is compiled, unlike what follows)
         if working > 1:
             # partial: [R, K, X, G, H] results, then [R, K, X, G] maxima and sums
             first_part = (row * K + kv_head) * splits
-            rows = tl.num_programs(1).to(tl.int64)
-            every_part = rows * K * splits
-            maxima = partial + rows * N * splits * H
-            sums = maxima + rows * N * splits
-            place = (first_part + split) * G + group
+            every_part = tl.num_programs(1).to(tl.int64) * K * splits
+            maxima = partial + every_part * G * H
+            place = (first_part + split) * G + mine
             tl.store(partial + place[:, None] * H + at[None, :], result, mask=here)
-            tl.store(maxima + place, best, mask=group < G)
-            tl.store(sums + place, total, mask=group < G)
+            tl.store(maxima + place, best, mask=mine < G)
+            tl.store(maxima + every_part * G + place, total, mask=mine < G)
             tl.debug_barrier()
             finished = tl.atomic_add(counters + row * K + kv_head, 1, sem="acq_rel")
             if finished < working - 1:
                 return
             tl.store(counters + row * K + kv_head, 0)
-            best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_G], tl.float32)
-            result = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
-            for part in range(0, working, JOINED):
+            best = tl.full([HEADS], float("-inf"), tl.float32)
+            total = tl.zeros([HEADS], tl.float32)
+            result = tl.zeros([HEADS, BLOCK_H], tl.float32)
+            for part in range(working):
                 best, total, result = join(
-                    best, total, result, partial, first_part, part, working, every_part, group, at, here, G, H, JOINED
+                    best, total, result, partial, first_part + part, every_part, mine, at, here, G, H
                 )
     if PREFIX_SPLITS > 0:
         prefix_tiles = tl.cdiv(begin, PREFIX_TILE)
         parts = tl.cdiv(prefix_tiles, tl.maximum(tl.cdiv(prefix_tiles, PREFIX_SPLITS), 1))
         first_part = (row * K + kv_head) * PREFIX_SPLITS
         all_parts = tl.num_programs(1).to(tl.int64) * K * PREFIX_SPLITS
-        for part in range(0, parts, JOINED):
+        for part in range(parts):
             best, total, result = join(
-                best, total, result, prefix_partial, first_part, part, parts, all_parts, group, at, here, G, H, JOINED
+                best, total, result, prefix_partial, first_part + part, all_parts, mine, at, here, G, H
             )
     result = result / tl.maximum(total, 1e-30)[:, None]
-    tl.store(out + (row * N + head[:, None]) * H + at[None, :], result.to(out.dtype.element_ty), mask=here)
+    place = (row * N + kv_head * G + mine[:, None]) * H + at[None, :]
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def join(
-    best,
-    total,
-    result,
-    partial,
-    first,
-    part,
-    count,
-    every,
-    group,
-    at,
-    here,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    JOINED: tl.constexpr,
-):
-    """Running maxima, sums and results, joined with parts `part` and following of the `count` from `first` on.
-
-    `partial` holds `every` parts. `JOINED` are read at once, so that their loads do not wait for each other.
-    """
-    maxima = partial + every * G * H
-    mine = part + tl.arange(0, JOINED)
-    place = (first + mine)[:, None] * G + group[None, :]
-    there = (mine < count)[:, None] & (group < G)[None, :]
-    its_best = tl.load(maxima + place, mask=there, other=0.0, cache_modifier=".cg")
-    its_best = tl.where((mine < count)[:, None], its_best, float("-inf"))
-    its_total = tl.load(maxima + every * G + place, mask=there, other=0.0, cache_modifier=".cg")
-    its_result = tl.load(
-        partial + place[:, :, None] * H + at[None, None, :],
-        mask=there[:, :, None] & here[None, :, :],
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    better = tl.maximum(best, tl.max(its_best, 0))
-    fade, weight = tl.exp2(best - better), tl.exp2(its_best - better[None, :])
-    total = total * fade + tl.sum(its_total * weight, 0)
-    return better, total, result * fade[:, None] + tl.sum(its_result * weight[:, :, None], 0)
+def join(best, total, result, partial, part, parts, group, at, here, G: tl.constexpr, H: tl.constexpr):
+    """Running maxima, sums and results, joined with part number `part` of the `parts` in `partial`."""
+    place = part * G + group
+    maxima = partial + parts * G * H
+    its_best = tl.load(maxima + place, mask=group < G, other=0.0, cache_modifier=".cg")
+    its_total = tl.load(maxima + parts * G + place, mask=group < G, other=0.0, cache_modifier=".cg")
+    its_result = tl.load(partial + place[:, None] * H + at[None, :], mask=here, other=0.0, cache_modifier=".cg")
+    better = tl.maximum(best, its_best)
+    fade, weight = tl.exp2(best - better), tl.exp2(its_best - better)
+    return better, total * fade + its_total * weight, result * fade[:, None] + its_result * weight[:, None]

@@ -24,7 +24,8 @@ from octavo.ops.weight import Dense, Fp8Weight
 
 MOST_ROWS = 16
 _MOST_WEIGHTS = 2**23
-_WARPS, _INPUTS = 4, 512  # of a program; each turn of its loop takes so many inputs
+_WARPS = 4
+_LEAST_INPUTS = 512  # of a turn of a program's loop, or twice as many
 
 
 @dataclass(slots=True)
@@ -42,8 +43,8 @@ def suits(rows: int, weight_OI: Dense) -> bool:
     if rows > MOST_ROWS:
         return False
     if isinstance(weight_OI, Fp8Weight):
-        return weight_OI.values_OI.shape[1] % _INPUTS == 0
-    return weight_OI.numel() <= _MOST_WEIGHTS and weight_OI.shape[1] % _INPUTS == 0
+        return weight_OI.values_OI.shape[1] % _LEAST_INPUTS == 0
+    return weight_OI.numel() <= _MOST_WEIGHTS and weight_OI.shape[1] % _LEAST_INPUTS == 0
 
 
 def matmul(x_TI: torch.Tensor, weight_OI: Dense, bias_O: torch.Tensor | None, *, pdl: bool) -> torch.Tensor:
@@ -113,6 +114,7 @@ def _launch(
     values_OI = weight_OI.values_OI if isinstance(weight_OI, Fp8Weight) else weight_OI
     outputs, inputs = out.shape[1], values_OI.shape[1]
     block_n = _outputs(weight_OI)
+    at_once = _LEAST_INPUTS * (1 if inputs % (2 * _LEAST_INPUTS) else 2)
     parts = len(norm.squares_PT) if norm else 1
     _matmul[(triton.cdiv(outputs, block_n),)](
         norm.stream_TI if norm else x,
@@ -132,7 +134,7 @@ def _launch(
         BLOCK_T=MOST_ROWS,
         BLOCK_N=block_n,
         SLICES=_WARPS,
-        BLOCK_K=_INPUTS // _WARPS,
+        BLOCK_K=at_once // _WARPS,
         PARTS=triton.next_power_of_2(parts),
         SCALED=isinstance(weight_OI, Fp8Weight),
         BIASED=bias is not None,
