@@ -52,6 +52,8 @@ def build_executor(
     dtype, precision, why = settle(options, model, stored_types(checkpoint.tensors), device, capability)
     if why:
         logger.warning("the CPU's own kernels cannot run this model, so plain torch does, much slower: %s", why)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what an engine before this one has left is no one else's
     free, total = torch.cuda.mem_get_info() if device == "cuda" else (free_ram(), None)
     settled: dict[str, Any] = {
         "device": device,

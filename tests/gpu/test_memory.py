@@ -1,5 +1,6 @@
 """A GPU's memory: the cache takes what steps leave, and no request can make it too little."""
 
+import gc
 import json
 
 import pytest
@@ -44,6 +45,12 @@ WISHES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def nothing_held():
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def test_a_cache_filled_to_the_last_block(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     share = 0.95
@@ -73,7 +80,7 @@ def test_a_cache_filled_to_the_last_block(tmp_path):
     length = min(blocks * 16 // 200, 7000)
     for i in range(230):
         prompt = [1 + (i * 7919 + k * 31 + k * k) % 150_000 for k in range(length)]
-        params = {"temperature": 0.8, "seed": i, "max_tokens": 100, "ignore_eos": True} | WISHES[i % len(WISHES)]
+        params = {"temperature": 0.8, "seed": i, "max_tokens": 400, "ignore_eos": True} | WISHES[i % len(WISHES)]
         engine.add(Request(f"r{i}", prompt, SamplingParams(**params)))
     least, fullest, ended = free, 0, 0
     while engine.has_work():

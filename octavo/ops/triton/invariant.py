@@ -209,7 +209,9 @@ def _attend(
         if SPLIT:
             # partial: [R, K, X, G, H] results, then [R, K, X, G] maxima and sums
             part = ((row * K + kv_head) * segments + number) * G + member
-            every = num_rows.to(tl.int64) * N * segments
+            every = (
+                tl.num_programs(1).to(tl.int64) * N * segments
+            )  # a program for each row: only single tokens are split
             tl.store(partial + part[:, None] * H + at[None, :], its_result, mask=here)
             tl.store(partial + every * H + part, its_best, mask=mine)
             tl.store(partial + every * (H + 1) + part, its_total, mask=mine)
