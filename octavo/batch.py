@@ -55,6 +55,12 @@ class SamplingColumns:
     def num_samples(self) -> int:
         return len(self.temperature)
 
+    @property
+    def only_draws(self) -> bool:
+        """Whether logits go into the draw as they are, and nobody asks for log probabilities."""
+        changed = len(self.bias_sample) or len(self.allowed_sample) or len(self.penalty_sample)
+        return not changed and not (self.num_logprobs >= 0).any()
+
 
 @dataclass(slots=True)
 class PromptLogprobs:

@@ -15,7 +15,7 @@ from octavo.checkpoint import hubs, local_path, locate, open_checkpoint
 from octavo.checkpoint.hub import MODELS, cached
 from octavo.checkpoint.remote import Description, RemoteModel
 from octavo.checkpoint.repository import RepositoryName, free_disk
-from octavo.cli.machine import gpus, torch_may_use_gpu
+from octavo.cli.machine import gpus
 from octavo.cli.options import add_options, from_args
 from octavo.config import DTYPE_BYTES, EngineOptions, ModelConfig, format_size
 from octavo.errors import CapacityError, CheckpointError
@@ -23,6 +23,7 @@ from octavo.kernels.support import settle
 from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_config
 from octavo.models.sizes import num_weights, stored_types, weight_bytes
+from octavo.runner.device import torch_may_use_gpu
 
 _CONCURRENT = (1, 4, 16, 64)
 _OPTIONS = (

@@ -6,18 +6,16 @@ read.
 
 import time
 
-import torch
-
 from octavo import __version__
 from octavo.checkpoint import Checkpoint, open_engine_checkpoint
 from octavo.checkpoint.fingerprint import fingerprint
 from octavo.config import EngineConfig, EngineOptions
-from octavo.errors import ConfigError
 from octavo.kernels.support import settle
 from octavo.log import logger
 from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_model
 from octavo.models.sizes import stored_types, weight_bytes
+from octavo.runner.device import choose_device
 from octavo.runner.executor import Executor, load_executor
 
 Timeline = list[tuple[str, float]]
@@ -44,11 +42,10 @@ def build_executor(
         checkpoint = open_engine_checkpoint(options)
     model = read_model(checkpoint)
     mark("open model")
-    has_bfloat16 = device == "cpu" or torch.cuda.is_bf16_supported()
+    has_bfloat16, (free, total) = _of_device(device)
     dtype, precision, why = settle(options, model, stored_types(checkpoint.tensors), device, has_bfloat16)
     if why:
         logger.warning("the CPU's own kernels cannot run this model, so plain torch does, much slower: %s", why)
-    free, total = torch.cuda.mem_get_info() if device == "cuda" else (free_ram(), None)
     weights = weight_bytes(checkpoint.tensors, model, dtype, precision)
     config, plan = resolve(
         options,
@@ -76,13 +73,10 @@ def kv_identity(checkpoint: Checkpoint, config: EngineConfig, layout: str) -> by
     return fingerprint(checkpoint) + repr(how).encode()
 
 
-def choose_device(wanted: str) -> str:
-    """`wanted`, or the best device there is for `auto`; `ConfigError` for a device that is not there."""
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        built = "was built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
-        raise ConfigError(
-            f"device is cuda, but torch {torch.__version__} {built}; use --device cpu or install a CUDA torch"
-        )
-    return wanted
+def _of_device(device: str) -> tuple[bool, tuple[int, int | None]]:
+    """Whether it computes in bfloat16, and its memory: (free, in all), the latter None for RAM."""
+    if device == "cpu":
+        return True, (free_ram(), None)
+    import torch
+
+    return torch.cuda.is_bf16_supported(), torch.cuda.mem_get_info()

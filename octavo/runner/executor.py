@@ -3,25 +3,25 @@
 Between the two lies any number of processes and devices, or none; nobody above can tell.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from octavo.batch import Batch, Ints, StepResult
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
-from octavo.models.decoder import Decoder
-from octavo.models.loader import load_model
-from octavo.runner.cpu import kernel_runner
-from octavo.runner.kv_cache import KVCache
-from octavo.runner.model_runner import ModelRunner
 
 if TYPE_CHECKING:
+    from octavo.models.decoder import Decoder
+    from octavo.runner.cpu import KernelRunner
     from octavo.runner.cuda_runner import CudaRunner, FinishedStep, SubmittedStep
+    from octavo.runner.kv_cache import KVCache
+    from octavo.runner.model_runner import ModelRunner
 
 
 class Executor(Protocol):
@@ -55,15 +55,19 @@ class LocalExecutor:
 
     depth = 1
 
-    def __init__(self, runner: ModelRunner):
+    def __init__(self, runner: ModelRunner | KernelRunner):
         self.runner = runner
         self._results: deque[StepResult] = deque()
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> "LocalExecutor":
+    def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> LocalExecutor:
         """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
         if config.weights != "plain":
+            from octavo.runner.cpu import kernel_runner
+
             return cls(kernel_runner(checkpoint, config, load_format))
+        from octavo.runner.model_runner import ModelRunner
+
         return cls(ModelRunner(*_load(checkpoint, config, load_format)))
 
     def submit(self, batch: Batch) -> None:
@@ -93,13 +97,13 @@ class CudaExecutor:
 
     depth = 2
 
-    def __init__(self, runner: "CudaRunner"):
+    def __init__(self, runner: CudaRunner):
         self.runner = runner.waiting
         self._cuda = runner
         self._steps: deque[SubmittedStep | FinishedStep] = deque()
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> "CudaExecutor":
+    def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> CudaExecutor:
         """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
         from octavo.runner.cuda_runner import CudaRunner
 
@@ -137,6 +141,11 @@ def load_executor(checkpoint: Checkpoint, config: EngineConfig, load_format: str
 
 
 def _load(checkpoint: Checkpoint, config: EngineConfig, load_format: str) -> tuple[Decoder, KVCache]:
+    import torch
+
+    from octavo.models.loader import load_model
+    from octavo.runner.kv_cache import KVCache
+
     device = torch.device(config.device)
     model = load_model(checkpoint, config.model, getattr(torch, config.dtype), device, load_format)
     dtype = getattr(torch, config.kv_dtype)

@@ -2,45 +2,31 @@
 
 It keeps weights and the KV cache and nothing else: no requests, no state from step to step.
 
-Shapes: T tokens, D model width, S samples, E prompt positions.
+Shapes: T tokens, D model width, S samples.
 """
 
 import numpy as np
 import torch
 
 from octavo import ops
-from octavo.batch import Batch, LogprobColumns, PromptLogprobs, StepResult
+from octavo.batch import Batch, StepResult
 from octavo.layers.context import on_device
 from octavo.models.decoder import Decoder
 from octavo.runner import sampler
 from octavo.runner.forward import Forward, PlainForward
 from octavo.runner.kv_cache import KVCache
 
-# Prompt positions whose logits are alive at once: a chunk's worth for a large vocabulary would be gigabytes.
-_PROMPT_LOGPROBS_AT_ONCE = 256
-
 
 class ModelRunner:
-    """Runs `model` over `kv_cache`, both on the model's device, by `forward` or else op by op.
+    """Runs `model` over `kv_cache`, both on the model's device, by `forward` or else op by op."""
 
-    `layout` names who computes K and V and how they lie in a block (see `Executor.layout`).
-    """
-
-    def __init__(
-        self,
-        model: Decoder,
-        kv_cache: KVCache,
-        forward: Forward | None = None,
-        draw: sampler.Draw = sampler.draw,
-        layout: str = "torch",
-    ):
+    def __init__(self, model: Decoder, kv_cache: KVCache, forward: Forward | None = None):
         self.model = model
         self.kv_cache = kv_cache
         self.device = model.device
-        self.layout = f"{layout} on {self.device.type}"
+        self.layout = f"torch on {self.device.type}"
         self.ops = ops.for_device(self.device)
         self.forward = forward or PlainForward(model, kv_cache, self.ops)
-        self.draw = draw
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
@@ -49,27 +35,15 @@ class ModelRunner:
         hidden_TD = self.forward.hidden(batch)
         result = StepResult(token_ids=np.empty(0, np.int32))
         if batch.prompt_logprobs is not None and len(batch.prompt_logprobs.target):
-            result.prompt_logprobs = self._prompt_logprobs(hidden_TD, batch.prompt_logprobs)
+            result.prompt_logprobs = sampler.prompt_logprobs(
+                lambda index: self.forward.logits(hidden_TD[on_device(index, self.device)]), batch.prompt_logprobs
+            )
         if len(batch.sample_index):
             # The n samples of a prompt share one row of logits until they are changed.
             index, inverse = np.unique(batch.sample_index, return_inverse=True)
             logits_SV = self.forward.logits(hidden_TD[on_device(index, self.device)])
             if len(index) < len(inverse) or (np.diff(inverse) != 1).any():
                 logits_SV = logits_SV[on_device(inverse, self.device)]
-            tokens_S, result.logprobs = sampler.sample(logits_SV, batch.sampling, self.draw)
+            tokens_S, result.logprobs = sampler.sample(logits_SV, batch.sampling)
             result.token_ids = tokens_S.int().cpu().numpy()
         return result
-
-    def _prompt_logprobs(self, hidden_TD: torch.Tensor, asked: PromptLogprobs) -> LogprobColumns:
-        k = int(asked.num_logprobs.max())
-        parts = []
-        for start in range(0, len(asked.target), _PROMPT_LOGPROBS_AT_ONCE):
-            part = slice(start, start + _PROMPT_LOGPROBS_AT_ONCE)
-            logits = self.forward.logits(hidden_TD[on_device(asked.token_index[part], self.device)])
-            targets = on_device(asked.target[part], self.device).long()
-            parts.append(sampler.logprobs(logits, targets, k))
-        return LogprobColumns(
-            token_ids=np.concatenate([part.token_ids for part in parts]),
-            logprobs=np.concatenate([part.logprobs for part in parts]),
-            rank=np.concatenate([part.rank for part in parts]),
-        )

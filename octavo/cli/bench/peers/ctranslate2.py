@@ -1,7 +1,7 @@
 """CTranslate2: `Generator.generate_batch` over all prompts, greedy, from a folder that its converter has made.
 
 It has one length for a whole batch, so rows that ask for less are computed to the end all the same; what they asked for
-is what counts. Where all prompts begin alike, the beginning is given as its `static_prompt`, which is computed once a call.
+is what counts. Where all prompts begin alike, the beginning is its `static_prompt`, which is computed once a call.
 """
 
 import json

@@ -1,8 +1,7 @@
 """llama.cpp by way of llama-cpp-python's C interface: all prompts as sequences of one continuous batch, greedy.
 
-Each sequence has a stream of its own (`kv_unified` off), which its makers advise for sequences that share nothing. Where
-all prompts begin alike, the beginning is computed once and copied to the others (`llama_memory_seq_cp`), as its users do
-by hand.
+Each sequence has a stream of its own (`kv_unified` off), which its makers advise for sequences that share nothing.
+Where all prompts begin alike, the beginning is computed once and copied to the others (`llama_memory_seq_cp`).
 """
 
 from typing import Any
