@@ -17,8 +17,7 @@ from octavo.models import read_model
 from octavo.models.sizes import stored_types, weight_bytes
 from octavo.runner.device import choose_device
 from octavo.runner.executor import Executor, load_executor
-
-Timeline = list[tuple[str, float]]
+from octavo.timeline import Timeline
 
 
 def build_executor(

@@ -1,7 +1,6 @@
 """Which device an engine runs on. Torch, which takes long to load, is only asked where a GPU could be."""
 
 import platform
-from importlib import metadata
 from pathlib import Path
 
 from octavo.errors import ConfigError
@@ -28,11 +27,14 @@ def choose_device(wanted: str) -> str:
 
 def may_have_gpu() -> bool:
     """Whether torch might find a GPU: its build is not one for CPUs alone, and there is a driver."""
-    return torch_may_use_gpu() and (platform.system() != "Linux" or any(Path(driver).exists() for driver in _DRIVERS))
+    driver = platform.system() != "Linux" or any(Path(driver).exists() for driver in _DRIVERS)
+    return driver and torch_may_use_gpu()
 
 
 def torch_may_use_gpu() -> bool:
     """Whether the installed torch is not marked as a build for CPUs alone; whether it works, only torch can tell."""
+    from importlib import metadata
+
     try:
         return "+cpu" not in metadata.version("torch")
     except metadata.PackageNotFoundError:
