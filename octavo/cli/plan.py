@@ -19,6 +19,7 @@ from octavo.cli.machine import gpus
 from octavo.cli.options import add_options, from_args
 from octavo.config import DTYPE_BYTES, EngineOptions, ModelConfig, format_size
 from octavo.errors import CapacityError, CheckpointError
+from octavo.kernels import library
 from octavo.kernels.support import settle
 from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_config
@@ -62,7 +63,8 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
     model = read_config(source.what.config)
     device, free, total, place = _memory(options.device)
     tensors = source.what.tensors
-    dtype, precision, _ = settle(options, model, stored_types(tensors), device)
+    dtype, precision, why = settle(options, model, stored_types(tensors), device)
+    kernels = library.load() if precision != "plain" else None
     count, weights = num_weights(tensors, model), weight_bytes(tensors, model, dtype, precision)
     found: dict[str, Any] = {
         "model": options.model,
@@ -72,6 +74,8 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
         "weights": {name: count * size for name, size in DTYPE_BYTES.items()},
         "dtype": dtype,
         "precision": precision,
+        "kernels": kernels.name if kernels else None,
+        "why_not_kernels": why,
         "weight_memory": weights,
         "kv_bytes_per_token": model.kv_bytes_per_token(dtype),
         "max_position": model.max_position,
@@ -192,6 +196,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
         ("context", f"{found['max_position']:,} tokens at most"),
         ("memory", f"{format_size(found['free_memory'])} free of {found['memory']}"),
     ]
+    if found["kernels"]:
+        precision = "the file's own" if found["precision"] == "stored" else found["precision"]
+        rows.append(("kernels", f"{found['kernels']}, weights in {precision} precision"))
+    elif found["why_not_kernels"]:
+        rows.append(("kernels", f"none, plain torch runs, much slower: {found['why_not_kernels']}"))
     if disk["download"]:
         free = f"{format_size(disk['free'])} free at {disk['folder']}"
         rows.append(("download", f"{format_size(disk['download'])}, {free}"))
