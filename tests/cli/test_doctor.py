@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo.kernels import library
 from octavo.cli import doctor, machine, main
+from octavo.kernels import library
 
 HEALTHY = {"version": "2.9.0", "cuda": None, "threads": 4, "gpus": []}
 BROKEN_GPU = {"name": "H100", "error": "CUDA error: uncorrectable ECC"}
