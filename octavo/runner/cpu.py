@@ -33,6 +33,8 @@ from octavo.runner.step_graph import StepGraph
 if TYPE_CHECKING:
     import torch
 
+_DRAW = np.dtype(library.DRAW)
+
 
 def kernel_runner(checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> KernelRunner:
     """Loads and records the model; raises as `load_packed` does."""
@@ -121,13 +123,15 @@ class KernelRunner:
                 lambda index: _tensor(self.forward.logits(hidden_TD[index])), batch.prompt_logprobs
             )
         if len(batch.sample_index):
-            # The n samples of a prompt share one row of logits until they are changed.
-            index, inverse = np.unique(batch.sample_index, return_inverse=True)
-            logits_SV = self.forward.logits(hidden_TD[index])
-            if len(index) < len(inverse) or (np.diff(inverse) != 1).any():
-                logits_SV = logits_SV[inverse]
-            self._sample(logits_SV, batch.sampling, result)
+            self._sample(self._sample_logits(hidden_TD, batch.sample_index), batch.sampling, result)
         return result
+
+    def _sample_logits(self, hidden_TD: Floats, sample_index: Ints) -> Floats:
+        """A row of logits for each sample; the n samples of a prompt share one until they are changed."""
+        if (sample_index[1:] > sample_index[:-1]).all():
+            return self.forward.logits(hidden_TD[sample_index])
+        index, inverse = np.unique(sample_index, return_inverse=True)
+        return self.forward.logits(hidden_TD[index])[inverse]
 
     def _sample(self, logits_SV: Floats, columns: SamplingColumns, result: StepResult) -> None:
         if columns.only_draws:
@@ -150,12 +154,13 @@ class KernelDraw:
 
     def __call__(self, logits_SV: Floats, columns: SamplingColumns) -> Ints:
         S, V = logits_SV.shape
-        draws = np.zeros(S, library.DRAW)
-        draws["temperature"] = columns.temperature
-        draws["top_k"] = columns.top_k
-        draws["top_p"] = columns.top_p
-        draws["min_p"] = columns.min_p
-        draws["key"] = noise.keys(columns.seed, columns.counter).view(np.uint32)
+        draws = np.zeros(S, _DRAW)  # a temperature of 0 asks for nothing else
+        if columns.temperature.any():
+            draws["temperature"] = columns.temperature
+            draws["top_k"] = columns.top_k
+            draws["top_p"] = columns.top_p
+            draws["min_p"] = columns.min_p
+            draws["key"] = noise.keys(columns.seed, columns.counter).view(np.uint32)
         tokens = np.empty(S, np.int32)
         logits = logits_SV.ctypes.data, S, V, logits_SV.strides[0] // logits_SV.itemsize
         self._threads.kernels.sample(self._threads.address, *logits, draws.ctypes.data, tokens.ctypes.data)
