@@ -157,12 +157,7 @@ inline void tiled_columns(const Weight& w, const Activations& a, int64_t first, 
     const uint8_t* x = (const uint8_t*)a.lanes.data() + (first + start) / 16 * a_step;
     here > 16 ? multiply_tiles<Dot, 2>(x, a_step, b0, b1, count) : multiply_tiles<Dot, 1>(x, a_step, b0, b1, count);
     if (Dot::per_lane == 2 && !bias && here == 32 && n + 32 <= w.outputs) {
-      float* to = out.row(first + start) + n;
-      _tile_stored(0, to, out.stride * 4);
-      _tile_stored(1, to + 16, out.stride * 4);
-      to = out.row(first + start + 16) + n;
-      _tile_stored(2, to, out.stride * 4);
-      _tile_stored(3, to + 16, out.stride * 4);
+      store_tiles<2>(out.row(first + start) + n, out.row(first + start + 16) + n, out.stride, true);
       continue;
     }
     _tile_stored(0, sums[0], 64);
