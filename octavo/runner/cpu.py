@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from octavo.batch import SamplingColumns
+from octavo.batch import Batch, SamplingColumns, StepResult
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
 from octavo.kernels import library
@@ -41,7 +41,20 @@ def kernel_runner(checkpoint: Checkpoint, config: EngineConfig, load_format: str
     except NotRecordableError as why:
         logger.warning("the model's step cannot be recorded, so its kernels are called one by one, slower: %s", why)
         forward = PlainForward(model, cache, KernelOps(threads))
-    return ModelRunner(model, cache, forward, KernelDraw(threads), f"kernels {kernels.name}")
+    return KernelRunner(model, cache, forward, KernelDraw(threads), f"kernels {kernels.name}")
+
+
+class KernelRunner(ModelRunner):
+    """Keeps torch to one thread while a step runs: its others spin for a moment after each op that was divided among
+    them, on the cores that the kernels' threads need (decision 0097)."""
+
+    def run(self, batch: Batch) -> StepResult:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return super().run(batch)
+        finally:
+            torch.set_num_threads(threads)
 
 
 class KernelDraw:

@@ -141,7 +141,7 @@ OCTAVO_INLINE void store_outputs(float* out, vf value, const float* bias, int64_
 
 // Columns that one piece of work covers, and rows: A's part should stay in the second-level cache.
 constexpr int kColumns = kTileVectors * W;
-constexpr int64_t kRowsAtOnce = 192;
+constexpr int64_t kRowsAtOnce = 512;
 
 #if defined(__AMX_TILE__)
 // As plain_columns, by tiles: 32 outputs, 32 rows at a time.
