@@ -9,7 +9,9 @@ Shapes: T tokens, S samples, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,10 +94,12 @@ class CalledKernels:
         self._plain = PlainForward(model, kv_cache, KernelOps(threads))
 
     def hidden(self, batch: Batch) -> Floats:
-        return _array(self._plain.hidden(batch))
+        with _torch_on_one_thread():
+            return _array(self._plain.hidden(batch))
 
     def logits(self, hidden_SD: Floats) -> Floats:
-        return _array(self._plain.logits(_tensor(hidden_SD)))
+        with _torch_on_one_thread():
+            return _array(self._plain.logits(_tensor(hidden_SD)))
 
 
 class KernelRunner:
@@ -119,9 +123,10 @@ class KernelRunner:
         if batch.prompt_logprobs is not None and len(batch.prompt_logprobs.target):
             from octavo.runner import sampler
 
-            result.prompt_logprobs = sampler.prompt_logprobs(
-                lambda index: _tensor(self.forward.logits(hidden_TD[index])), batch.prompt_logprobs
-            )
+            with _torch_on_one_thread():
+                result.prompt_logprobs = sampler.prompt_logprobs(
+                    lambda index: _tensor(self.forward.logits(hidden_TD[index])), batch.prompt_logprobs
+                )
         if len(batch.sample_index):
             self._sample(self._sample_logits(hidden_TD, batch.sample_index), batch.sampling, result)
         return result
@@ -142,7 +147,8 @@ class KernelRunner:
         def draw(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
             return _tensor(self.draw(_array(logits_SV), columns)).long()
 
-        tokens_S, result.logprobs = sampler.sample(_tensor(logits_SV), columns, draw)
+        with _torch_on_one_thread():
+            tokens_S, result.logprobs = sampler.sample(_tensor(logits_SV), columns, draw)
         result.token_ids = _array(tokens_S.int())
 
 
@@ -165,6 +171,19 @@ class KernelDraw:
         logits = logits_SV.ctypes.data, S, V, logits_SV.strides[0] // logits_SV.itemsize
         self._threads.kernels.sample(self._threads.address, *logits, draws.ctypes.data, tokens.ctypes.data)
         return tokens
+
+
+@contextlib.contextmanager
+def _torch_on_one_thread() -> Iterator[None]:
+    """Its others would spin for a moment after each op, on the cores that the kernels' threads need (decision 0097)."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _tensor(array: Any) -> torch.Tensor:
