@@ -16,7 +16,7 @@ from octavo.kernels import library
 from octavo.kernels.builds import BUILDS
 from octavo.kernels.library import Kernels, KernelThreads
 from octavo.kernels.weights import Packer, StoredRows
-from octavo.ops.cpu.calls import KernelOps
+from octavo.ops.cpu.eager import KernelOps
 
 TOKENS, INPUTS, OUTPUTS = 256, 1536, 1536
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")

@@ -87,6 +87,12 @@ class SamplingColumns:
             history=self.history[history[0] : history[-1]],
         )
 
+    @property
+    def only_draws(self) -> bool:
+        """Whether logits go into the draw as they are, and nobody asks for log probabilities."""
+        changed = len(self.bias_sample) or len(self.allowed_sample) or len(self.penalty_sample)
+        return not changed and not (self.num_logprobs >= 0).any()
+
 
 @dataclass(slots=True)
 class PromptLogprobs:

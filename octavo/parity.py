@@ -20,6 +20,7 @@ from octavo.errors import ConfigError, RequestError
 from octavo.models import read_config
 from octavo.models.loader import CheckpointTensors
 from octavo.request import Request
+from octavo.runner.cpu import KernelRunner
 from octavo.runner.executor import CudaExecutor, LocalExecutor
 from octavo.runner.model_runner import ModelRunner
 from octavo.sampling_params import SamplingParams
@@ -27,6 +28,8 @@ from octavo.text.tokenizer import Tokenizer
 
 # Positions whose logits are alive at once, on either side.
 _CHUNK = 256
+
+Runner = ModelRunner | KernelRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,12 @@ def _answer(engine: Engine, prompts: Mapping[str, list[int]], max_tokens: int) -
 
 @torch.inference_mode()
 def _compare(
-    name: str, prompt: list[int], answer: list[int], runner: ModelRunner, reference: Any, tokenizer: Tokenizer
+    name: str,
+    prompt: list[int],
+    answer: list[int],
+    runner: Runner,
+    reference: Any,
+    tokenizer: Tokenizer,
 ) -> PromptParity:
     tokens = torch.tensor([prompt + answer[:-1]], device=reference.device)
     hidden_TD = reference.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
@@ -144,7 +152,7 @@ def _compare(
     return PromptParity(name, len(prompt), len(answer), difference)
 
 
-def _prompt_logits(runner: ModelRunner, prompt: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+def _prompt_logits(runner: Runner, prompt: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
     """(first position, logits) of a prompt that is computed alone, chunk by chunk, in the cache's first blocks."""
     block_size = runner.kv_cache.layers[0].k_PBKH.shape[1]
     blocks = np.arange(-(-len(prompt) // block_size), dtype=np.int32)[None]
@@ -163,7 +171,8 @@ def _prompt_logits(runner: ModelRunner, prompt: list[int]) -> Iterator[tuple[int
             sampling=_NO_SAMPLES,
             block_copies=np.empty((0, 2), np.int32),
         )
-        yield start, runner.forward.logits(runner.forward.hidden(batch))
+        forward: Any = runner.forward
+        yield start, torch.as_tensor(forward.logits(forward.hidden(batch)))
 
 
 _FLOATS, _INTS = np.empty(0, np.float32), np.empty(0, np.int32)

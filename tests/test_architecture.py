@@ -15,7 +15,19 @@ import octavo
 
 ROOT = Path(octavo.__file__).parent
 FLOORS = [
-    {"config", "kernels", "memory", "sampling_params", "request", "batch", "metrics", "errors", "log", "progress"},
+    {
+        "config",
+        "kernels",
+        "memory",
+        "sampling_params",
+        "request",
+        "batch",
+        "metrics",
+        "errors",
+        "log",
+        "progress",
+        "timeline",
+    },
     {"checkpoint", "distributed", "ops"},
     {"text", "grammar", "layers"},
     {"models"},

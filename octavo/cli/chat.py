@@ -12,6 +12,8 @@ from octavo.cli.options import add_options, from_args
 from octavo.cli.sampling import SamplingOptions
 from octavo.config import EngineOptions
 from octavo.errors import RequestError
+from octavo.log import logger
+from octavo.timeline import Timeline, describe, process_age
 
 HELP = """\
 /help           this list
@@ -28,11 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    timeline = [("python", process_age())]
     piped = None if sys.stdin.isatty() else sys.stdin.read().strip()
     if piped == "":
         print("octavo: error: the piped prompt is empty", file=sys.stderr)
         return 2
-    conversation = Conversation(arguments)
+    conversation = Conversation(arguments, timeline)
     if piped is not None:
         conversation.ask(piped)
         return 0
@@ -43,18 +46,22 @@ def run(arguments: argparse.Namespace) -> int:
 class Conversation:
     """The messages so far, and the model that answers them."""
 
-    def __init__(self, arguments: argparse.Namespace):
+    def __init__(self, arguments: argparse.Namespace, timeline: Timeline):
+        began = time.monotonic()
         from octavo.llm import LLM
-        from octavo.log import logger
 
+        timeline.append(("imports", time.monotonic() - began))
         if not arguments.verbose:
             logger.setLevel("WARNING")
-        began = time.monotonic()
         options = from_args(EngineOptions, arguments)
         # One conversation needs one row; the memory goes to its context.
         options.max_num_seqs = options.max_num_seqs or 1
         self.llm = LLM.from_options(options)
         self.seconds = time.monotonic() - began
+        phases, (_, engine) = self.llm.engine.timeline[:-1], self.llm.engine.timeline[-1]
+        # What is left once the engine is ready: the tokenizer, which is read beside it.
+        tokenizer = self.seconds - timeline[-1][1] - engine
+        self.timeline: Timeline | None = [*timeline, *phases, ("tokenizer, beyond that", tokenizer)]
         self.params = from_args(SamplingOptions, arguments).params(self.llm.generation_config)
         self.system: str | None = arguments.system
         self.messages: list[dict[str, Any]] = []
@@ -116,6 +123,7 @@ class Conversation:
         with interruptible() as interrupted:
             for _, output, deltas in self.llm.stream(prompt, self.params):
                 first = first or time.monotonic() - began
+                self.tell_start(first)
                 for delta in deltas:
                     print(delta.text, end="", flush=True)
                 answer, tokens = output.outputs[0].text, len(output.outputs[0].token_ids)
@@ -126,6 +134,12 @@ class Conversation:
         seconds = time.monotonic() - began
         rate = (tokens - 1) / (seconds - first) if tokens > 1 and seconds > first else 0.0
         note(f"{tokens} tokens, {rate:.1f} tokens/s, first after {first:.2f} s{' (stopped)' if interrupted() else ''}")
+
+    def tell_start(self, first: float) -> None:
+        """With the first token of all, logs where the time until then went; what a person typed meanwhile is not in."""
+        if self.timeline is not None:
+            timeline, self.timeline = [*self.timeline, ("first token", first)], None
+            logger.info("start: %s: %.2f s in all", describe(timeline), sum(seconds for _, seconds in timeline))
 
     def fitting_prompt(self) -> list[int]:
         """The conversation in tokens; its oldest turns are left out when the context is full, and that is said."""

@@ -24,6 +24,7 @@ from octavo.checkpoint.caches import hf_cache, modelscope_roots
 from octavo.checkpoint.repository import free_disk
 from octavo.cli.machine import gpus, version_of
 from octavo.config import ServerOptions, cache_home, format_size
+from octavo.kernels import library
 from octavo.memory import free_ram
 
 _REQUIRED = ("numpy", "tokenizers", "jinja2", "fastapi", "uvicorn", "prometheus_client", "rich")
@@ -32,6 +33,11 @@ _LEAST_MEMORY = 2 << 30  # the default model takes half of this, within the half
 _LEAST_DISK = 1 << 30
 _SECONDS_FOR_TORCH = 180
 
+# What kernels are chosen by, in the words of /proc/cpuinfo.
+_KERNEL_WORDS = (
+    *("amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2"),
+    *("i8mm", "bf16", "asimddp"),
+)
 _VARIABLES = (
     *("OCTAVO_HOME", "USE_HF", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"),
     *("MODELSCOPE_CACHE", "MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN", "MODELSCOPE_API_TOKEN"),
@@ -91,6 +97,7 @@ def examine() -> Iterator[Finding]:
     yield from _memory()
     yield from _disks()
     yield _port(ServerOptions().port)
+    yield _kernels()
     yield _compiler()
     yield from _variables()
 
@@ -201,6 +208,19 @@ def _port(port: int) -> Finding:
         except OSError as error:
             return Finding("port", "warning", f"{port}: {error.strerror}", "octavo serve --port with another number")
     return Finding("port", "ok", f"{port} is free")
+
+
+def _kernels() -> Finding:
+    """Which build of the CPU's kernels is chosen, beside what this processor has for them."""
+    chosen, (has, _) = library.load(), library.processor()
+    words = [word for word in _KERNEL_WORDS if word in has]
+    of_processor = f"; this processor has {', '.join(words)}" if words else ""
+    if chosen is None:
+        text = f"none of the CPU's kernels is built for it, and plain torch runs, much slower{of_processor}"
+        return Finding("kernels", "warning", text, "install a C++ compiler, then install Octavo again")
+    others = [name for name in library.builds() if name != chosen.name]
+    text = f"{chosen.name} is chosen" + (f", also here: {', '.join(others)}" if others else "")
+    return Finding("kernels", "ok", text + of_processor)
 
 
 def _compiler() -> Finding:

@@ -56,8 +56,3 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def torch_may_use_gpu() -> bool:
-    """Whether the installed torch is not marked as a build for CPUs alone; whether it works, only torch can tell."""
-    return "+cpu" not in (version_of("torch") or "+cpu")

@@ -15,14 +15,16 @@ from octavo.checkpoint import hubs, local_path, locate, open_checkpoint
 from octavo.checkpoint.hub import MODELS, cached
 from octavo.checkpoint.remote import Description, RemoteModel
 from octavo.checkpoint.repository import RepositoryName, free_disk
-from octavo.cli.machine import gpus, torch_may_use_gpu
+from octavo.cli.machine import gpus
 from octavo.cli.options import add_options, from_args
 from octavo.config import DTYPE_BYTES, EngineOptions, ModelConfig, format_size
 from octavo.errors import CapacityError, CheckpointError
+from octavo.kernels import library
 from octavo.kernels.support import kv_dtype, settle
 from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_config
 from octavo.models.sizes import num_weights, stored_types, weight_bytes
+from octavo.runner.device import torch_may_use_gpu
 
 _CONCURRENT = (1, 4, 16, 64)
 _OPTIONS = (
@@ -62,7 +64,8 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
     model = read_config(source.what.config)
     device, free, total, place = _memory(options.device)
     tensors = source.what.tensors
-    dtype, precision, _ = settle(options, model, stored_types(tensors), device)
+    dtype, precision, why = settle(options, model, stored_types(tensors), device)
+    kernels = library.load() if device == "cpu" and precision != "plain" else None
     kv = kv_dtype(options, dtype, device)
     count, weights = num_weights(tensors, model), weight_bytes(tensors, model, dtype, precision)
     found: dict[str, Any] = {
@@ -73,6 +76,8 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
         "weights": {name: count * size for name, size in DTYPE_BYTES.items()},
         "dtype": dtype,
         "precision": precision,
+        "kernels": kernels.name if kernels else None,
+        "why_not_kernels": why,
         "weight_memory": weights,
         "kv_bytes_per_token": model.kv_bytes_per_token(kv),
         "max_position": model.max_position,
@@ -194,6 +199,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
         ("context", f"{found['max_position']:,} tokens at most"),
         ("memory", f"{format_size(found['free_memory'])} free of {found['memory']}"),
     ]
+    if found["kernels"]:
+        precision = "the file's own" if found["precision"] == "stored" else found["precision"]
+        rows.append(("kernels", f"{found['kernels']}, weights in {precision} precision"))
+    elif found["why_not_kernels"]:
+        rows.append(("kernels", f"none, plain torch runs, much slower: {found['why_not_kernels']}"))
     if disk["download"]:
         free = f"{format_size(disk['free'])} free at {disk['folder']}"
         rows.append(("download", f"{format_size(disk['download'])}, {free}"))

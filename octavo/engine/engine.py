@@ -19,6 +19,7 @@ from octavo.log import logger
 from octavo.memory import MemoryPlan
 from octavo.metrics import EngineStats
 from octavo.request import Request
+from octavo.timeline import Timeline, describe
 
 if TYPE_CHECKING:
     from octavo.runner.executor import Executor
@@ -38,7 +39,7 @@ class Engine:
     ):
         self.config = config
         self.plan = plan
-        self.timeline: list[tuple[str, float]] = []
+        self.timeline: Timeline = []
         self.scheduler = Scheduler(config, store)
         self._store = store
         self.executor = executor
@@ -51,9 +52,10 @@ class Engine:
         The log says each with its time. Cheap checks come first. Raises `CheckpointError`, `ConfigError`,
         `CapacityError` or `DownloadError`.
         """
+        began = time.monotonic()
         from octavo.runner.build import build_executor
 
-        began = time.monotonic()
+        imported = time.monotonic() - began
         folder = open_folder(options.prefix_cache_dir) if options.prefix_cache_dir else None
         executor, config, plan, timeline, fingerprint = build_executor(options, checkpoint)
         store = None
@@ -61,10 +63,10 @@ class Engine:
             store = PrefixStore(folder, fingerprint, executor.block_bytes, options.prefix_cache_size)
             logger.info("prefix cache: %d blocks of any model in %s", store.num_files, folder)
         engine = cls(config, executor, plan, store)
-        engine.timeline = [*timeline, ("engine ready", time.monotonic() - began)]
+        engine.timeline = [("runner imports", imported), *timeline, ("engine ready", time.monotonic() - began)]
         for line in plan.lines():
             logger.info(line)
-        logger.info("start: %s", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in engine.timeline))
+        logger.info("start: %s", describe(engine.timeline))
         return engine
 
     def info(self) -> EngineInfo:

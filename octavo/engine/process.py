@@ -28,6 +28,7 @@ from octavo.engine.state import StepOutput
 from octavo.errors import EngineDeadError, OctavoError, QueueFullError
 from octavo.metrics import EngineStats
 from octavo.request import BeamScore, Request, TokenLogprobs, TokenOutput
+from octavo.timeline import Timeline, process_age
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class EngineInfo:
     device: str
     dtype: str
     plan: list[str]
-    timeline: list[tuple[str, float]]
+    timeline: Timeline
 
 
 @dataclass(slots=True)
@@ -301,7 +302,9 @@ def run_engine(connection: Connection, step_began: Any, options: EngineOptions, 
     try:
         from octavo.engine.engine import Engine
 
+        began = process_age()
         engine = Engine.build(options)
+        engine.timeline.insert(0, ("engine process", began))
         # Who stops a process group stops the parent too, which may let requests finish first. It says when to stop,
         # and its end is the pipe's end.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -21,6 +21,11 @@ _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")
 
 # Intel's cores have bf16 products too, but do fewer of them in a second than of fp32's: hence the maker.
 BUILDS = {
+    "amx": Build(
+        ("x86_64",),
+        (*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+        (*_AVX512, "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+    ),
     "avx512_bf16": Build(
         ("x86_64",),
         (*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"),

@@ -116,6 +116,7 @@ DRAW = [("temperature", "<f4"), ("top_k", "<i4"), ("top_p", "<f4"), ("min_p", "<
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "octavo_allocate": (c_void_p, (c_int64,)),
     "octavo_free": (None, (c_void_p, c_int64)),
+    "octavo_usable": (ctypes.c_bool, ()),
     "octavo_engine": (c_void_p, (c_int32,)),
     "octavo_close": (None, (c_void_p,)),
     "octavo_lay_out": (c_int64, (POINTER(Weight),)),
@@ -167,10 +168,10 @@ def builds() -> dict[str, Path]:
 
 @functools.cache
 def load(name: str | None = None) -> Kernels | None:
-    """The build called `name`, or the best; None if there is none."""
+    """The build called `name`, or the best that the system lets run (it may refuse tiles); None if there is none."""
     found = builds()
-    chosen = name or next(iter(found), None)
-    return Kernels(found[chosen], chosen) if chosen in found else None
+    opened = (Kernels(path, build) for build, path in found.items() if name in (None, build))
+    return next((kernels for kernels in opened if kernels.usable()), None)
 
 
 def processor() -> tuple[set[str], str | None]:

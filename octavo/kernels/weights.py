@@ -142,7 +142,6 @@ _STORED_BYTES = {
     "Q6_K": 1 + 4 / 16,
     "float32": 4,
     "bfloat16": 2,
-    "int8": 1,
     "int4": 0.5 + 2 / 32,
 }
 
@@ -152,4 +151,6 @@ def packed_bytes(dtype: str, rows: int, width: int, precision: str) -> int:
     if precision == "stored":
         precision = _PLAIN.get(dtype, dtype)
     outputs = -(-rows // 16) * 16
-    return int(outputs * padded(width) * _STORED_BYTES[precision]) + (4 * outputs if precision == "int8" else 0)
+    if precision == "int8":
+        return outputs * (-(-width // 64) * 64 + 4)
+    return int(outputs * padded(width) * _STORED_BYTES[precision])

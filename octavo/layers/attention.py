@@ -3,13 +3,17 @@
 Shapes: T tokens, D model width, N query heads, K kv heads, H head width.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from octavo.layers.context import ForwardContext
 from octavo.layers.linear import Linear
 from octavo.layers.norm import RMSNorm
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(slots=True)

@@ -6,24 +6,28 @@ Shapes: T tokens, R rows, M blocks of the longest row, r/2 rotary angles of a he
 kv heads, H head width.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from octavo.batch import Batch, Ints
 from octavo.layers.rope import Rope
 from octavo.ops import Ops
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(slots=True)
 class LayerCache:
-    """The paged K and V of one layer."""
+    """The paged K and V of one layer: tensors of the device, or arrays of the CPU's kernels."""
 
-    k_PBKH: torch.Tensor
-    v_PBKH: torch.Tensor
+    k_PBKH: Any
+    v_PBKH: Any
 
 
 @dataclass(slots=True)
@@ -47,7 +51,7 @@ class ForwardContext:
     @classmethod
     def build(
         cls, batch: Batch, caches: list[LayerCache], rope: Rope, ops: Ops, device: torch.device
-    ) -> "ForwardContext":
+    ) -> ForwardContext:
         """The context of `batch`; the rotary angles are computed here, once for all layers."""
         positions_T = on_device(batch.positions, device)
         alpha_T = None
@@ -72,4 +76,6 @@ class ForwardContext:
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    import torch  # whoever computes on the CPU's kernels alone never loads it
+
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)

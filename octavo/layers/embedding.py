@@ -1,9 +1,14 @@
 """Token embedding. Shapes: T tokens, V vocabulary, D model width."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from octavo.layers.context import ForwardContext
 from octavo.ops.weight import Table
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Embedding:

@@ -6,12 +6,15 @@ satisfies it. The context is passed so that a layer can find what depends on the
 Shapes: T tokens, I input width, O output width.
 """
 
-from typing import Protocol
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from octavo.layers.context import ForwardContext
 from octavo.ops.weight import Weight
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Linear(Protocol):

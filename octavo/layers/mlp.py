@@ -1,11 +1,15 @@
 """The gated MLP of a decoder layer: `down(silu(gate(x)) * up(x))`. Shapes: T tokens, D model width."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from octavo.layers.context import ForwardContext
 from octavo.layers.linear import Linear
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(slots=True)

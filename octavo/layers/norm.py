@@ -1,8 +1,13 @@
 """RMSNorm (Zhang and Sennrich 2019), alone or fused with the residual stream that runs beside it."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from octavo.layers.context import ForwardContext
+
+if TYPE_CHECKING:
+    import torch
 
 
 class RMSNorm:

@@ -1,29 +1,63 @@
 """What positions do to queries and keys: cos and sin under every scaling rule that `RopeConfig` names, and logn.
 
-Rotating and scaling is an op; here only the numbers are made, in fp32, once a step.
+Rotating and scaling is an op; here only the numbers are made, in fp32: once a step in torch on its device, or as tables
+by position for who has no torch. Frequencies are computed once, by numpy.
 
 Shapes: T tokens, r/2 angles of a head (r its rotary width).
 """
 
-import math
+from __future__ import annotations
 
-import torch
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from octavo.config import RopeConfig
 
+if TYPE_CHECKING:
+    import torch
+
+Floats = NDArray[np.float32]
+
 
 class Rope:
-    """Angles of one model: `RopeConfig` made into frequencies on a device.
+    """Angles of one model: `RopeConfig` made into frequencies, on a device unless only `table` is asked for.
 
     Sources: linear, dynamic NTK and llama3 as in Hugging Face's `config.json` convention; YaRN by Peng et al.
     2023 (arXiv:2309.00071).
     """
 
-    def __init__(self, config: RopeConfig, device: torch.device):
+    def __init__(self, config: RopeConfig, device: torch.device | None = None):
         self.config = config
-        self.inv_freq = _scaled_frequencies(config).to(device)
-        self.exponents = _exponents(config.rotary_dim).to(device)
         self.magnitude = _magnitude(config)
+        self._frequencies = _scaled_frequencies(config)
+        if device is not None:
+            import torch
+
+            self.inv_freq = torch.from_numpy(self._frequencies).to(device)
+            self.exponents = torch.from_numpy(_exponents(config.rotary_dim)).to(device)
+
+    def table(self, length: int, alpha: float = 1.0) -> tuple[Floats, Floats]:
+        """cos and sin of the positions up to `length`, each [length, r/2]; `alpha` is the factor on the base."""
+        frequencies = self._frequencies
+        if alpha != 1.0:
+            width = self.config.rotary_dim
+            base = self.config.theta * alpha ** (width / (width - 2))
+            frequencies = (1.0 / base ** _exponents(width).astype(np.float64)).astype(np.float32)
+        angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
+        # In fp64, since numpy's fp32 functions are the less exact ones.
+        wide = angles.astype(np.float64)
+        magnitude = np.float32(self.magnitude)
+        return np.cos(wide).astype(np.float32) * magnitude, np.sin(wide).astype(np.float32) * magnitude
+
+    def q_scale_table(self, length: int) -> Floats | None:
+        """`q_scale` of the positions up to `length`."""
+        if not self.config.logn_length:
+            return None
+        growth = np.log(np.arange(1, length + 1, dtype=np.float64)) / math.log(self.config.logn_length)
+        return np.maximum(growth, 1.0).astype(np.float32)
 
     def cos_sin(
         self, positions_T: torch.Tensor, alpha_T: torch.Tensor | None = None
@@ -52,16 +86,20 @@ class Rope:
         return ((positions_T + 1).double().log() / math.log(length)).clamp(min=1.0).float()
 
 
-def _exponents(rotary_dim: int) -> torch.Tensor:
-    return torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+def _exponents(rotary_dim: int) -> Floats:
+    return np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
 
 
-def _scaled_frequencies(config: RopeConfig) -> torch.Tensor:
-    inv_freq = 1.0 / config.theta ** _exponents(config.rotary_dim)
+def _scaled_frequencies(config: RopeConfig) -> Floats:
+    # The power in fp64, rounded: what torch and the models' own code have, where fp32's of numpy is a bit off.
+    inv_freq: Floats = np.float32(1) / (config.theta ** _exponents(config.rotary_dim).astype(np.float64)).astype(
+        np.float32
+    )
     if config.freq_factors:
-        inv_freq = inv_freq / torch.tensor(config.freq_factors, dtype=torch.float32)
+        factors: Floats = np.array(config.freq_factors, np.float32)
+        inv_freq = inv_freq / factors
     if config.scaling == "linear":
-        return inv_freq / config.factor
+        return inv_freq / np.float32(config.factor)
     if config.scaling == "llama3":
         return _llama3(inv_freq, config)
     if config.scaling == "yarn":
@@ -69,14 +107,16 @@ def _scaled_frequencies(config: RopeConfig) -> torch.Tensor:
     return inv_freq
 
 
-def _llama3(inv_freq: torch.Tensor, config: RopeConfig) -> torch.Tensor:
+def _llama3(inv_freq: Floats, config: RopeConfig) -> Floats:
     """Slow frequencies are divided by the factor, fast ones kept, those between blended by wavelength."""
-    turns = config.original_max_position * inv_freq / (2 * math.pi)
-    keep = ((turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)).clamp(0, 1)
-    return keep * inv_freq + (1 - keep) * inv_freq / config.factor
+    turns = config.original_max_position * inv_freq / np.float32(2 * math.pi)
+    low, high = np.float32(config.low_freq_factor), np.float32(config.high_freq_factor)
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    scaled: Floats = keep * inv_freq + (1 - keep) * inv_freq / np.float32(config.factor)
+    return scaled
 
 
-def _yarn(inv_freq: torch.Tensor, config: RopeConfig) -> torch.Tensor:
+def _yarn(inv_freq: Floats, config: RopeConfig) -> Floats:
     """As llama3, but blended along the index, from the one that turns beta_fast times to beta_slow."""
 
     def index_of(turns: float) -> float:
@@ -89,8 +129,10 @@ def _yarn(inv_freq: torch.Tensor, config: RopeConfig) -> torch.Tensor:
     low, high = max(low, 0), min(high, config.rotary_dim - 1)
     if low == high:
         high += 0.001  # a step, without a division by zero
-    scaled = ((torch.arange(len(inv_freq), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return scaled * inv_freq / config.factor + (1 - scaled) * inv_freq
+    index = np.arange(len(inv_freq), dtype=np.float32)
+    scaled = np.clip((index - np.float32(low)) / np.float32(high - low), 0, 1)
+    blended: Floats = scaled * inv_freq / np.float32(config.factor) + (1 - scaled) * inv_freq
+    return blended
 
 
 def _magnitude(config: RopeConfig) -> float:

@@ -6,7 +6,9 @@ families, quantization or ranks.
 Shapes: T tokens, S rows of logits, D model width, V vocabulary.
 """
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from octavo.config import ModelConfig
 from octavo.layers.attention import Attention
@@ -15,6 +17,9 @@ from octavo.layers.embedding import Embedding
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.rope import Rope
 from octavo.models.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DecoderLayer:
@@ -59,12 +64,15 @@ def attention(config: ModelConfig, weights: Weights, layer: int) -> Attention:
 
 
 class Decoder:
-    """A model ready to run. `forward` gives hidden states; `logits` is apart, since few rows need it."""
+    """A model ready to run. `forward` gives hidden states; `logits` is apart, since few rows need it.
 
-    def __init__(self, config: ModelConfig, weights: Weights, device: torch.device):
+    Weights for the CPU's kernels know no torch, and there is no `device` then.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, device: torch.device | None = None):
         V, D = config.vocab_size, config.hidden_size
         self.config = config
-        self.device = device
+        self.device: Any = device
         self.rope = Rope(config.rope, device)
         self.embedding = Embedding(weights.table("embedding", (V, D)))
         self.layers = [DecoderLayer(config, weights.of_layer(i), i) for i in range(config.num_layers)]

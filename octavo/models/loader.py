@@ -1,28 +1,25 @@
-"""From a checkpoint to a decoder: `load_model`.
+"""From a checkpoint to a decoder in torch: `load_model`; `packed` makes one for the CPU's kernels.
 
 Tensors are taken one at a time, dequantized where they are stored in fewer bits, and left in the mapped file
-where dtype and device already fit. What a checkpoint holds and nobody asked for is an error: half a model
-computes nonsense.
+where dtype and device already fit.
 """
 
-import ctypes
 import warnings
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.checkpoint import Checkpoint, TensorInfo
+from octavo.checkpoint import Checkpoint
 from octavo.checkpoint.mapped import release
 from octavo.config import ModelConfig
-from octavo.errors import CheckpointError, nearest
-from octavo.kernels.weights import Packer, StoredRows
+from octavo.errors import CheckpointError
+from octavo.kernels.weights import StoredRows
 from octavo.layers.quant.gguf import dequantize
 from octavo.models import family_of
 from octavo.models.decoder import Decoder
-from octavo.models.packed import PackedTensors
 from octavo.models.quantized import Fp8Tensors
-from octavo.models.sizes import NOT_WEIGHTS, unused_tensors
+from octavo.models.stored import StoredTensors, return_freed_memory
 from octavo.models.weights import TensorSource, Weights
 from octavo.ops.cpu.calls import stored_rows
 from octavo.ops.weight import Table, Weight
@@ -35,10 +32,9 @@ def load_model(
     device: torch.device,
     load_format: str = "auto",
     seed: int = 0,
-    packer: Packer | None = None,
     fp8: bool = False,
 ) -> Decoder:
-    """The checkpoint's decoder with weights of `dtype` on `device`, matrices packed if there is a `packer`, or `fp8`.
+    """The checkpoint's decoder with weights of `dtype` on `device`, its matrices in `fp8` if that is asked for.
 
     `load_format` "dummy" takes random weights of the configuration's shapes instead, which follow from `seed`
     alone. Raises `CheckpointError` for tensors that are missing, of another shape, or left over.
@@ -48,36 +44,37 @@ def load_model(
     def seen(source: "RandomTensors | CheckpointTensors") -> TensorSource:
         if fp8:
             return Fp8Tensors(source, {f"{names['lm_head']}.weight"})
-        return PackedTensors(source, packer) if packer else source
+        return source
 
     if load_format == "dummy":
         return Decoder(config, Weights(seen(RandomTensors(dtype, device, seed)), names), device)
     source = CheckpointTensors(checkpoint, dtype, device)
     decoder = Decoder(config, Weights(seen(source), names), device)
-    source.check_all_taken(unused_tensors(config))
-    _return_freed_memory()
+    source.stored.check_all_taken(config)
+    return_freed_memory()
     return decoder
 
 
 class CheckpointTensors:
-    """A checkpoint's tensors in the wanted dtype, on the device; remembers which were taken."""
+    """A checkpoint's tensors in the wanted dtype, on the device."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
-        self.checkpoint = checkpoint
+        self.stored = StoredTensors(checkpoint)
         self.dtype = dtype
         self.device = device
-        self.taken: set[str] = set()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        info = self.info(name, shape)
-        stored = self.checkpoint.read(name)
+        stored_type, stored = self.stored.take(name, shape)
         try:
-            tensor = dequantize(_tensor_of(stored).to(self.device), info.dtype, shape, self.dtype)
+            tensor = dequantize(_tensor_of(stored).to(self.device), stored_type, shape, self.dtype)
         except CheckpointError as error:
-            raise CheckpointError(f"{self.checkpoint.path}: tensor {name}: {error}") from None
+            raise CheckpointError(f"{self.stored.path}: tensor {name}: {error}") from None
         if tensor.data_ptr() != stored.ctypes.data:
             release(stored)
         return tensor
+
+    def joined(self, names: list[str], sizes: list[int]) -> torch.Tensor:
+        return torch.cat([self.tensor(name, (size,)) for name, size in zip(names, sizes, strict=True)])
 
     def weight(self, names: list[str], rows: list[int], in_features: int) -> Weight:
         tensors = [self.tensor(name, (count, in_features)) for name, count in zip(names, rows, strict=True)]
@@ -90,41 +87,6 @@ class CheckpointTensors:
         assert isinstance(table, torch.Tensor)
         return table
 
-    def rows(self, name: str, shape: tuple[int, int]) -> StoredRows:
-        """The tensor as the file holds it."""
-        info = self.info(name, shape)
-        return StoredRows(info.dtype, shape, self.checkpoint.read(name))
-
-    def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        """What the checkpoint says of a tensor that is now taken; `CheckpointError` if it is another than expected."""
-        info = self.checkpoint.tensors.get(name)
-        if info is None:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: tensor {name} is missing.{nearest(name, self.checkpoint.tensors)}"
-                " The files are incomplete or config.json belongs to another model"
-            )
-        if info.shape != shape:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: tensor {name} has shape {list(info.shape)}, but config.json makes"
-                f" it {list(shape)}; one of the two belongs to another model"
-            )
-        self.taken.add(name)
-        return info
-
-    def check_all_taken(self, ignored: set[str]) -> None:
-        left = [
-            name
-            for name in self.checkpoint.tensors
-            if name not in self.taken and name not in ignored and not NOT_WEIGHTS.search(name)
-        ]
-        if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            raise CheckpointError(
-                f"{self.checkpoint.path}: the model that config.json describes has no place for {len(left)}"
-                f" tensors: {', '.join(sorted(left)[:3])}{more}; check num_hidden_layers, the biases and"
-                " architectures there"
-            )
-
 
 def _tensor_of(array: NDArray[np.uint8]) -> torch.Tensor:
     """The bytes without a copy, unless they lie where no number may start."""
@@ -134,16 +96,6 @@ def _tensor_of(array: NDArray[np.uint8]) -> torch.Tensor:
         # A mapped file is read-only, and nobody writes to weights.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
-
-
-def _return_freed_memory() -> None:
-    """Has the C library give back what it keeps of the tensors that were joined and converted.
-
-    glibc would keep it, and its users would see a process larger than was planned (docs/decisions/0055).
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class RandomTensors:
@@ -159,8 +111,16 @@ class RandomTensors:
         tensor.uniform_(-0.03, 0.03, generator=self.generator)
         return tensor.add_(1.0) if len(shape) == 1 and name.endswith(".weight") else tensor
 
+    def joined(self, names: list[str], sizes: list[int]) -> torch.Tensor:
+        return self.tensor(names[0], (sum(sizes),))
+
     def rows(self, name: str, shape: tuple[int, int]) -> StoredRows:
+        """The tensor as a file would hold it."""
         return stored_rows(self.tensor(name, shape))
+
+    def numbers(self, name: str, size: int) -> NDArray[np.float32]:
+        """A vector in fp32."""
+        return self.tensor(name, (size,)).float().numpy()
 
     def weight(self, names: list[str], rows: list[int], in_features: int) -> Weight:
         return self.tensor(names[0], (sum(rows), in_features))

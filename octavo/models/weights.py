@@ -4,21 +4,27 @@ It translates words to a checkpoint's names, joins what is stored in parts, and 
 Where the tensors come from (a checkpoint, or random numbers) is a `TensorSource`.
 """
 
-from typing import Protocol
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from octavo.layers.linear import DenseLinear, Linear
 from octavo.layers.norm import RMSNorm
 from octavo.models.family import Names
 from octavo.ops.weight import Table, Weight
 
+if TYPE_CHECKING:
+    import torch
+
 
 class TensorSource(Protocol):
-    """Tensors by the checkpoint's names, in the model's dtype and on its device."""
+    """Tensors by the checkpoint's names, in the model's dtype and on its device, or as its kernels take them."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Raises `CheckpointError` if there is no such tensor or its shape is another."""
+
+    def joined(self, names: list[str], sizes: list[int]) -> torch.Tensor:
+        """The vectors `names` of so many numbers each, one behind the other."""
 
     def weight(self, names: list[str], rows: list[int], in_features: int) -> Weight:
         """One matrix of the tensors `names`, one below the other, of so many rows each."""
@@ -38,7 +44,7 @@ class Weights:
         self.names = names
         self.layer = layer
 
-    def of_layer(self, layer: int) -> "Weights":
+    def of_layer(self, layer: int) -> Weights:
         return Weights(self.source, self.names, layer)
 
     def tensor(self, word: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -56,8 +62,7 @@ class Weights:
         weight = self.source.weight([f"{name}.weight" for name in stored], rows, in_features)
         if not bias:
             return DenseLinear(weight)
-        biases = [self.source.tensor(f"{name}.bias", (size,)) for name, size in zip(stored, rows, strict=True)]
-        return DenseLinear(weight, torch.cat(biases))
+        return DenseLinear(weight, self.source.joined([f"{name}.bias" for name in stored], rows))
 
     def table(self, word: str, shape: tuple[int, int]) -> Table:
         """The tensor that `word` stands for, to look up rows in."""

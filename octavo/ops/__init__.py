@@ -8,14 +8,16 @@ Shapes: T tokens, R rows, D model width, F MLP width, N query heads, K kv heads,
 block size, M blocks of the longest row, V vocabulary, C block copies, r rotary width.
 """
 
-from importlib.util import find_spec
-from typing import Protocol
+from __future__ import annotations
 
-import torch
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
 
 from octavo.batch import Ints
-from octavo.ops import reference
 from octavo.ops.weight import Table, Weight
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Ops(Protocol):
@@ -94,4 +96,6 @@ def for_device(device: torch.device) -> Ops:
         from octavo.ops.triton import TritonOps
 
         return TritonOps(device)
+    from octavo.ops import reference
+
     return reference

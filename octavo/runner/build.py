@@ -7,24 +7,21 @@ read.
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from octavo import __version__
 from octavo.checkpoint import Checkpoint, open_engine_checkpoint
 from octavo.checkpoint.fingerprint import fingerprint
 from octavo.config import EngineConfig, EngineOptions
-from octavo.errors import ConfigError
 from octavo.kernels.support import kv_dtype, settle
 from octavo.log import logger
 from octavo.memory import MemoryPlan, free_ram, resolve
 from octavo.models import read_model
 from octavo.models.sizes import stored_types, weight_bytes
+from octavo.runner.device import choose_device
 from octavo.runner.executor import Executor, load_executor
+from octavo.timeline import Timeline
 
 if TYPE_CHECKING:
     from octavo.runner.cuda_memory import Measured
-
-Timeline = list[tuple[str, float]]
 
 
 def build_executor(
@@ -48,13 +45,10 @@ def build_executor(
         checkpoint = open_engine_checkpoint(options)
     model = read_model(checkpoint)
     mark("open model")
-    capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+    capability, (free, total) = _of_device(device)
     dtype, precision, why = settle(options, model, stored_types(checkpoint.tensors), device, capability)
     if why:
         logger.warning("the CPU's own kernels cannot run this model, so plain torch does, much slower: %s", why)
-    if device == "cuda":
-        torch.cuda.empty_cache()  # what an engine before this one has left is no one else's
-    free, total = torch.cuda.mem_get_info() if device == "cuda" else (free_ram(), None)
     settled: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
@@ -92,13 +86,11 @@ def kv_identity(checkpoint: Checkpoint, config: EngineConfig, layout: str) -> by
     return fingerprint(checkpoint) + repr(how).encode()
 
 
-def choose_device(wanted: str) -> str:
-    """`wanted`, or the best device there is for `auto`; `ConfigError` for a device that is not there."""
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        built = "was built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
-        raise ConfigError(
-            f"device is cuda, but torch {torch.__version__} {built}; use --device cpu or install a CUDA torch"
-        )
-    return wanted
+def _of_device(device: str) -> tuple[tuple[int, int], tuple[int, int | None]]:
+    """A GPU's compute capability, and the device's memory: (free, in all), the latter None for RAM."""
+    if device == "cpu":
+        return (0, 0), (free_ram(), None)
+    import torch
+
+    torch.cuda.empty_cache()  # what an engine before this one has left is no one else's
+    return torch.cuda.get_device_capability(), torch.cuda.mem_get_info()

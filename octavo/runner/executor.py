@@ -3,27 +3,27 @@
 Between the two lies any number of processes and devices, or none; nobody above can tell.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from octavo.batch import Batch, Ints, StepResult
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
-from octavo.models.decoder import Decoder
-from octavo.models.loader import load_model
-from octavo.runner.cpu import kernel_runner
-from octavo.runner.kv_cache import KVCache, kv_torch_dtype
-from octavo.runner.model_runner import ModelRunner
 
 if TYPE_CHECKING:
+    from octavo.models.decoder import Decoder
+    from octavo.runner.cpu import KernelRunner
     from octavo.runner.cuda_memory import Measured
     from octavo.runner.cuda_runner import CudaRunner, FinishedStep, SubmittedStep
+    from octavo.runner.kv_cache import KVCache
+    from octavo.runner.model_runner import ModelRunner
 
     Settle = Callable[[Measured], EngineConfig]
 
@@ -59,15 +59,19 @@ class LocalExecutor:
 
     depth = 1
 
-    def __init__(self, runner: ModelRunner):
+    def __init__(self, runner: ModelRunner | KernelRunner):
         self.runner = runner
         self._results: deque[StepResult] = deque()
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> "LocalExecutor":
+    def load(cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto") -> LocalExecutor:
         """Loads the model and makes its cache as `config` says; raises as `load_model` does."""
         if config.device == "cpu" and config.weights != "plain":
+            from octavo.runner.cpu import kernel_runner
+
             return cls(kernel_runner(checkpoint, config, load_format))
+        from octavo.runner.model_runner import ModelRunner
+
         return cls(ModelRunner(_load_model(checkpoint, config, load_format), _make_cache(config)))
 
     def submit(self, batch: Batch) -> None:
@@ -97,15 +101,15 @@ class CudaExecutor:
 
     depth = 2
 
-    def __init__(self, runner: "CudaRunner"):
+    def __init__(self, runner: CudaRunner):
         self.runner = runner.waiting
         self._cuda = runner
         self._steps: deque[SubmittedStep | FinishedStep] = deque()
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto", settle: "Settle | None" = None
-    ) -> "CudaExecutor":
+        cls, checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto", settle: Settle | None = None
+    ) -> CudaExecutor:
         """Loads the model and makes its cache as `config` says; raises as `load_model` does.
 
         `settle` is told what memory the model and its largest steps take, and gives the `config` to go on with.
@@ -145,7 +149,7 @@ class CudaExecutor:
 
 
 def load_executor(
-    checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto", settle: "Settle | None" = None
+    checkpoint: Checkpoint, config: EngineConfig, load_format: str = "auto", settle: Settle | None = None
 ) -> Executor:
     """The executor for `config`'s device, or for what `settle` makes of it where memory is measured.
 
@@ -157,11 +161,19 @@ def load_executor(
 
 
 def _load_model(checkpoint: Checkpoint, config: EngineConfig, load_format: str) -> Decoder:
+    import torch
+
+    from octavo.models.loader import load_model
+
     dtype, device = getattr(torch, config.dtype), torch.device(config.device)
     return load_model(checkpoint, config.model, dtype, device, load_format, fp8=config.weights == "fp8")
 
 
 def _make_cache(config: EngineConfig) -> KVCache:
+    import torch
+
+    from octavo.runner.kv_cache import KVCache, kv_torch_dtype
+
     dtype, device = kv_torch_dtype(config.kv_dtype), torch.device(config.device)
     return KVCache(
         config.model, config.num_blocks, config.block_size, dtype, device, num_host_blocks=config.num_host_blocks

@@ -13,6 +13,7 @@ from octavo.batch import Batch
 from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
 from octavo.ops import Ops
+from octavo.runner.kernel_cache import KernelCache
 from octavo.runner.kv_cache import KVCache
 
 
@@ -29,7 +30,7 @@ class Forward(Protocol):
 class PlainForward:
     """Runs the model's own code with the ops of its device."""
 
-    def __init__(self, model: Decoder, kv_cache: KVCache, ops: Ops):
+    def __init__(self, model: Decoder, kv_cache: KVCache | KernelCache, ops: Ops):
         self._model = model
         self._kv_cache = kv_cache
         self._ops = ops

@@ -2,44 +2,34 @@
 
 It keeps weights and the KV cache and nothing else: no requests, no state from step to step.
 
-Shapes: T tokens, D model width, S samples, E prompt positions.
+Shapes: T tokens, D model width, S samples.
 """
 
 import numpy as np
 import torch
 
 from octavo import ops
-from octavo.batch import Batch, Ints, LogprobColumns, PromptLogprobs, SamplingColumns, StepResult
+from octavo.batch import Batch, Ints, LogprobColumns, SamplingColumns, StepResult
 from octavo.layers.context import on_device
 from octavo.models.decoder import Decoder
 from octavo.runner import sampler
 from octavo.runner.forward import Forward, PlainForward
 from octavo.runner.kv_cache import KVCache
 
-# Prompt positions whose logits are alive at once: a chunk's worth for a large vocabulary would be gigabytes.
-_PROMPT_LOGPROBS_AT_ONCE = 256
 # Logits that are drawn from at once: sorting and masking them takes more than ten times as much memory.
 _LOGITS_AT_ONCE = 2**24
 
 
 class ModelRunner:
-    """Runs `model` over `kv_cache`, both on the model's device, by `forward` or else op by op.
-
-    `layout` names who computes K and V and how they lie in a block (see `Executor.layout`).
-    """
+    """Runs `model` over `kv_cache`, both on the model's device, by `forward` or else op by op."""
 
     def __init__(
-        self,
-        model: Decoder,
-        kv_cache: KVCache,
-        forward: Forward | None = None,
-        draw: sampler.Draw = sampler.draw,
-        layout: str = "torch",
+        self, model: Decoder, kv_cache: KVCache, forward: Forward | None = None, draw: sampler.Draw = sampler.draw
     ):
         self.model = model
         self.kv_cache = kv_cache
         self.device = model.device
-        self.layout = f"{layout} on {self.device.type}"
+        self.layout = f"torch on {self.device.type}"
         self.ops = ops.for_device(self.device)
         self.forward = forward or PlainForward(model, kv_cache, self.ops)
         self.draw = draw
@@ -51,7 +41,9 @@ class ModelRunner:
         hidden_TD = self.forward.hidden(batch)
         result = StepResult(token_ids=np.empty(0, np.int32))
         if batch.prompt_logprobs is not None and len(batch.prompt_logprobs.target):
-            result.prompt_logprobs = self._prompt_logprobs(hidden_TD, batch.prompt_logprobs)
+            result.prompt_logprobs = sampler.prompt_logprobs(
+                lambda index: self.forward.logits(hidden_TD[on_device(index, self.device)]), batch.prompt_logprobs
+            )
         if len(batch.sample_index):
             result.token_ids, result.logprobs = self._samples(hidden_TD, batch)
         return result
@@ -83,14 +75,3 @@ class ModelRunner:
             logits_SV = logits_SV[on_device(inverse, self.device)]
         tokens_S, logprobs = sampler.sample(logits_SV, columns, self.draw)
         return tokens_S.int().cpu().numpy(), logprobs
-
-    def _prompt_logprobs(self, hidden_TD: torch.Tensor, asked: PromptLogprobs) -> LogprobColumns:
-        k = int(asked.num_logprobs.max())
-        parts = []
-        step = min(_PROMPT_LOGPROBS_AT_ONCE, max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size))
-        for start in range(0, len(asked.target), step):
-            part = slice(start, start + step)
-            logits = self.forward.logits(hidden_TD[on_device(asked.token_index[part], self.device)])
-            targets = on_device(asked.target[part], self.device).long()
-            parts.append(sampler.logprobs(logits, targets, k))
-        return LogprobColumns.of(parts)

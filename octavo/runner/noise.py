@@ -11,11 +11,17 @@ devices may differ in. argmax(logits / T + noise) draws from softmax(logits / T)
 noise comes from small v, where fp32 is finest; the bound on v keeps the noise of every token finite.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from octavo.batch import Ints
+
+if TYPE_CHECKING:
+    import torch
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -37,6 +43,8 @@ def keys(seed: NDArray[np.uint64], counter: Ints) -> NDArray[np.int32]:
 
 def hash32(keys_S2: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """x for each sample and token id: [S, V], int32 with the bits of the unsigned number."""
+    import torch
+
     x_SV = torch.arange(vocab_size, dtype=torch.int32, device=keys_S2.device) ^ keys_S2[:, :1]
     _mix32(x_SV)
     x_SV ^= keys_S2[:, 1:]

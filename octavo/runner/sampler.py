@@ -6,18 +6,21 @@ operations that treat rows apart are used. Work that a row does not ask for is n
 Shapes: S samples, V vocabulary, F samples that ask for a feature, E entries of log probabilities.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.batch import Floats, Ints, LogprobColumns, SamplingColumns
+from octavo.batch import Floats, Ints, LogprobColumns, PromptLogprobs, SamplingColumns
 from octavo.layers.context import on_device
 from octavo.runner import noise
 
 # A nucleus is sought among so many of the likeliest tokens first: sorting a whole vocabulary is slow.
 _NUCLEUS_GUESS = 1024
+# Prompt positions whose logits are alive at once: a chunk's worth for a large vocabulary would be gigabytes.
+_PROMPT_LOGPROBS_AT_ONCE = 64
 
 
 class Draw(Protocol):
@@ -169,6 +172,17 @@ def logprobs(logits_EV: torch.Tensor, tokens_E: torch.Tensor, k: int) -> Logprob
         logprobs=torch.cat((chosen_E1, best.values), dim=1).cpu().numpy(),
         rank=((all_EV > chosen_E1).sum(dim=-1) + 1).int().cpu().numpy(),
     )
+
+
+def prompt_logprobs(logits_of: Callable[[Ints], torch.Tensor], asked: PromptLogprobs) -> LogprobColumns:
+    """Log probabilities of the prompts' tokens that are `asked` for; `logits_of` gives those of some of the tokens."""
+    k = int(asked.num_logprobs.max())
+    parts = []
+    for start in range(0, len(asked.target), _PROMPT_LOGPROBS_AT_ONCE):
+        part = slice(start, start + _PROMPT_LOGPROBS_AT_ONCE)
+        logits = logits_of(asked.token_index[part])
+        parts.append(logprobs(logits, _index(asked.target[part], logits), k))
+    return LogprobColumns.of(parts)
 
 
 def _spread(found: LogprobColumns, samples: NDArray[np.integer], num_samples: int) -> LogprobColumns:

@@ -1,22 +1,23 @@
 """The step graph of a CPU: a model's step recorded once as kernel calls, and replayed from C++ in one call.
 
-Python and torch leave the step but for its arrays' addresses. The model's own code is what is recorded, on tensors of
-two tokens; the ops that it calls write themselves down. Sampling is not part of it.
+Python leaves the step but for its arrays' addresses. The model's own code is what is recorded, on symbols in the place
+of tensors; the ops that it calls write themselves down. Sampling is not part of it, and torch is not needed.
 
 Shapes: T tokens, S rows, R sequences, D model width, V vocabulary.
 """
 
-import numpy as np
-import torch
+from typing import Any
 
-from octavo.batch import Batch, Ints
+import numpy as np
+
+from octavo.batch import Batch, Floats, Ints
 from octavo.kernels.library import KernelThreads, Rows, Step
 from octavo.layers.context import ForwardContext
 from octavo.layers.rope import Rope
 from octavo.models.decoder import Decoder
 from octavo.ops.cpu.calls import Recorder
-from octavo.ops.cpu.tape import Recording
-from octavo.runner.kv_cache import KVCache
+from octavo.ops.cpu.tape import TOKENS, Recording
+from octavo.runner.kernel_cache import KernelCache
 
 # Rows of logits that are computed at once; more are computed in parts.
 _MOST_LOGITS = 256
@@ -25,14 +26,16 @@ _MOST_LOGITS = 256
 class StepGraph:
     """A recorded model. Raises `NotRecordableError` if its code computes anything but ops and views."""
 
-    def __init__(self, model: Decoder, kv_cache: KVCache, threads: KernelThreads, max_tokens: int, max_positions: int):
+    def __init__(
+        self, model: Decoder, kv_cache: KernelCache, threads: KernelThreads, max_tokens: int, max_positions: int
+    ):
         self.threads = threads
         self._num_tokens = model.config.num_tokens
         self._angles = _Angles(model.rope, max_positions)
         self._step = _record_step(model, kv_cache, threads, max_tokens)
         self._head = _record_head(model, threads)
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
+    def hidden(self, batch: Batch) -> Floats:
         T, R = batch.num_tokens, batch.num_rows
         cos_R, sin_R, q_scale = self._angles.of(batch)
         arrays = [
@@ -52,15 +55,16 @@ class StepGraph:
         self._step.run(self.threads, step)
         return self._step.output[:T]
 
-    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_SD: Floats) -> Floats:
         if len(hidden_SD) > _MOST_LOGITS:
-            return torch.cat([self.logits(part).clone() for part in torch.split(hidden_SD, _MOST_LOGITS)])
+            starts = range(0, len(hidden_SD), _MOST_LOGITS)
+            return np.concatenate([self.logits(hidden_SD[i : i + _MOST_LOGITS]).copy() for i in starts])
         S = len(hidden_SD)
         self._head.inputs[0][:S] = hidden_SD
         self._head.run(self.threads, Step(tokens=S))
         logits_SV = self._head.output[:S]
         if self._num_tokens:
-            logits_SV[:, self._num_tokens :] = float("-inf")
+            logits_SV[:, self._num_tokens :] = -np.inf
         return logits_SV
 
 
@@ -73,8 +77,8 @@ class _Angles:
     def __init__(self, rope: Rope, max_positions: int):
         self._rope = rope
         self._max_positions = max_positions
-        self._tables: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._q_scale = rope.q_scale(torch.arange(max_positions))
+        self._tables: dict[float, tuple[Floats, Floats]] = {}
+        self._q_scale = rope.q_scale_table(max_positions)
 
     def of(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, int]:
         """Addresses of each row's tables, [R] each, and that of the factors, 0 for none."""
@@ -83,39 +87,35 @@ class _Angles:
             tables = [self._table(1.0, longest)] * batch.num_rows
         else:
             tables = [self._table(float(alpha), longest) for alpha in batch.ntk_alpha]
-        cos = np.array([cos.data_ptr() for cos, _ in tables], np.uint64)
-        sin = np.array([sin.data_ptr() for _, sin in tables], np.uint64)
-        return cos, sin, 0 if self._q_scale is None else self._q_scale.data_ptr()
+        cos = np.array([cos.ctypes.data for cos, _ in tables], np.uint64)
+        sin = np.array([sin.ctypes.data for _, sin in tables], np.uint64)
+        return cos, sin, 0 if self._q_scale is None else self._q_scale.ctypes.data
 
-    def _table(self, alpha: float, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _table(self, alpha: float, length: int) -> tuple[Floats, Floats]:
         found = self._tables.get(alpha)
         if found is None or len(found[0]) < length:
-            positions = torch.arange(min(self._max_positions, max(1024, 2 * length)))
-            stretch = None if alpha == 1.0 else torch.full((len(positions),), alpha)
-            found = self._tables[alpha] = self._rope.cos_sin(positions, stretch)
+            found = self._tables[alpha] = self._rope.table(min(self._max_positions, max(1024, 2 * length)), alpha)
         return found
 
 
-@torch.no_grad()
-def _record_step(model: Decoder, kv_cache: KVCache, threads: KernelThreads, max_tokens: int) -> Recording:
+def _record_step(model: Decoder, kv_cache: KernelCache, threads: KernelThreads, max_tokens: int) -> Recording:
     recorder = Recorder(threads)
-    hidden_TD = model.forward(_two_tokens(model, kv_cache, recorder))
+    hidden_TD: Any = model.forward(_two_tokens(model, kv_cache, recorder))
     return Recording(recorder.tape, [], hidden_TD, max_tokens)
 
 
-@torch.no_grad()
 def _record_head(model: Decoder, threads: KernelThreads) -> Recording:
     recorder = Recorder(threads)
-    hidden_TD = recorder.tape.new(2, model.config.hidden_size)
-    logits_TV = model.lm_head(hidden_TD, _two_tokens(model, None, recorder))
+    hidden_TD: Any = recorder.tape.new(TOKENS, model.config.hidden_size)
+    logits_TV: Any = model.lm_head(hidden_TD, _two_tokens(model, None, recorder))
     return Recording(recorder.tape, [hidden_TD], logits_TV, _MOST_LOGITS)
 
 
-def _two_tokens(model: Decoder, kv_cache: KVCache | None, recorder: Recorder) -> ForwardContext:
+def _two_tokens(model: Decoder, kv_cache: KernelCache | None, recorder: Recorder) -> ForwardContext:
     """A context whose arrays have a step's shapes and no meaning."""
-    ints: Ints = np.zeros(2, np.int32)
-    zeros_T = torch.zeros(2, dtype=torch.int32)
-    angles_Tr = torch.zeros(2, model.config.rope.rotary_dim // 2)
+    ints: Ints = np.zeros(TOKENS, np.int32)
+    zeros_T: Any = ints
+    angles_Tr: Any = np.zeros((TOKENS, model.config.rope.rotary_dim // 2), np.float32)
     return ForwardContext(
         ops=recorder,
         caches=kv_cache.layers if kv_cache else [],

@@ -27,6 +27,7 @@ from octavo.server.metrics import Metrics
 from octavo.server.model import ServedModel, load_model
 from octavo.server.service import Service
 from octavo.server.supervisor import Supervisor
+from octavo.timeline import Timeline, describe, process_age
 
 KEEP_ALIVE_SECONDS = 60  # longer than most clients' own limit: who closes last avoids the race
 CLOSING_SECONDS = 2  # for sending what is written, once the engine has ended
@@ -45,17 +46,18 @@ def run_server(
     `load` makes what the front knows of the model; by default that is what the model's own files say.
     `dialect` is how the server speaks where servers differ; by default as OpenAI's.
     """
+    timeline = [("python", process_age())]
     began = time.monotonic()
     with listen(server_options.host, server_options.port) as listener:
         # Fetches a model that is not here yet, before two processes look for it.
         open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False)
-        files = time.monotonic() - began
+        timeline.append(("files", time.monotonic() - began))
 
         async def serve_model() -> int:
             engine = EngineClient(options, max_queued_requests=server_options.max_queued_requests, verbose=verbose)
             reader = load or (lambda: load_model(options, server_options))
             service = Service(engine, server_options, Metrics(lambda: engine.stats), dialect=dialect or Dialect())
-            return await serve(service, reader, listener, [("files", files)])
+            return await serve(service, reader, listener, timeline)
 
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(serve_model())
@@ -65,7 +67,7 @@ async def serve(
     service: Service,
     load: Callable[[], ServedModel],
     listener: socket.socket,
-    timeline: list[tuple[str, float]],
+    timeline: Timeline,
 ) -> int:
     """Serves `service` on `listener` until a signal or the engine's end; `timeline` holds the phases so far."""
     began = time.monotonic()
@@ -84,7 +86,7 @@ async def serve(
         await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
-            _announce(service, supervisor.timeline, listener, time.monotonic() - began)
+            _announce(service, supervisor.timeline, listener)
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         loading.cancel()
@@ -158,10 +160,9 @@ def _cannot_listen(host: str, port: int, error: Exception) -> str:
     return f"cannot listen on {host} port {port}: {error}"
 
 
-def _announce(service: Service, timeline: list[tuple[str, float]], listener: socket.socket, seconds: float) -> None:
+def _announce(service: Service, timeline: Timeline, listener: socket.socket) -> None:
     """The lines that a person waits for: what took how long, and what to try."""
-    phases = ", ".join(f"{phase} {took:.2f} s" for phase, took in timeline)
-    logger.info("ready after %.2f s: %s", seconds, phases)
+    logger.info("ready after %.2f s: %s", process_age(), describe(timeline))
     model = service.ready_model()
     url = url_of(listener)
     print(f"{model.name} is served at {url}\nTry it:\n  {curl_line(model, url, service.options)}", flush=True)

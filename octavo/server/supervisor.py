@@ -13,6 +13,7 @@ from octavo.errors import EngineDeadError, OctavoError
 from octavo.log import logger
 from octavo.server.model import ServedModel
 from octavo.server.service import Service
+from octavo.timeline import Timeline
 
 QUICK_SECONDS = 60.0  # an engine that dies sooner after its start counts as a quick failure
 MAX_QUICK_FAILURES = 3
@@ -25,7 +26,7 @@ class Supervisor:
         self.service = service
         self.stopped = asyncio.Event()
         self.error: OctavoError | None = None
-        self.timeline: list[tuple[str, float]] = []
+        self.timeline: Timeline = []
         self._load_model = load_model
         self._hurry = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()

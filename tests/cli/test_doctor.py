@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from octavo.cli import doctor, machine, main
+from octavo.kernels import library
 
 HEALTHY = {"version": "2.9.0", "cuda": None, "threads": 4, "gpus": []}
 BROKEN_GPU = {"name": "H100", "error": "CUDA error: uncorrectable ECC"}
@@ -90,6 +91,16 @@ def test_a_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert doctor._port(port).status == "warning"
+
+
+def test_the_kernels_that_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (chosen := library.load()) is not None:
+        assert f"{chosen.name} is chosen" in doctor._kernels().text
+    monkeypatch.setattr(library, "load", lambda: None)
+    monkeypatch.setattr(library, "processor", lambda: ({"avx2", "amx_int8", "sse"}, "GenuineIntel"))
+    finding = doctor._kernels()
+    assert finding.status == "warning"
+    assert finding.text.endswith("much slower; this processor has amx_int8, avx2")
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 
 from octavo.checkpoint import open_checkpoint
 from octavo.cli import main
+from octavo.kernels import library
 from octavo.models import read_config
 from octavo.models.loader import load_model
 from octavo.models.sizes import weight_bytes
@@ -103,6 +106,21 @@ def test_a_model_on_a_hub_is_read_by_its_headers(
     )
     assert here["disk"]["download"] == 0
     assert there["command"] == f"octavo serve {NAME} --hub {hub} --device cpu"
+
+
+def test_torch_is_not_needed(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; from octavo.cli import main; sys.exit(main(['plan', sys.argv[1]]))"
+    )
+    command = [sys.executable, "-c", program, str(save_llama(tmp_path / "m"))]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "octavo serve" in said
+    assert bool(library.builds()) == ("weights in bfloat16 precision" in said)
+
+
+def test_what_the_kernels_cannot_run_is_said(server: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", NAME, "--device", "cpu", "--dtype", "float16"]) == 0
+    assert "kernels   none, plain torch runs, much slower: " in capsys.readouterr().out
 
 
 def test_text_is_for_reading(server: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import torch
 from octavo.kernels import library
 from octavo.kernels.weights import Packer, StoredRows
 from octavo.ops import reference
-from octavo.ops.cpu.calls import KernelOps
+from octavo.ops.cpu.eager import KernelOps
 from octavo.runner import sampler
 from octavo.runner.cpu import KernelDraw
 from tests.steps import columns
@@ -215,7 +215,7 @@ def test_draws_are_those_of_torch(ops, given):
     for scale in (0.1, 3.0):
         logits_SV = torch.randn(200, 1003) * scale
         logits_SV[3, 10:] = float("-inf")
-        found = KernelDraw(ops.threads)(logits_SV.clone(), columns_of(200, **given))
+        found = KernelDraw(ops.threads)(logits_SV.clone().numpy(), columns_of(200, **given))
         assert found.tolist() == sampler.draw(logits_SV.clone(), columns_of(200, **given)).tolist()
 
 
@@ -223,6 +223,8 @@ def test_equals_are_kept_or_dropped_together_and_the_first_wins(ops):
     logits_SV = torch.full((4, 50), -5.0)
     logits_SV[:, [7, 20, 33]] = 4.0
     draw = KernelDraw(ops.threads)
-    assert draw(logits_SV.clone(), columns_of(4, temperature=0.0)).tolist() == [7] * 4
-    seen = {int(t) for s in range(60) for t in draw(logits_SV.clone(), columns(4, temperature=1.0, top_k=1, seed=s))}
+    assert draw(logits_SV.clone().numpy(), columns_of(4, temperature=0.0)).tolist() == [7] * 4
+    seen = {
+        int(t) for s in range(60) for t in draw(logits_SV.clone().numpy(), columns(4, temperature=1.0, top_k=1, seed=s))
+    }
     assert seen == {7, 20, 33}

@@ -7,7 +7,7 @@ import torch
 
 from octavo.kernels import library
 from octavo.kernels.weights import Packer, StoredRows, packed_bytes
-from octavo.ops.cpu.calls import KernelOps
+from octavo.ops.cpu.eager import KernelOps
 
 pytestmark = pytest.mark.skipif(not library.builds(), reason="the kernels were not built: no compiler")
 

@@ -36,6 +36,28 @@ def test_alpha_stretches_the_base_of_its_rows_only() -> None:
     torch.testing.assert_close(cos[1], torch.tensor([math.cos(5 / base ** (i / 8)) for i in (0, 2, 4, 6)]))
 
 
+@pytest.mark.parametrize("alpha", [1.0, 2.5])
+@pytest.mark.parametrize(
+    "config",
+    [
+        RopeConfig(theta=100.0, rotary_dim=8, freq_factors=(1.0, 2.0, 4.0, 8.0)),
+        RopeConfig(theta=5e5, rotary_dim=64, scaling="llama3", factor=8.0, original_max_position=100),
+        RopeConfig(theta=1e4, rotary_dim=32, scaling="yarn", factor=4.0, original_max_position=64, logn_length=50),
+    ],
+    ids=lambda config: config.scaling,
+)
+def test_tables_are_what_a_step_computes(config: RopeConfig, alpha: float) -> None:
+    rope = Rope(config, CPU)
+    positions = torch.arange(300)
+    stretch = None if alpha == 1.0 else torch.full((300,), alpha)
+    for table, wanted in zip(rope.table(300, alpha), rope.cos_sin(positions, stretch), strict=True):
+        torch.testing.assert_close(torch.from_numpy(table), wanted, atol=2e-7, rtol=0)
+    scale, wanted_scale = rope.q_scale_table(300), rope.q_scale(positions)
+    assert (scale is None) == (wanted_scale is None)
+    if scale is not None:
+        torch.testing.assert_close(torch.from_numpy(scale), wanted_scale)
+
+
 @pytest.mark.parametrize(("given", "expected"), [(None, 0.1 * math.log(4) + 1), (0.5, 0.5)])
 def test_yarn_magnitude(given: float | None, expected: float) -> None:
     config = RopeConfig(rotary_dim=8, scaling="yarn", factor=4.0, original_max_position=32, attention_factor=given)

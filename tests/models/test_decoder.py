@@ -30,6 +30,6 @@ def test_fused_and_renamed_tensors(tmp_path: Path) -> None:
     config = Llama.config(checkpoint.config)
     source = CheckpointTensors(checkpoint, torch.float32, CPU)
     decoder = Decoder(config, Weights(source, names), CPU)
-    source.check_all_taken(set())
+    source.stored.check_all_taken(config)
     runner = ModelRunner(decoder, KVCache(config, 32, 4, torch.float32, CPU))
     assert torch.equal(all_logits(runner, Row(TOKENS)), expected)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from octavo.models import read_config
-from octavo.runner import model_runner
+from octavo.runner import model_runner, sampler
 from octavo.runner.executor import Executor, LocalExecutor
 from octavo.runner.model_runner import ModelRunner
 from tests.steps import Row, Steps, columns
@@ -89,7 +89,7 @@ def test_samples_are_the_same_however_many_are_drawn_at_once(
 def test_prompt_logprobs_in_any_chunks(
     runner: ModelRunner, raw: torch.Tensor, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_runner, "_PROMPT_LOGPROBS_AT_ONCE", at_once)
+    monkeypatch.setattr(sampler, "_PROMPT_LOGPROBS_AT_ONCE", at_once)
     steps, row = Steps(runner), Row(PROMPT)
     found = [steps.prompt_logprobs(row, count, k=2).prompt_logprobs for count in (11, 12, 7)]
     targets = torch.tensor(PROMPT[1:])

@@ -12,6 +12,7 @@ from octavo.models import read_model
 from octavo.models.loader import load_model
 from octavo.ops.cpu.tape import NotRecordableError
 from octavo.runner.build import build_executor
+from octavo.runner.kernel_cache import KernelCache
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.step_graph import StepGraph
@@ -59,7 +60,7 @@ def logits_of(runner, row_lens, chunks):
             work = [(row, -(-len(row.token_ids) // chunks)) for row in rows]
             work = [(row, min(n, len(row.token_ids) - row.num_computed)) for row, n in work]
             batch = steps.batch([(row, n) for row, n in work if n])
-            found.append(runner.forward.logits(runner.forward.hidden(batch)).clone())
+            found.append(torch.as_tensor(runner.forward.logits(runner.forward.hidden(batch))).clone())
     return torch.cat(found)
 
 
@@ -84,7 +85,7 @@ def test_fewer_bits_stay_near(folder, options, most):
 def record(folder):
     checkpoint = open_checkpoint(str(folder))
     model = load_model(checkpoint, read_model(checkpoint), torch.float32, torch.device("cpu"))
-    cache = KVCache(model.config, 8, 16, torch.float32, torch.device("cpu"))
+    cache = KernelCache(model.config, 8, 16, "float32")
     return StepGraph(model, cache, library.KernelThreads(library.load(), 1), 64, 128)
 
 
@@ -93,7 +94,7 @@ def test_arithmetic_between_the_ops_is_noticed(folder, monkeypatch):
     monkeypatch.setattr(
         GatedMLP, "__call__", lambda self, x, ctx: self.down(ctx.ops.silu_mul(self.gate_up(x, ctx)) * 2, ctx)
     )
-    with pytest.raises(NotRecordableError, match="not made by an op"):
+    with pytest.raises(NotRecordableError, match="uses __mul__ on an op's result"):
         record(folder)
 
 
@@ -112,7 +113,13 @@ def test_writing_into_a_result_is_noticed(folder, monkeypatch):
     monkeypatch.setattr(
         GatedMLP, "__call__", lambda self, x, ctx: self.down(ctx.ops.silu_mul(self.gate_up(x, ctx)).mul_(2), ctx)
     )
-    with pytest.raises(NotRecordableError, match="in place"):
+    with pytest.raises(NotRecordableError, match="uses mul_ on an op's result"):
+        record(folder)
+
+
+def test_what_torch_computes_between_the_ops_is_noticed(folder, monkeypatch):
+    monkeypatch.setattr(GatedMLP, "__call__", lambda self, x, ctx: self.down(torch.relu(self.gate_up(x, ctx)), ctx))
+    with pytest.raises(NotRecordableError, match=r"torch\.relu"):
         record(folder)
 
 

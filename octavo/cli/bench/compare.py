@@ -20,7 +20,8 @@ from octavo.cli.options import add_options, from_args
 from octavo.config import EngineOptions
 from octavo.errors import ConfigError
 
-PEERS = ("llama.cpp", "transformers")
+PEERS = ("llama.cpp", "vllm", "ctranslate2", "transformers")
+_SECONDS_TO_END = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,9 +141,14 @@ class _Contestant:
         self.close()
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, which may have some of its own to end first."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         with self._process:
-            self._process.kill()
+            try:
+                self._process.wait(_SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
 
 
 def _beside() -> dict[str, str]:

@@ -6,14 +6,14 @@
 // same whichever queries share its tile and whether one thread took all segments or several shared them.
 #pragma once
 
-#include "cache.h"
+#include "attention_tiles.h"
 #include "elementwise.h"
 
 namespace octavo {
 
-constexpr int64_t kSegment = 512, kKeys = 64;
-constexpr int64_t kQueryRows = 48;  // queries times heads of one piece of work, about
-constexpr int64_t kMostRows = 64;
+constexpr int64_t kKeys = 64;
+constexpr int64_t kQueryRows = kTiles ? 96 : 48;  // queries times heads of one piece of work, about
+constexpr int64_t kMostRows = kTiles ? 96 : 64;
 
 struct AttentionStep {
   int32_t rows;
@@ -40,21 +40,19 @@ struct Piece { int32_t row, first, count, kv_head, segment, partial; };
 struct AttentionRoom {
   std::vector<int32_t> q, p;
   std::vector<float> scores, out, total;
+  SegmentRoom segment;
   float most[kMostRows], sum[kMostRows], total_most[kMostRows], total_sum[kMostRows];
 
   void reserve(int64_t width) {
-    if (int64_t(q.size()) >= kMostRows * width) return;
-    q.resize(size_t(kMostRows * width));
+    if (int64_t(total.size()) >= kMostRows * width) return;
+    q.resize(size_t(kMostRows * (width + 16)));
     p.resize(size_t(kMostRows * kKeys));
     scores.resize(size_t(kMostRows * kKeys));
     out.resize(size_t(kMostRows * width));
     total.resize(size_t(kMostRows * width));
+    if (kTiles) segment.reserve(width);
   }
 };
-
-OCTAVO_INLINE float exp2_of(float x) { return exp2(set(x))[0]; }
-
-constexpr float kNone = -__builtin_inff();
 
 template <class Dot>
 class Attender {
@@ -114,8 +112,14 @@ class Attender {
   static constexpr int64_t kLanes = 16 / p;         // of 16 keys, in the cache
   static constexpr int64_t kALanes = Dot::a_lanes;  // of queries and weights, for each of the cache's
   static constexpr bool kRounded = p == 2 && kALanes == 1;  // these are bf16
+  static constexpr bool kTiled = kTiles && p == 2;
 
   void take_queries() {
+    if constexpr (kTiled) {
+      for (int64_t m = 0; m < rows; m++)
+        put_tile_row(q.row(start + m / G) + (head * G + m % G) * H(), H(), m, (uint8_t*)room.q.data());
+      return;
+    }
     const int64_t lanes = H() / p * kALanes;
     for (int64_t m = 0; m < rows; m++) {
       const float* x = q.row(start + m / G) + (head * G + m % G) * H();
@@ -142,10 +146,15 @@ class Attender {
 
   // The keys of a segment up to position `last`, from `begin` on, into room.out, most and sum.
   void one_segment(int64_t first, int64_t last, int64_t begin) {
+    const int64_t from = std::max(first, begin / kKeys * kKeys), to = std::min(first + kSegment - 1, last);
+    if constexpr (kTiled) {
+      const SegmentTask task = {shape.cache, k_cache, v_cache, table, head, from, to, shape.scale, shape.soft_cap, shape.window};
+      return tiled_segment(task, rows, G, position, (const uint8_t*)room.q.data(), room.segment, room.out.data(),
+                           room.most, room.sum);
+    }
     std::fill(room.most, room.most + rows, kNone);
     std::fill(room.sum, room.sum + rows, 0.0f);
     std::fill(room.out.begin(), room.out.begin() + rows * H(), 0.0f);
-    const int64_t from = std::max(first, begin / kKeys * kKeys), to = std::min(first + kSegment - 1, last);
     for (int64_t key = from; key <= to; key += kKeys) {
       const int64_t units = std::min<int64_t>(kKeys / 16, (to - key) / 16 + 1);
       score(key, units);
@@ -181,7 +190,7 @@ class Attender {
     vf most = none;
     for (int64_t i = 0; i < 16 * units; i += W) {
       vf x = load(s + i) * scale;
-      if (shape.soft_cap > 0) x = capped(x);
+      if (shape.soft_cap > 0) x = capped(x, shape.soft_cap);
       if (!whole) {
         const vi index = lane_numbers() + int32_t(key + i);
         x = index > int32_t(place) || index < int32_t(oldest) ? none : x;
@@ -213,13 +222,6 @@ class Attender {
       float* o = &room.out[m * H()];
       for (int64_t h = 0; h < H(); h += W) store(o + h, load(o + h) * set(shrink));
     }
-  }
-
-  // soft_cap * tanh(score / soft_cap), on scores times log2(e).
-  vf capped(vf x) const {
-    const vf one = set(1.0f), cap = set(shape.soft_cap * 1.44269504f);
-    const vf e = exp2(x * set(2.0f / shape.soft_cap));
-    return cap * ((e - one) / (e + one));
   }
 
   // room.out += weights times values.

@@ -32,6 +32,9 @@ void* octavo_allocate(int64_t bytes) {
 
 void octavo_free(void* memory, int64_t bytes) { munmap(memory, size_t((bytes + 4095) / 4096 * 4096)); }
 
+// Whether this process may run this build; asked once before anything else.
+bool octavo_usable() { return tiles_granted(); }
+
 Engine* octavo_engine(int32_t threads) { return new Engine(threads); }
 
 void octavo_close(Engine* engine) { delete engine; }

@@ -5,8 +5,8 @@
 // and 16 bits, as two int8 halves, for a file's own precision, so that nothing but that precision is lost.
 #pragma once
 
+#include "amx.h"
 #include "team.h"
-#include "tiles.h"
 
 namespace octavo {
 
@@ -17,6 +17,7 @@ struct Activations {
   std::vector<int32_t> sums;
 
   void reserve(int64_t rows, int64_t inputs) {
+    if (kTiles) rows = (rows + 15) / 16 * 16, inputs += 32;
     if (int64_t(lanes.size()) >= rows * inputs) return;
     lanes.resize(size_t(rows * inputs));
     scale.resize(size_t(rows * (inputs / 16 + 1)));
@@ -32,6 +33,12 @@ struct Matrix {
 };
 
 inline int64_t padded(int64_t width) { return (width + 31) / 32 * 32; }
+
+// Whether a weight is multiplied by tiles (amx.h), which have a layout of activations of their own.
+inline bool by_tiles(const Weight& w) { return kTiles && (w.format == kPlainBF16 || w.format == kInt8); }
+
+// Tiles along the inputs.
+inline int64_t tiles_of(const Weight& w) { return (w.inputs * (w.format == kInt8 ? 1 : 2) + 63) / 64; }
 
 // Lanes of a row of activations.
 inline int64_t lanes_of(const Weight& w) {
@@ -53,8 +60,9 @@ OCTAVO_INLINE void store_int8(int8_t* out, vi v) {
 }
 
 // Rounds `count` floats to integers with one scale: int8 to `out`, or with `lower` two halves, the upper ones to `out`.
-// Returns (scale, sum of the integers). `count` is a multiple of 16.
-inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t* out, int8_t* lower = nullptr) {
+// Returns (scale, sum of the integers). `count` is a multiple of 16. From 64 integers to the next are `step` bytes.
+inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t* out, int8_t* lower = nullptr,
+                                          int64_t step = 64) {
   vf most{};
   for (int64_t k = 0; k < count; k += W) most = max(most, max(load(x + k), -load(x + k)));
   const float scale = largest(most) / (lower ? 127.0f * kHalf + 126.0f : 127.0f);
@@ -65,7 +73,7 @@ inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t*
     const vi q = as_lanes(rounded) - as_lanes(magic);
     total += q;
     if (!lower) {
-      store_int8(out + k, q);
+      store_int8(out + k / 64 * step + k % 64, q);
       continue;
     }
     const vi upper = as_lanes((rounded - magic) * set(1.0f / kHalf) + magic) - as_lanes(magic);
@@ -79,13 +87,14 @@ inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t*
 
 // Row `m` of activations, from `width` floats, zeros behind them up to the weight's inputs.
 inline void prepare_row(const Weight& w, const float* x, int64_t width, int64_t m, Activations& out) {
-  const int64_t lanes = lanes_of(w);
-  int32_t* row = out.lanes.data() + m * lanes;
+  const bool tiles = by_tiles(w);
+  const int64_t lanes = tiles ? tiles_of(w) * 16 : lanes_of(w), step = tiles ? 1024 : 64;
+  int32_t* row = out.lanes.data() + (tiles ? m / 16 * 16 * lanes + m % 16 * 16 : m * lanes);
   float tail[32] = {};
   const int64_t whole = width / 32 * 32;
   std::memcpy(tail, x + whole, size_t(width - whole) * 4);
   auto part = [&](int64_t k) { return k < whole ? x + k : tail; };  // 32 floats from input k on
-  if (lanes == w.inputs) {
+  if (lanes == w.inputs && !tiles) {
     std::memcpy(row, x, size_t(whole) * 4);
     if (whole < w.inputs) std::memcpy(row + whole, tail, 128);
     return;
@@ -95,15 +104,16 @@ inline void prepare_row(const Weight& w, const float* x, int64_t width, int64_t 
     case kPlainBF16:
       for (int64_t k = 0; k < w.inputs; k += 32)
         for (int i = 0; i < 32; i += 2 * W)
-          store_bf16((uint16_t*)(row + (k + i) / 2), load(part(k) + i), load(part(k) + i + W));
+          store_bf16((uint16_t*)((uint8_t*)row + k / 32 * step) + i, load(part(k) + i), load(part(k) + i + W));
       return;
     case kInt8: {
+      if (tiles && w.inputs % 64) std::memset((uint8_t*)row + (w.inputs / 64) * step + 32, 0, 32);
       if (whole < w.inputs) {
         std::vector<float> filled(size_t(w.inputs), 0.0f);
         std::memcpy(filled.data(), x, size_t(width) * 4);
-        std::tie(out.scale[m], out.sums[m]) = quantize(filled.data(), w.inputs, (int8_t*)row);
+        std::tie(out.scale[m], out.sums[m]) = quantize(filled.data(), w.inputs, (int8_t*)row, nullptr, step);
       } else {
-        std::tie(out.scale[m], out.sums[m]) = quantize(x, w.inputs, (int8_t*)row);
+        std::tie(out.scale[m], out.sums[m]) = quantize(x, w.inputs, (int8_t*)row, nullptr, step);
       }
       return;
     }
@@ -131,7 +141,46 @@ OCTAVO_INLINE void store_outputs(float* out, vf value, const float* bias, int64_
 
 // Columns that one piece of work covers, and rows: A's part should stay in the second-level cache.
 constexpr int kColumns = kTileVectors * W;
-constexpr int64_t kRowsAtOnce = 192;
+constexpr int64_t kRowsAtOnce = 512;
+
+#if defined(__AMX_TILE__)
+// As plain_columns, by tiles: 32 outputs, 32 rows at a time.
+template <class Dot>
+inline void tiled_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
+                          const float* bias, Matrix out) {
+  const int64_t count = tiles_of(w), a_step = count * 1024;
+  const uint8_t* const b0 = w.panel(n / 16);
+  const uint8_t* const b1 = w.panel(std::min(n / 16 + 1, w.panels() - 1));
+  alignas(64) int32_t sums[4][16][16];
+  for (int64_t start = 0; start < rows; start += 32) {
+    const int64_t here = std::min<int64_t>(32, rows - start);
+    const uint8_t* x = (const uint8_t*)a.lanes.data() + (first + start) / 16 * a_step;
+    here > 16 ? multiply_tiles<Dot, 2>(x, a_step, b0, b1, count) : multiply_tiles<Dot, 1>(x, a_step, b0, b1, count);
+    if (Dot::per_lane == 2 && !bias && here == 32 && n + 32 <= w.outputs) {
+      store_tiles<2>(out.row(first + start) + n, out.row(first + start + 16) + n, out.stride, true);
+      continue;
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    if (here > 16) {
+      _tile_stored(2, sums[2], 64);
+      _tile_stored(3, sums[3], 64);
+    }
+    for (int64_t m = 0; m < here; m++) {
+      const int64_t row = first + start + m;
+      for (int v = 0; v < 2; v++) {
+        const int64_t column = n + v * 16;
+        if (column >= w.outputs) break;
+        const vi sum = load_lanes(sums[m / 16 * 2 + v][m % 16]);
+        vf value = as_float(sum);
+        if constexpr (Dot::per_lane == 4)
+          value = to_float(sum - set_lanes(kBias8 * a.sums[row])) * (load(w.scale + column) * set(a.scale[row]));
+        store_outputs(out.row(row) + column, value, bias ? bias + column : nullptr, w.outputs - column);
+      }
+    }
+  }
+}
+#endif
 
 template <class Dot>
 inline void plain_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
@@ -196,8 +245,13 @@ typedef void (*Columns)(const Weight&, const Activations&, int64_t, int64_t, int
 inline Columns columns_of(const Weight& w) {
   switch (w.format) {
     case kPlainF32: return plain_columns<DotF32>;
+#if defined(__AMX_TILE__)
+    case kPlainBF16: return tiled_columns<DotBF16>;
+    case kInt8: return tiled_columns<DotInt8>;
+#else
     case kPlainBF16: return plain_columns<DotBF16>;
     case kInt8: return plain_columns<DotInt8>;
+#endif
     case kGrouped: break;
   }
   const int lanes = w.group / 4;

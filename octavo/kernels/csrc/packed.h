@@ -43,7 +43,7 @@ inline int64_t lay_out(Weight& w) {
   switch (w.format) {
     case kPlainF32: w.panel_bytes = w.inputs * 64; break;
     case kPlainBF16: w.panel_bytes = w.inputs * 32; break;
-    case kInt8: w.panel_bytes = w.inputs * 16; break;
+    case kInt8: w.panel_bytes = (w.inputs + 63) / 64 * 64 * 16; break;  // whole tiles of amx.h
     case kGrouped: {
       const int64_t column = aligned(w.inputs / w.group * 16 * (w.wide ? 4 : 2));
       w.scales_at = w.inputs * 16 * w.bits / 8;

@@ -86,6 +86,7 @@ class Engine {
     for (auto& line : counters.lines) line.next.store(0);
     pool.run([&](int thread) {
       Team team(pool, counters, thread);
+      const TilesInUse tiles;
       work(team);
     });
   }

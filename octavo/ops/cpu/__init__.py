@@ -1,1 +1,1 @@
-"""The ops over the CPU's own kernels: `calls` writes them down or runs them, `tape` holds and replays them."""
+"""The ops over the CPU's own kernels: `calls` writes them down, `tape` replays them, `eager` runs each."""

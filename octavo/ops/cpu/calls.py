@@ -1,32 +1,35 @@
-"""The ops of `octavo.ops` as calls of the C++ kernels: `KernelOps` runs each at once, `Recorder` writes them down.
+"""The ops of `octavo.ops` as calls of the C++ kernels: `Recorder` writes them down; `eager` runs each at once.
 
 Weights come packed (`weights.py`) or as plain tensors, which are then packed for the one call; activations are fp32;
-the caches' blocks hold K and V in the kernels' own order, which `csrc/cache.h` draws.
+the caches' blocks hold K and V in the kernels' own order, which `csrc/cache.h` draws. No torch here: what the ops are
+given and give back is named after tensors, and is whatever the tape takes for one.
 
 Shapes as in `octavo.ops`.
 """
 
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from octavo.batch import Ints
 from octavo.kernels import library
-from octavo.kernels.library import CacheShape, Instruction, KernelThreads, Operand, Rows, Step
+from octavo.kernels.library import CacheShape, Instruction, KernelThreads, Operand
 from octavo.kernels.weights import PackedWeight, Packer, StoredRows, packed_bytes
-from octavo.ops import reference
-from octavo.ops.cpu.tape import Tape
+from octavo.ops.cpu.memory import address_of
+from octavo.ops.cpu.tape import SymbolTape, Tape
 from octavo.ops.weight import Fp8Weight, Weight
 
-_STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_PRECISION = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float32"}
+if TYPE_CHECKING:
+    import torch
+
+_STORED = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
+_PRECISION = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
 
 
 class KernelCalls:
     """Writes each op on `tape`; what becomes of the tape is the subclass's business."""
 
-    def __init__(self, threads: KernelThreads, tape: Tape):
+    def __init__(self, threads: KernelThreads, tape: Tape[Any]):
         self.threads = threads
         self.tape = tape
 
@@ -43,7 +46,7 @@ class KernelCalls:
     def embedding(self, token_ids_T: torch.Tensor, weight_VD: torch.Tensor | StoredRows) -> torch.Tensor:
         rows = stored_rows(weight_VD)
         self.tape.kept.append(rows)
-        out_TD = self.tape.new(len(token_ids_T), rows.shape[1])
+        out_TD: torch.Tensor = self.tape.new(len(token_ids_T), rows.shape[1])
         self._add(
             library.EMBED,
             [],
@@ -59,7 +62,7 @@ class KernelCalls:
         assert not isinstance(weight_OI, Fp8Weight), "fp8 weights belong to a GPU"
         weight = weight_OI if isinstance(weight_OI, PackedWeight) else self._packed(weight_OI)
         self.tape.kept.append(weight)
-        out_TO = self.tape.new(len(x_TI), weight.shape[0])
+        out_TO: torch.Tensor = self.tape.new(len(x_TI), weight.shape[0])
         for piece in weight.pieces:
             columns = slice(piece.first, piece.first + piece.rows)
             self.tape.most_inputs = max(self.tape.most_inputs, piece.struct.inputs)
@@ -75,12 +78,13 @@ class KernelCalls:
         return out_TO
 
     def _packed(self, weight_OI: torch.Tensor) -> PackedWeight:
-        rows, precision = stored_rows(weight_OI), _PRECISION[weight_OI.dtype]
+        rows = stored_rows(weight_OI)
+        precision = _PRECISION[rows.dtype]
         num_bytes = packed_bytes(rows.dtype, *rows.shape, precision) + 4096
         return Packer(self.threads, precision, num_bytes).pack([rows])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = self.tape.new(*x.shape)
+        out: torch.Tensor = self.tape.new(*x.shape)
         heads = x.shape[1] if x.dim() == 3 else 1
         self._add(library.NORM, [x], [out], heads=heads, width=x.shape[-1], weight=self.tape.keep(weight), number=eps)
         self._done()
@@ -89,7 +93,8 @@ class KernelCalls:
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, total = self.tape.new(*x.shape), self.tape.new(*x.shape)
+        out: torch.Tensor = self.tape.new(*x.shape)
+        total: torch.Tensor = self.tape.new(*x.shape)
         self._add(
             library.ADD_NORM,
             [x, residual],
@@ -103,7 +108,7 @@ class KernelCalls:
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         width = gate_up_T2F.shape[1] // 2
-        out_TF = self.tape.new(len(gate_up_T2F), width)
+        out_TF: torch.Tensor = self.tape.new(len(gate_up_T2F), width)
         self._add(library.SILU_MUL, [gate_up_T2F], [out_TF], width=width)
         self._done()
         return out_TF
@@ -125,7 +130,7 @@ class KernelCalls:
     ) -> torch.Tensor:
         if q_norm_H is not None and k_norm_H is not None:
             q_TNH, k_TKH = self.rms_norm(q_TNH, q_norm_H, eps), self.rms_norm(k_TKH, k_norm_H, eps)
-        out_TNH = self.tape.new(*q_TNH.shape)
+        out_TNH: torch.Tensor = self.tape.new(*q_TNH.shape)
         self._add(
             library.ROPE,
             [q_TNH, k_TKH, v_TKH],
@@ -153,7 +158,7 @@ class KernelCalls:
         sliding_window: int = 0,
         soft_cap: float = 0.0,
     ) -> torch.Tensor:
-        out_TNH = self.tape.new(*q_TNH.shape)
+        out_TNH: torch.Tensor = self.tape.new(*q_TNH.shape)
         self._add(
             library.ATTEND,
             [q_TNH],
@@ -170,6 +175,8 @@ class KernelCalls:
 
     def copy_blocks(self, caches: list[torch.Tensor], copies_C2: torch.Tensor) -> None:
         # Blocks are copied as they lie; nothing of their inside matters.
+        from octavo.ops import reference
+
         reference.copy_blocks(caches, copies_C2)
 
 
@@ -177,75 +184,26 @@ def stored_rows(weight: torch.Tensor | StoredRows) -> StoredRows:
     """A tensor [rows, width] seen as rows in a file's words."""
     if isinstance(weight, StoredRows):
         return weight
+    import torch
+
     weight = weight.contiguous()
     data = weight.view(torch.uint8).numpy().reshape(-1)
-    return StoredRows(_STORED[weight.dtype], (weight.shape[0], weight.shape[1]), data)
+    return StoredRows(_STORED[str(weight.dtype)], (weight.shape[0], weight.shape[1]), data)
 
 
-def _caches(k_cache_PBKH: torch.Tensor, v_cache_PBKH: torch.Tensor) -> dict[str, Any]:
+def _caches(k_cache_PBKH: Any, v_cache_PBKH: Any) -> dict[str, Any]:
     _, block_size, kv_heads, width = k_cache_PBKH.shape
-    shape = CacheShape(block_size, kv_heads, width, k_cache_PBKH.element_size())
-    return {"k_cache": k_cache_PBKH.data_ptr(), "v_cache": v_cache_PBKH.data_ptr(), "cache": shape}
+    shape = CacheShape(block_size, kv_heads, width, k_cache_PBKH.itemsize)
+    return {"k_cache": address_of(k_cache_PBKH), "v_cache": address_of(v_cache_PBKH), "cache": shape}
 
 
 class Recorder(KernelCalls):
-    """Only writes down. What it gives back holds nothing yet, and only its memory's address counts."""
+    """Only writes down: what it gives back are symbols."""
+
+    tape: SymbolTape
 
     def __init__(self, threads: KernelThreads):
-        super().__init__(threads, Tape(fixed=True))
+        super().__init__(threads, SymbolTape())
 
     def _done(self, **arrays: Any) -> None:
         pass
-
-
-class KernelOps(KernelCalls):
-    """Each op computes at once: to test a kernel, or for a call outside of any step."""
-
-    def __init__(self, threads: KernelThreads):
-        super().__init__(threads, Tape())
-
-    def _done(self, **arrays: Any) -> None:
-        tape, self.tape = self.tape, Tape()
-        tape.run(self.threads, _step(tape, **arrays))
-
-
-def _step(
-    tape: Tape,
-    token_ids: torch.Tensor | None = None,
-    slots: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    q_scale: torch.Tensor | None = None,
-    query_start: torch.Tensor | None = None,
-    seq_lens: torch.Tensor | None = None,
-    block_tables: torch.Tensor | None = None,
-) -> Step:
-    """A Step with the arrays of one op. Angles come one row a token, so token t stands at position t of its table."""
-    tokens = len(tape.tensors[-1])
-
-    def address(array: torch.Tensor | None) -> int:
-        if array is None:
-            return 0
-        array = array.contiguous()
-        tape.kept.append(array)
-        return array.data_ptr()
-
-    tables = [np.array([address(table)], np.uint64) for table in (cos, sin)]
-    query_start = torch.tensor([0, tokens], dtype=torch.int32) if query_start is None else query_start.int()
-    tape.kept += [tables, query_start]
-    return Step(
-        tokens=tokens,
-        token_ids=address(None if token_ids is None else token_ids.int()),
-        positions=address(torch.arange(tokens, dtype=torch.int32)),
-        slots=address(None if slots is None else slots.int()),
-        rows=Rows(
-            rows=len(query_start) - 1,
-            query_start=address(query_start),
-            seq_lens=address(query_start[1:] if seq_lens is None else seq_lens.int()),
-            block_tables=address(None if block_tables is None else block_tables.int()),
-            table_stride=0 if block_tables is None else block_tables.shape[1],
-        ),
-        cos=tables[0].ctypes.data,
-        sin=tables[1].ctypes.data,
-        q_scale=address(q_scale),
-    )

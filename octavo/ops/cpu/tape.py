@@ -1,68 +1,121 @@
-"""Kernel calls written down: a `Tape` of instructions, over tensors that are known by their memory.
+"""Kernel calls written down: a `Tape` of instructions over buffers that are known by number.
 
-A tape knows nothing of what an instruction computes. `calls.py` writes on it; `Recording` replays it on other
-memory and any number of tokens.
+A tape knows nothing of what an instruction computes. `calls.py` writes on it, with `Symbol`s in the place of tensors;
+`Recording` replays it on other memory and any number of tokens. No torch here.
 """
 
+from __future__ import annotations
+
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NoReturn, TypeVar
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
+from octavo.batch import Floats
 from octavo.kernels import library
 from octavo.kernels.library import Buffer, Instruction, KernelThreads, Operand, Program, Step
+from octavo.ops.cpu.memory import zeros
+
+TOKENS = 2  # of a symbol: enough to see what lies in each token's row
 
 
 class NotRecordableError(Exception):
     """A model computes something between the ops, which a replayed step would miss; the text says what."""
 
 
-class Tape:
-    """Instructions in order, and the tensors that they name. `fixed`: a tensor that no instruction has made, and no
-    input is, cannot be named."""
+class Symbol:
+    """An op's result of which nothing is known but where it will lie: [tokens, *shape], `places` in a token's rows.
 
-    def __init__(self, fixed: bool = False):
+        buffer 3, rows of 6:   places_T6 = 0 1 2 3 4 5    view(T, 3, 2)[:, 1:] = 2 3  4 5     still buffer 3
+                                           6 7 8 9 ...                           8 9  ...
+
+    A model may take views of it, as of a tensor. Whatever else it does with one raises `NotRecordableError`.
+    """
+
+    def __init__(self, buffer: int, places: NDArray[np.int64]):
+        self.buffer = buffer
+        self.places = places
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.places.shape
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def dim(self) -> int:
+        return self.places.ndim
+
+    def __getitem__(self, index: Any) -> Symbol:
+        return Symbol(self.buffer, self.places[index])
+
+    def view(self, *shape: int) -> Symbol:
+        return Symbol(self.buffer, self.places.reshape(shape))
+
+    reshape = view
+
+    def flatten(self, start_dim: int = 0) -> Symbol:
+        return self.view(*self.shape[:start_dim], -1)
+
+    def chunk(self, chunks: int, dim: int = 0) -> list[Symbol]:
+        return [Symbol(self.buffer, part) for part in np.split(self.places, chunks, axis=dim)]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self._refuse(name)
+
+    def __setitem__(self, index: Any, value: Any) -> NoReturn:
+        self._refuse("an assignment in place")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> NoReturn:
+        raise NotRecordableError(f"it computes torch.{function.__name__} of an op's result, between the ops")
+
+    def _refuse(self, what: str, *_: Any) -> NoReturn:
+        raise NotRecordableError(f"it uses {what} on an op's result of shape {list(self.shape)}, between the ops")
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    return lambda self, *_: self._refuse(name)
+
+
+_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
+for _name in [f"__{kind}{name}__" for name in _BINARY.split() for kind in ("", "r", "i")]:
+    setattr(Symbol, _name, _refusing(_name))
+for _name in ("__neg__", "__abs__", "__invert__", "__float__", "__bool__", "__lt__", "__le__", "__gt__", "__ge__"):
+    setattr(Symbol, _name, _refusing(_name))
+
+Result = TypeVar("Result")  # what stands for a tensor while a tape is written
+
+
+class Tape(Generic[Result]):
+    """Instructions in order, and how wide the rows of the buffers are that they name."""
+
+    def __init__(self) -> None:
         self.instructions: list[Instruction] = []
-        self.tensors: list[torch.Tensor] = []  # one a buffer, each the first view that was seen of it
+        self.widths: list[int] = []  # one a buffer, in floats
         self.kept: list[object] = []  # what instructions point into
         self.most_inputs = 0
-        self._fixed = fixed
-        self._buffers: dict[int, int] = {}  # address of the memory -> number
 
-    def new(self, tokens: int, *shape: int) -> torch.Tensor:
+    def new(self, tokens: int, *shape: int) -> Result:
         """A result, [tokens, *shape] in fp32, as a buffer of its own."""
-        tensor = torch.empty(tokens, *shape)
-        self.name(tensor)
-        return tensor
+        raise NotImplementedError
 
-    def name(self, tensor: torch.Tensor) -> None:
-        """Makes `tensor` a buffer; an input must be one before it is used."""
-        self._buffers[tensor.untyped_storage().data_ptr()] = len(self.tensors)
-        self.tensors.append(tensor)
+    def operand(self, tensor: Result) -> Operand:
+        """Where the rows of a result, or of a view of one, lie; in each row they must be one piece."""
+        raise NotImplementedError
 
-    def owns(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._buffers
-
-    def operand(self, tensor: torch.Tensor) -> Operand:
-        """A tensor [tokens, ...] whose rows lie in one piece, wherever in a buffer."""
-        if not self.owns(tensor):
-            if self._fixed:
-                raise NotRecordableError(f"a tensor of shape {list(tensor.shape)} was not made by an op")
-            self.name(tensor)
-        number = self._buffers[tensor.untyped_storage().data_ptr()]
-        whole = self.tensors[number]
-        assert tensor.dtype == torch.float32, "activations of the CPU kernels are fp32"
-        if tensor.stride(0) != whole.stride(0) or not tensor[0].is_contiguous():
-            raise NotRecordableError(f"a view of shape {list(tensor.shape)} does not hold a piece of each token's row")
-        return Operand(number, tensor.storage_offset() - (0 if self._fixed else whole.storage_offset()))
-
-    def keep(self, tensor: torch.Tensor | None) -> int:
-        """The address of a tensor's numbers in fp32, which live as long as the tape; 0 for None."""
-        if tensor is None:
+    def keep(self, numbers: Any) -> int:
+        """The address of an array's or tensor's numbers in fp32, which live as long as the tape; 0 for None."""
+        if numbers is None:
             return 0
-        tensor = tensor.float().contiguous()
-        self.kept.append(tensor)
-        return tensor.data_ptr()
+        if not isinstance(numbers, np.ndarray):
+            numbers = numbers.float().numpy()
+        numbers = np.ascontiguousarray(numbers, np.float32)
+        self.kept.append(numbers)
+        address: int = numbers.ctypes.data
+        return address
 
     def program(self, buffers: Sequence[tuple[int, int]]) -> Program:
         """The tape over `buffers`, (address, stride in floats) each."""
@@ -73,59 +126,71 @@ class Tape:
             self.most_inputs,
         )
 
-    def run(self, threads: KernelThreads, step: Step) -> None:
-        """Runs it on the tensors it was written with."""
-        program = self.program([(tensor.data_ptr(), tensor.stride(0)) for tensor in self.tensors])
-        threads.kernels.run(threads.address, ctypes.byref(program), ctypes.byref(step))
+
+class SymbolTape(Tape[Symbol]):
+    """A tape that is only written: what ops give back are symbols."""
+
+    def new(self, tokens: int, *shape: int) -> Symbol:
+        assert tokens == TOKENS, "a recorded step has so many tokens"
+        places = np.arange(tokens * int(np.prod(shape))).reshape(tokens, *shape)
+        self.widths.append(places[0].size)
+        return Symbol(len(self.widths) - 1, places)
+
+    def operand(self, tensor: Symbol) -> Operand:
+        if not isinstance(tensor, Symbol):
+            raise NotRecordableError(f"a tensor of shape {list(tensor.shape)} was not made by an op")
+        width = self.widths[tensor.buffer]
+        first = tensor.places.reshape(len(tensor), -1)[:, 0]
+        piece = np.arange(tensor.places[0].size)
+        wanted = np.arange(TOKENS)[:, None] * width + first[0] + piece
+        if not np.array_equal(tensor.places.reshape(len(tensor), -1), wanted):
+            raise NotRecordableError(f"a view of shape {list(tensor.shape)} does not hold a piece of each token's row")
+        return Operand(tensor.buffer, int(first[0]))
 
 
 class Recording:
     """A tape that runs on memory of its own, for up to `max_tokens` tokens."""
 
-    def __init__(self, tape: Tape, inputs: Sequence[torch.Tensor], output: torch.Tensor, max_tokens: int):
-        # Torch counts what is written into a tensor; the kernels' results were never written, only named.
-        if written := [tensor for tensor in tape.tensors if tensor._version]:
-            raise NotRecordableError(f"a result of shape {list(written[0].shape)} is written into in place")
+    def __init__(self, tape: SymbolTape, inputs: Sequence[Symbol], output: Symbol, max_tokens: int):
         self._tape = tape
         number = tape.operand(output).buffer
-        places = _places(tape, [tape.operand(tensor).buffer for tensor in inputs], number)
-        widths = [tensor.stride(0) for tensor in tape.tensors]
-        memory: dict[int, torch.Tensor] = {}
+        places = _places(tape, [symbol.buffer for symbol in inputs], number)
+        memory: dict[int, Floats] = {}
         for buffer, place in enumerate(places):
             if place not in memory:
-                memory[place] = torch.empty(max_tokens, widths[buffer])
-        self.inputs = [memory[places[tape.operand(tensor).buffer]] for tensor in inputs]
+                memory[place] = zeros((max_tokens, tape.widths[buffer]), np.float32)
+        self.inputs = [memory[places[symbol.buffer]] for symbol in inputs]
         self.output = memory[places[number]]
         self._memory = [memory[place] for place in places]
-        self._program = tape.program([(tensor.data_ptr(), tensor.stride(0)) for tensor in self._memory])
+        self._program = tape.program([(array.ctypes.data, array.shape[1]) for array in self._memory])
 
     def run(self, threads: KernelThreads, step: Step) -> None:
         """Computes the step's tokens; what comes out lies in the first rows of `output`."""
         threads.kernels.run(threads.address, ctypes.byref(self._program), ctypes.byref(step))
 
 
-def _places(tape: Tape, inputs: Sequence[int], output: int) -> list[int]:
+def _places(tape: SymbolTape, inputs: Sequence[int], output: int) -> list[int]:
     """For each buffer the first buffer whose memory it takes over: one as wide that nobody reads any more.
 
     Fewer buffers stay in the processor's caches, and a step of many tokens needs less memory.
     """
-    last_use = dict.fromkeys(range(len(tape.tensors)), -1)
+    last_use = dict.fromkeys(range(len(tape.widths)), -1)
     for index, instruction in enumerate(tape.instructions):
         for buffer in (*_read(instruction), *_written(instruction)):
             last_use[buffer] = index
     last_use[output] = len(tape.instructions)
-    places = list(range(len(tape.tensors)))
+    places = list(range(len(tape.widths)))
     free: dict[int, list[int]] = {}
     seen = set(inputs)
     for index, instruction in enumerate(tape.instructions):
         for buffer in _written(instruction):
-            idle = free.get(tape.tensors[buffer].stride(0))
+            idle = free.get(tape.widths[buffer])
             if buffer not in seen and idle:
                 places[buffer] = idle.pop()
             seen.add(buffer)
         for buffer in {*_read(instruction), *_written(instruction)}:
             if last_use[buffer] == index:
-                free.setdefault(tape.tensors[buffer].stride(0), []).append(places[buffer])
+                free.setdefault(tape.widths[buffer], []).append(places[buffer])
     return places
 
 

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.ops.triton.rope import Heads, keep, turned
 from octavo.ops.triton.tiles import LOG2_E, dot_precision, fetch, tanh
 
-# Programs that keep every multiprocessor of a large GPU busy. More of them cost more to join than they save, and rows of
+# Programs that keep every multiprocessor of a large GPU busy. More of them cost more to join than they save; rows of
 # unequal length are put in order instead.
 _PROGRAMS = 132 * 2
 MAX_SPLITS = 64

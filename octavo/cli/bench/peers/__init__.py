@@ -7,12 +7,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# From (prompts as token ids, tokens to generate of each) to the number of tokens that were generated.
-Run = Callable[[list[list[int]], list[int]], int]
+# Computes what was prepared and gives the number of tokens that were generated: this is what is timed.
+Run = Callable[[], int]
+# From prompts as token ids, and tokens to generate of each; an engine may make room for them here.
+Prepare = Callable[[list[list[int]], list[int]], Run]
 
 
-def serve(open_engine: Callable[[dict[str, Any]], tuple[Run, dict[str, Any]]]) -> None:
-    """Opens the engine with the options in the first argument, then runs what comes, timing each run.
+class UnusableError(Exception):
+    """The engine cannot run what it was given; the text says why, and what to give it."""
+
+
+def serve(open_engine: Callable[[dict[str, Any]], tuple[Prepare, dict[str, Any]]]) -> None:
+    """Opens the engine with the options in the first argument, then prepares and runs what comes, timing each run.
 
     The engine's own prints go to standard error; only answers go to standard output.
     """
@@ -25,13 +31,25 @@ def serve(open_engine: Callable[[dict[str, Any]], tuple[Run, dict[str, Any]]]) -
 
     began = time.perf_counter()
     try:
-        run, about = open_engine(json.loads(sys.argv[1]))
+        prepare, about = open_engine(json.loads(sys.argv[1]))
     except ImportError as error:
         return answer({"error": f"{error.name or error} is not installed here; install it, or name --peer-python"})
+    except UnusableError as error:
+        return answer({"error": str(error)})
     answer({"ready_s": round(time.perf_counter() - began, 3), "about": about})
     for line in sys.stdin:
         asked = json.loads(line)
+        run = prepare(asked["prompts"], asked["lengths"])
         began = time.perf_counter()
-        generated = run(asked["prompts"], asked["lengths"])
+        generated = run()
         answer({"seconds": time.perf_counter() - began, "generated": generated})
     return None
+
+
+def common_prefix(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with alike, leaving each at least one of its own; 0 for a single prompt."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # what these two share, all between them share
+    shortest = min(map(len, prompts)) - 1
+    return next((i for i in range(shortest) if first[i] != last[i]), shortest)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from octavo.cli.bench.peers import Run, serve
+from octavo.cli.bench.peers import Prepare, Run, serve
 
 
-def open_engine(given: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+def open_engine(given: dict[str, Any]) -> tuple[Prepare, dict[str, Any]]:
     import torch
 
     torch.set_num_threads(given["threads"])
@@ -15,13 +15,13 @@ def open_engine(given: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     llm = LLM.from_options(EngineOptions(**given["options"]))
     config = llm.engine.config
 
-    def run(prompts: list[list[int]], lengths: list[int]) -> int:
+    def prepare(prompts: list[list[int]], lengths: list[int]) -> Run:
         llm.engine.scheduler.blocks.reset_prefix_cache()
         params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
-        return sum(len(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False))
+        return lambda: sum(len(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False))
 
     precision = config.weights if config.weights != "plain" else config.dtype
-    return run, {"engine": f"octavo {__version__}", "precision": precision, "kv_cache": config.kv_dtype}
+    return prepare, {"engine": f"octavo {__version__}", "precision": precision, "kv_cache": config.kv_dtype}
 
 
 if __name__ == "__main__":

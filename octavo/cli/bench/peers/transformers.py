@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from octavo.cli.bench.peers import Run, serve
+from octavo.cli.bench.peers import Prepare, Run, serve
 
 
-def open_engine(given: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+def open_engine(given: dict[str, Any]) -> tuple[Prepare, dict[str, Any]]:
     from importlib import import_module
 
     import torch
@@ -22,26 +22,30 @@ def open_engine(given: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     model.eval()
 
-    @torch.inference_mode()
-    def run(prompts: list[list[int]], lengths: list[int]) -> int:
+    def prepare(prompts: list[list[int]], lengths: list[int]) -> Run:
         longest, most = max(map(len, prompts)), max(lengths)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            min_new_tokens=most,
-            max_new_tokens=most,
-            pad_token_id=0,
-        )
-        # Rows that asked for less were computed to the end all the same; what they asked for is what counts.
-        return sum(lengths)
 
-    return run, {"engine": f"transformers {transformers.__version__}", "precision": "bfloat16"}
+        @torch.inference_mode()
+        def run() -> int:
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                min_new_tokens=most,
+                max_new_tokens=most,
+                pad_token_id=0,
+            )
+            # Rows that asked for less were computed to the end all the same; what they asked for is what counts.
+            return sum(lengths)
+
+        return run
+
+    return prepare, {"engine": f"transformers {transformers.__version__}", "precision": "bfloat16"}
 
 
 if __name__ == "__main__":

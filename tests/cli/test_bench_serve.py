@@ -1,0 +1,58 @@
+"""`octavo bench serve`: bodies in chunks, and what is counted of a stream that comes in any pieces."""
+
+import asyncio
+
+import pytest
+
+from octavo.cli.bench.serve import Measured, _Chunks, _Server
+from octavo.errors import OctavoError
+
+BODY = b"7\r\ndata: a\r\n12\r\n\n\ndata: [DONE]\n\n \n\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 100])
+def test_chunks_come_in_any_pieces(piece: int) -> None:
+    chunks = _Chunks()
+    found = b"".join(chunks.payload(BODY[start : start + piece]) for start in range(0, len(BODY), piece))
+    assert found == b"data: a\n\ndata: [DONE]\n\n \n"
+    assert chunks.ended
+
+
+def events(*lines: str) -> bytes:
+    body = "".join(f"data: {line}\n\n" for line in lines).encode()
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+
+
+def measured(body: bytes, piece: int) -> Measured:
+    """What the client makes of `body`, which a server sends `piece` bytes at a time."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for start in range(0, len(body), piece):
+            writer.write(body[start : start + piece])
+            await writer.drain()
+            await asyncio.sleep(0)
+        writer.close()
+
+    async def ask() -> Measured:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            return await _Server(f"http://127.0.0.1:{port}", None).stream({})
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("piece", [5, 1000])
+def test_deltas_and_tokens_are_counted(piece: int) -> None:
+    deltas = ['{"choices":[{"text":"a"}]}', '{"choices":[{"text":"b \\"error\\""}]}', '{"choices":[{"text":"c"}]}']
+    found = measured(events(*deltas, '{"choices":[],"usage":{"completion_tokens":7}}', "[DONE]"), piece)
+    assert found.tokens == 7
+    assert len(found.between) == 2
+    assert 0 < found.first <= found.whole
+
+
+def test_an_error_in_the_stream_is_told() -> None:
+    with pytest.raises(OctavoError, match="out of luck"):
+        measured(events('{"choices":[{"text":"a"}]}', '{"error":{"message":"out of luck"}}'), 1000)
