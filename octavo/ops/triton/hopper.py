@@ -148,6 +148,8 @@ def _attention(
     values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     noted = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], bar)
+    draw = gl.allocate_shared_memory(gl.int64, [1, 1], bar)
+    mbarrier.init(draw.index(0), count=1)
     queries_full = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], bar)
     queries_free = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], bar)
     group_turn = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
@@ -166,15 +168,15 @@ def _attention(
     sizes: gl.constexpr = (N, K, F, H, B, M, KEYS, BOX, STAGES, QUERY_STAGES, PINGPONG, FOLD)
     bars = (keys_full, keys_free, values_full, values_free, queries_full, queries_free, group_turn)
     buffers = (queries, keys, values, notes)
-    plans = (noted, queries_full, queries_free, group_turn)
-    paging = (notes, noted, queries_free, tables, table_stride, num_blocks)
+    plans = (noted, queries_full, queries_free, draw)
+    paging = (notes, noted, draw, queries_free, tables, table_stride, num_blocks)
     gl.warp_specialize(
         [
             (_multiply, (out, scale, buffers, bars, 0, sizes)),
             (_multiply, (out, scale, buffers, bars, 1, sizes)),
             (_plan, (rows, queries_of_all, turn, buffers, plans, sizes)),
-            (_copy, (k_cache, keys, keys_full, keys_free, paging, sizes)),
-            (_copy, (v_cache, values, values_full, values_free, paging, sizes)),
+            (_copy, (k_cache, keys, keys_full, keys_free, paging, True, sizes)),
+            (_copy, (v_cache, values, values_full, values_free, paging, False, sizes)),
         ],
         [4, 1, 1, 1],
         [REGS, 504 - 2 * REGS, 504 - 2 * REGS, 504 - 2 * REGS],
@@ -220,7 +222,7 @@ def _noted(notes, place, which: gl.constexpr):
 @gluon.jit
 def _plan(rows, queries_of_all, turn, buffers, bars, sizes: gl.constexpr):
     """The warp that draws tiles, writes down for the others what they are, and copies their queries."""
-    noted, queries_full, queries_free, group_turn = bars
+    noted, queries_full, queries_free, draw = bars
     queries, keys, values, notes = buffers
     items = rows[3]
     F: gl.constexpr = sizes[2]
@@ -252,6 +254,8 @@ def _plan(rows, queries_of_all, turn, buffers, bars, sizes: gl.constexpr):
                         queries_full.index(place),
                         queries.index((place * 2 + w) * HALVES + h),
                     )
+            # Not earlier, or programs would hold work that others could begin.
+            mbarrier.wait(draw.index(0), found & 1)
             found += 1
         drawn = gl.atomic_add(turn, 1, sem="relaxed")
         if drawn == items - 1:  # the last of all programs: as many draws as items
@@ -265,13 +269,13 @@ def _plan(rows, queries_of_all, turn, buffers, bars, sizes: gl.constexpr):
 
 
 @gluon.jit
-def _copy(cache, to, full, free, paging, sizes: gl.constexpr):
+def _copy(cache, to, full, free, paging, DRAWS: gl.constexpr, sizes: gl.constexpr):
     """A warp that copies the keys, or the values.
 
     Behind the row's end copies read beyond the cache, and thereby zeros. A last box that is filled in part moves down as
     far, so that its zeros come first: see `_mask_top`.
     """
-    notes, noted, queries_free, tables, table_stride, num_blocks = paging
+    notes, noted, draw, queries_free, tables, table_stride, num_blocks = paging
     F: gl.constexpr = sizes[2]
     G: gl.constexpr = sizes[0] // sizes[1]
     H: gl.constexpr = sizes[3]
@@ -301,6 +305,8 @@ def _copy(cache, to, full, free, paging, sizes: gl.constexpr):
             for part in gl.static_range(PARTS):
                 key = start + part * BOX
                 blocks = blocks + (gl.load(table + key // B, mask=key < length, other=num_blocks),)
+            if DRAWS:
+                mbarrier.arrive(draw.index(0), count=1, pred=j == gl.maximum(tiles - 2, 0))
             stage = done % STAGES
             mbarrier.wait(free.index(stage), (done // STAGES) & 1 ^ 1)
             mbarrier.expect(full.index(stage), KEYS * H * 2)
@@ -386,7 +392,6 @@ def _step(queries, queries_free, keys, values, weights, result, best, total, don
     before_phase = ((done - 1) // STAGES) & 1
     stage = done % STAGES
     nothing = gl.zeros([M, KEYS], gl.float32, of_scores)
-    mbarrier.wait(keys_full.index(stage), (done // STAGES) & 1)
     if PINGPONG:
         mbarrier.wait(group_turn.index(GROUP), (done & 1) ^ (1 - GROUP))
     scores = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -403,6 +408,8 @@ def _step(queries, queries_free, keys, values, weights, result, best, total, don
         scores = gl.where(gl.expand_dims(start + column, 0) <= gl.expand_dims(position, 1), scores, float("-inf"))
     weights, best, fade, add = _softmax(scores, best, scale, MASKED, sizes[11])
     total = total * fade + add
+    # The next tile's wait stands here, as the compiler moves no exponential over a branch and behind the wait below.
+    mbarrier.wait(keys_full.index((done + 1) % STAGES), ((done + 1) // STAGES) & 1, pred=start > 0)
     result, part, weights = warpgroup_mma_wait(0, deps=[result, part, weights])
     mbarrier.arrive(values_free.index(before), count=1)
     result = result * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, of_result)), 1)
@@ -496,6 +503,7 @@ def _multiply(out, scale, buffers, bars, GROUP: gl.constexpr, sizes: gl.constexp
         scores = _mask_top(scores, position, start, length, column, BOX)
         best = gl.full([M], float("-inf"), gl.float32, score_rows)
         weights, best, fade, add = _softmax(scores, best, scale, True, sizes[11])
+        mbarrier.wait(keys_full.index((done + 1) % STAGES), ((done + 1) // STAGES) & 1, pred=start > 0)
         pair = first + gl.arange(0, M, gl.SliceLayout(1, of_memory))
         target = gl.where(pair < num_queries * F, (first_token + pair // F) * N + group * F + pair % F, -1)
         total = add
