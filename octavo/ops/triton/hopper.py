@@ -1,9 +1,9 @@
-"""Paged attention of rows with many queries on Hopper (sm_90): a warp that copies, two warpgroups that multiply.
+"""Paged attention of rows with many queries on Hopper (sm_90): warps that copy, two warpgroups that multiply.
 
 A program takes one kv head at a time and 128 of a row's (query, head of the group) pairs, so a short chunk of queries
-still fills a tile. The copying warp reads the block table and brings each block's keys and values by one bulk copy (TMA)
-for 64 columns. Each warpgroup owns 64 pairs: while its matrix unit adds up the values of one tile of keys, it computes the
-softmax of the next. Tiles of keys go from the last to the first, so that only the first ones need a mask.
+still fills a tile. One warp draws tiles from a counter; two read the block table and bring keys and values, a bulk copy
+(TMA) for 16 tokens of 64 columns. Each of two warpgroups owns 64 pairs: while its matrix unit adds up the values of one
+tile of keys, it computes the softmax of the next. Tiles of keys go from the last to the first, so that few need a mask.
 
 Shapes as in `octavo.ops`. No windows, no soft caps; `suits` says what it takes.
 """
@@ -12,7 +12,6 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -27,9 +26,7 @@ _KEYS = 128
 _BOX = 16  # tokens in a copy
 _STAGES = 2
 _QUERY_STAGES = 2
-_PINGPONG = False
-_FOLD = True
-_REGS = 240
+_REGISTERS = 240  # of a thread that multiplies; the others share what is left of 504
 
 
 def suits(q_TNH: torch.Tensor, k_cache_PBKH: torch.Tensor, sliding_window: int, soft_cap: float) -> bool:
@@ -97,9 +94,7 @@ def attention(
         BOX=_BOX,
         STAGES=_STAGES,
         QUERY_STAGES=_QUERY_STAGES,
-        PINGPONG=_PINGPONG,
-        FOLD=_FOLD,
-        REGS=_REGS,
+        REGISTERS=_REGISTERS,
         num_warps=4,
         maxnreg=168,
     )
@@ -130,9 +125,7 @@ def _attention(
     BOX: gl.constexpr,
     STAGES: gl.constexpr,
     QUERY_STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr,
-    FOLD: gl.constexpr,
-    REGS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = k_cache.dtype
     # A box is 16 tokens of 64 columns; the boxes of one half of the columns, in a row, make up a swizzled tile.
@@ -152,7 +145,6 @@ def _attention(
     mbarrier.init(draw.index(0), count=1)
     queries_full = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], bar)
     queries_free = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], bar)
-    group_turn = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     for i in gl.static_range(STAGES):
         mbarrier.init(keys_full.index(i), count=1)
         mbarrier.init(keys_free.index(i), count=2)
@@ -162,11 +154,9 @@ def _attention(
         mbarrier.init(noted.index(i), count=1)
         mbarrier.init(queries_full.index(i), count=1)
         mbarrier.init(queries_free.index(i), count=4)
-    for i in gl.static_range(2):
-        mbarrier.init(group_turn.index(i), count=1)
     rows = (query_start, seq_lens, num_rows, items)
-    sizes: gl.constexpr = (N, K, F, H, B, M, KEYS, BOX, STAGES, QUERY_STAGES, PINGPONG, FOLD)
-    bars = (keys_full, keys_free, values_full, values_free, queries_full, queries_free, group_turn)
+    sizes: gl.constexpr = (N, K, F, H, B, M, KEYS, BOX, STAGES, QUERY_STAGES)
+    bars = (keys_full, keys_free, values_full, values_free, queries_full, queries_free)
     buffers = (queries, keys, values, notes)
     plans = (noted, queries_full, queries_free, draw)
     paging = (notes, noted, draw, queries_free, tables, table_stride, num_blocks)
@@ -179,14 +169,14 @@ def _attention(
             (_copy, (v_cache, values, values_full, values_free, paging, False, sizes)),
         ],
         [4, 1, 1, 1],
-        [REGS, 504 - 2 * REGS, 504 - 2 * REGS, 504 - 2 * REGS],
+        [REGISTERS, 504 - 2 * REGISTERS, 504 - 2 * REGISTERS, 504 - 2 * REGISTERS],
     )
 
 
 @gluon.jit
 def _find(item, rows, sizes: gl.constexpr):
-    """Of a tile and group of heads: the row, its first token and its numbers of queries and of keys, the group, the first
-    pair of the tile, and how many tiles of keys it sees: 0 if there is nothing to do."""
+    """Of a tile and group of heads: the row, its first token and its numbers of queries and of keys, the group, the
+    first pair of the tile, and how many tiles of keys it sees: 0 if there is nothing to do."""
     query_start, seq_lens, num_rows, items = rows
     F: gl.constexpr = sizes[2]
     GROUPS: gl.constexpr = sizes[0] // F
@@ -223,7 +213,7 @@ def _noted(notes, place, which: gl.constexpr):
 def _plan(rows, queries_of_all, turn, buffers, bars, sizes: gl.constexpr):
     """The warp that draws tiles, writes down for the others what they are, and copies their queries."""
     noted, queries_full, queries_free, draw = bars
-    queries, keys, values, notes = buffers
+    queries, _keys, _values, notes = buffers
     items = rows[3]
     F: gl.constexpr = sizes[2]
     H: gl.constexpr = sizes[3]
@@ -272,8 +262,8 @@ def _plan(rows, queries_of_all, turn, buffers, bars, sizes: gl.constexpr):
 def _copy(cache, to, full, free, paging, DRAWS: gl.constexpr, sizes: gl.constexpr):
     """A warp that copies the keys, or the values.
 
-    Behind the row's end copies read beyond the cache, and thereby zeros. A last box that is filled in part moves down as
-    far, so that its zeros come first: see `_mask_top`.
+    Behind the row's end copies read beyond the cache, and thereby zeros. A last box that is filled in part moves down
+    as far, so that its zeros come first: see `_mask_top`.
     """
     notes, noted, draw, queries_free, tables, table_stride, num_blocks = paging
     F: gl.constexpr = sizes[2]
@@ -304,7 +294,7 @@ def _copy(cache, to, full, free, paging, DRAWS: gl.constexpr, sizes: gl.constexp
             blocks = ()
             for part in gl.static_range(PARTS):
                 key = start + part * BOX
-                blocks = blocks + (gl.load(table + key // B, mask=key < length, other=num_blocks),)
+                blocks = blocks + (gl.load(table + key // B, mask=key < length, other=num_blocks),)  # noqa: RUF005
             if DRAWS:
                 mbarrier.arrive(draw.index(0), count=1, pred=j == gl.maximum(tiles - 2, 0))
             stage = done % STAGES
@@ -315,13 +305,15 @@ def _copy(cache, to, full, free, paging, DRAWS: gl.constexpr, sizes: gl.constexp
                 token = key % B + gl.minimum(gl.maximum(length - key, 0) - BOX, 0)
                 for h in gl.static_range(HALVES):
                     box = to.index((stage * HALVES + h) * PARTS + part)
-                    tma.async_copy_global_to_shared(cache, [blocks[part], token, column + h * 64], full.index(stage), box)
+                    tma.async_copy_global_to_shared(
+                        cache, [blocks[part], token, column + h * 64], full.index(stage), box
+                    )
             done += 1
 
 
 @gluon.jit
 def _mask_top(scores, position, start, length, column, BOX: gl.constexpr):
-    """Hides what lies behind a query, and the zeros in the row's last box: it has BOX - rest of them and then its tokens."""
+    """Hides what lies behind a query, and zeros in the row's last box: it has BOX - rest of them, then its tokens."""
     rest = length % BOX
     zeros = gl.where(rest > 0, BOX - rest, 0)
     last = length - rest - start
@@ -332,59 +324,27 @@ def _mask_top(scores, position, start, length, column, BOX: gl.constexpr):
 
 
 @gluon.jit
-def _halves(x):
-    """A matrix's left and right half, which lie in the same threads."""
-    M: gl.constexpr = x.shape[0]
-    KEYS: gl.constexpr = x.shape[1]
-    return gl.split(gl.permute(gl.reshape(x, [M, 2, KEYS // 2]), (0, 2, 1)))
-
-
-@gluon.jit
-def _largest(x):
-    """Of each row. In quarters, so that not every maximum waits for the one before."""
-    a, b = _halves(x)
-    a, b = _halves(gl.maximum(a, b))
-    return gl.max(gl.maximum(a, b), 1)
-
-
-@gluon.jit
-def _sum(x):
-    a, b = _halves(x)
-    a, b = _halves(a + b)
-    return gl.sum(a + b, 1)
-
-
-@gluon.jit
-def _softmax(scores, best, scale, MASKED: gl.constexpr, FOLD: gl.constexpr):
+def _softmax(scores, best, scale, MASKED: gl.constexpr):
     """The weights of these scores (the largest of all times `scale` so far is `best`), the new best, and the sum."""
-    if FOLD:
-        top = gl.convert_layout(_largest(scores), best.type.layout, assert_trivial=True)
-    else:
-        top = gl.max(scores, 1)
-    better = gl.maximum(best, top * scale)
+    better = gl.maximum(best, gl.max(scores, 1) * scale)
     if MASKED:
         # A query may see none of the keys so far: its maximum is still -inf, and -inf from itself would be NaN.
         reach = gl.where(better == float("-inf"), 0.0, better)
     else:
         reach = better
     weights = gl.exp2(scores * scale - gl.expand_dims(reach, 1))
-    if FOLD:
-        add = gl.convert_layout(_sum(weights), best.type.layout, assert_trivial=True)
-    else:
-        add = gl.sum(weights, 1)
-    return weights, better, gl.exp2(best - reach), add
+    return weights, better, gl.exp2(best - reach), gl.sum(weights, 1)
 
 
 @gluon.jit
 def _step(queries, queries_free, keys, values, weights, result, best, total, done, start, position, scale, bars,
           GROUP: gl.constexpr, MASKED: gl.constexpr, sizes: gl.constexpr):  # fmt: skip
     """The scores of the next tile of keys, and the values of the one before."""
-    keys_full, keys_free, values_full, values_free, queries_full, all_queries_free, group_turn = bars
+    keys_full, keys_free, values_full, values_free, _queries_full, _queries_free = bars
     H: gl.constexpr = sizes[3]
     M: gl.constexpr = sizes[5] // 2
     KEYS: gl.constexpr = sizes[6]
     STAGES: gl.constexpr = sizes[8]
-    PINGPONG: gl.constexpr = sizes[10]
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     of_result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
     of_weights: gl.constexpr = gl.DotOperandLayout(0, of_result, 2)
@@ -392,21 +352,17 @@ def _step(queries, queries_free, keys, values, weights, result, best, total, don
     before_phase = ((done - 1) // STAGES) & 1
     stage = done % STAGES
     nothing = gl.zeros([M, KEYS], gl.float32, of_scores)
-    if PINGPONG:
-        mbarrier.wait(group_turn.index(GROUP), (done & 1) ^ (1 - GROUP))
     scores = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
     part = gl.convert_layout(weights.to(keys.dtype), of_weights)
     mbarrier.wait(values_full.index(before), before_phase)
     result = warpgroup_mma(part, values.index(before), result, is_async=True)
-    if PINGPONG:
-        mbarrier.arrive(group_turn.index(1 - GROUP), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(keys_free.index(stage), count=1)
     mbarrier.arrive(queries_free, count=1, pred=start == 0)
     if MASKED:
         column = gl.arange(0, KEYS, gl.SliceLayout(0, of_scores))
         scores = gl.where(gl.expand_dims(start + column, 0) <= gl.expand_dims(position, 1), scores, float("-inf"))
-    weights, best, fade, add = _softmax(scores, best, scale, MASKED, sizes[11])
+    weights, best, fade, add = _softmax(scores, best, scale, MASKED)
     total = total * fade + add
     # The next tile's wait stands here, as the compiler moves no exponential over a branch and behind the wait below.
     mbarrier.wait(keys_full.index((done + 1) % STAGES), ((done + 1) // STAGES) & 1, pred=start > 0)
@@ -422,7 +378,7 @@ def _multiply(out, scale, buffers, bars, GROUP: gl.constexpr, sizes: gl.constexp
 
     What is left of one tile when its last scores are known, and the first scores of the next, overlap like two steps.
     """
-    keys_full, keys_free, values_full, values_free, queries_full, queries_free, group_turn = bars
+    keys_full, keys_free, values_full, values_free, queries_full, queries_free = bars
     all_queries, all_keys, all_values, notes = buffers
     N: gl.constexpr = sizes[0]
     F: gl.constexpr = sizes[2]
@@ -432,7 +388,6 @@ def _multiply(out, scale, buffers, bars, GROUP: gl.constexpr, sizes: gl.constexp
     BOX: gl.constexpr = sizes[7]
     STAGES: gl.constexpr = sizes[8]
     QUERY_STAGES: gl.constexpr = sizes[9]
-    PINGPONG: gl.constexpr = sizes[10]
     dtype: gl.constexpr = all_keys.dtype
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     of_result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
@@ -481,15 +436,11 @@ def _multiply(out, scale, buffers, bars, GROUP: gl.constexpr, sizes: gl.constexp
         # The last values of the tile of queries before, and the top tile of keys.
         stage = done % STAGES
         before = (done + STAGES - 1) % STAGES
-        if PINGPONG:
-            mbarrier.wait(group_turn.index(GROUP), (done & 1) ^ (1 - GROUP), pred=more)
         mbarrier.wait(values_full.index(before), ((done - 1) // STAGES) & 1, pred=found > 0)
         part = gl.convert_layout(weights.to(dtype), of_weights)
         result = warpgroup_mma(part, values.index(before), result, is_async=True)
         mbarrier.wait(keys_full.index(stage), (done // STAGES) & 1, pred=more)
         scores = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        if PINGPONG:
-            mbarrier.arrive(group_turn.index(1 - GROUP), count=1, pred=more)
         result, part = warpgroup_mma_wait(1, deps=[result, part])
         mbarrier.arrive(values_free.index(before), count=1, pred=found > 0)
         result = result * gl.expand_dims(gl.convert_layout(1.0 / total, result_rows), 1)
@@ -502,7 +453,7 @@ def _multiply(out, scale, buffers, bars, GROUP: gl.constexpr, sizes: gl.constexp
         mbarrier.arrive(queries_free.index(place), count=1, pred=start == 0)
         scores = _mask_top(scores, position, start, length, column, BOX)
         best = gl.full([M], float("-inf"), gl.float32, score_rows)
-        weights, best, fade, add = _softmax(scores, best, scale, True, sizes[11])
+        weights, best, _fade, add = _softmax(scores, best, scale, True)
         mbarrier.wait(keys_full.index((done + 1) % STAGES), ((done + 1) // STAGES) & 1, pred=start > 0)
         pair = first + gl.arange(0, M, gl.SliceLayout(1, of_memory))
         target = gl.where(pair < num_queries * F, (first_token + pair // F) * N + group * F + pair % F, -1)
@@ -513,13 +464,13 @@ def _multiply(out, scale, buffers, bars, GROUP: gl.constexpr, sizes: gl.constexp
             done += 1
             # Tiles of which some queries see a part: none but for queries that straddle a tile's border.
             whole = gl.minimum((length - num_queries + first // F + 1) // KEYS, tiles - 1)
-            for j in range(whole, tiles - 1):
+            for _j in range(whole, tiles - 1):
                 start -= KEYS
                 weights, result, best, total, done = _step(
                     queries, queries_free.index(place), keys, values, weights, result, best, total, done, start,
                     position, scale, bars, GROUP, True, sizes
                 )  # fmt: skip
-            for j in range(whole):
+            for _j in range(whole):
                 start -= KEYS
                 weights, result, best, total, done = _step(
                     queries, queries_free.index(place), keys, values, weights, result, best, total, done, start,

@@ -34,7 +34,8 @@ def prefill_attention(
 
     `turn` is one int32 that is zero before and after.
     """
-    common = (q_TNH, k_cache_PBKH, v_cache_PBKH, query_start_R1, seq_lens_R, block_tables_RM, out_TNH, num_tokens, scale)
+    common = (q_TNH, k_cache_PBKH, v_cache_PBKH, query_start_R1, seq_lens_R, block_tables_RM)
+    common += (out_TNH, num_tokens, scale)
     if hopper and hopper.suits(q_TNH, k_cache_PBKH, sliding_window, soft_cap):
         hopper.attention(*common, turn)
     else:
