@@ -42,6 +42,31 @@ def test_attention(ops, heads, rows):
     cases.each_dtype(lambda dtype: cases.check_attention(ops, CUDA, dtype, heads, rows))
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("heads", [(16, 8, 128), (4, 4, 128), (12, 2, 64), (16, 1, 128)], ids=str)
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("rows", ["prompts", "chunks", "many"])
+def test_prefill_on_hopper(ops, monkeypatch, heads, block_size, rows):
+    """Rows that end within a copy of 16 tokens, within a tile and at its end; tiles that see two tiles in part."""
+    from octavo.ops.triton import hopper
+
+    calls = []
+    kernel = hopper.attention
+    monkeypatch.setattr(hopper, "attention", lambda *args: (calls.append(args), kernel(*args)))
+    some = {
+        "prompts": [(n, n) for n in (2, 15, 16, 17, 127, 128, 129, 300, 1000)],
+        "chunks": [(200, 100), (128, 64), (1000, 2), (1025, 500), (513, 512), (640, 128)],
+        "many": [(5 + 3 * i % 170, 2 + 5 * i % 4) for i in range(300)],
+    }[rows]
+    for dtype in (torch.bfloat16, torch.float16):
+        for _ in range(2):
+            cases.check_attention(ops, CUDA, dtype, heads, some, block_size=block_size)
+    assert len(calls) == 4
+    assert calls[0][-1].item() == 0, "the next call would leave out tiles"
+
+
 @pytest.mark.parametrize(("window", "cap"), [(100, 0.0), (0, 5.0), (33, 20.0)])
 @pytest.mark.parametrize("block_size", [1, 8, 16, 32])
 def test_attention_with_window_and_cap(ops, window, cap, block_size):

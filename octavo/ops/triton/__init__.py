@@ -46,6 +46,7 @@ class TritonOps:
     def __init__(self, device: torch.device, segment: int = 0):
         self._segment = segment
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        self._turn = torch.zeros(1, dtype=torch.int32, device=device)
         self._prefix: SharedPrefix | None = None
         # Whether a kernel may be launched before the one in front of it has ended (programmatic dependent launch).
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -207,6 +208,7 @@ class TritonOps:
                 scale,
                 sliding_window,
                 soft_cap,
+                self._turn,
             )
         return out_TNH
 

@@ -8,6 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+try:
+    from octavo.ops.triton import hopper
+except ImportError:  # Gluon, which it is written in, is younger than Triton
+    hopper = None
+
 from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
 
 
@@ -23,8 +28,34 @@ def prefill_attention(
     scale: float,
     sliding_window: int,
     soft_cap: float,
+    turn: torch.Tensor,
 ) -> None:
-    """Writes `out_TNH` for the tokens of the given rows, `num_tokens` in all; tokens are counted from the batch's."""
+    """Writes `out_TNH` for the tokens of the given rows, `num_tokens` in all; tokens are counted from the batch's.
+
+    `turn` is one int32 that is zero before and after.
+    """
+    common = (q_TNH, k_cache_PBKH, v_cache_PBKH, query_start_R1, seq_lens_R, block_tables_RM)
+    common += (out_TNH, num_tokens, scale)
+    if hopper and hopper.suits(q_TNH, k_cache_PBKH, sliding_window, soft_cap):
+        hopper.attention(*common, turn)
+    else:
+        triton_attention(*common, sliding_window, soft_cap)
+
+
+def triton_attention(
+    q_TNH: torch.Tensor,
+    k_cache_PBKH: torch.Tensor,
+    v_cache_PBKH: torch.Tensor,
+    query_start_R1: torch.Tensor,
+    seq_lens_R: torch.Tensor,
+    block_tables_RM: torch.Tensor,
+    out_TNH: torch.Tensor,
+    num_tokens: int,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+) -> None:
+    """See `prefill_attention`."""
     N, H = q_TNH.shape[1:]
     B, K = k_cache_PBKH.shape[1:3]
     R = len(seq_lens_R)
