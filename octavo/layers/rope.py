@@ -70,7 +70,7 @@ class Rope:
             base_T = self.config.theta * alpha_T.double() ** (width / (width - 2))
             stretched = (1.0 / base_T[:, None] ** self.exponents).float()
             # A sequence without a stretch has the bits that it has in a step where nobody is stretched.
-            inv_freq = torch.where(alpha_T[:, None] == 1.0, self.inv_freq, stretched)
+            inv_freq = stretched.where(alpha_T[:, None] != 1.0, self.inv_freq)
         angles_Tr = positions_T.float()[:, None] * inv_freq
         return angles_Tr.cos() * self.magnitude, angles_Tr.sin() * self.magnitude
 
