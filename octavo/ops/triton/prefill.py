@@ -36,7 +36,11 @@ def prefill_attention(
     """
     common = (q_TNH, k_cache_PBKH, v_cache_PBKH, query_start_R1, seq_lens_R, block_tables_RM)
     common += (out_TNH, num_tokens, scale)
-    if hopper and hopper.suits(q_TNH, k_cache_PBKH, sliding_window, soft_cap):
+    if (
+        hopper
+        and hopper.suits(q_TNH, k_cache_PBKH, sliding_window, soft_cap)
+        and hopper.fills(q_TNH, k_cache_PBKH, num_tokens, len(seq_lens_R))
+    ):
         hopper.attention(*common, turn)
     else:
         triton_attention(*common, sliding_window, soft_cap)
