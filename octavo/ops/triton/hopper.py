@@ -317,7 +317,7 @@ def _copy(cache, to, full, free, paging, DRAWS: gl.constexpr, sizes: gl.constexp
             blocks = ()
             for part in gl.static_range(PARTS):
                 key = start + part * BOX
-                blocks = blocks + (gl.load(table + key // B, mask=key < length, other=num_blocks),)  # noqa: RUF005
+                blocks = blocks + (gl.load(table + key // B, mask=key < length, other=num_blocks),)  # type: ignore[assignment] # noqa: RUF005
             if DRAWS:
                 mbarrier.arrive(draw.index(0), count=1, pred=j == gl.maximum(tiles - 2, 0))
             stage = done % STAGES
