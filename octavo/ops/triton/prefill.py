@@ -10,7 +10,7 @@ import triton.language as tl
 
 try:
     from octavo.ops.triton import hopper
-except ImportError:  # Gluon, which it is written in, is younger than Triton
+except ImportError:  # no Triton 3.6, whose Gluon it is written in
     hopper = None  # type: ignore[assignment]
 
 from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
