@@ -141,7 +141,9 @@ OCTAVO_INLINE void store_outputs(float* out, vf value, const float* bias, int64_
 
 // Columns that one piece of work covers, and rows: A's part should stay in the second-level cache.
 constexpr int kColumns = kTileVectors * W;
-constexpr int64_t kRowsAtOnce = 512;
+inline int64_t rows_at_once(const Weight& w) {
+  return by_tiles(w) ? std::max<int64_t>(32, (1 << 20) / (tiles_of(w) * 64) / 32 * 32) : 192;
+}
 
 #if defined(__AMX_TILE__)
 // As plain_columns, by tiles: 32 outputs, 32 rows at a time.
@@ -276,10 +278,11 @@ inline void linear(Team& team, const Weight& w, Matrix x, int64_t rows, int64_t 
   for (int64_t m = begin; m < end; m++) prepare_row(w, x.row(m), width, m, a);
   if (!alone) team.barrier();
   const Columns work = columns_of(w);
-  const int64_t across = (w.outputs + kColumns - 1) / kColumns, down = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int64_t most = rows_at_once(w);
+  const int64_t across = (w.outputs + kColumns - 1) / kColumns, down = (rows + most - 1) / most;
   for (int64_t i = team.next(); i < across * down; i = team.next()) {
-    const int64_t first = i / across * kRowsAtOnce;
-    work(w, a, first, std::min(kRowsAtOnce, rows - first), i % across * kColumns, bias, out);
+    const int64_t first = i / across * most;
+    work(w, a, first, std::min(most, rows - first), i % across * kColumns, bias, out);
   }
 }
 
