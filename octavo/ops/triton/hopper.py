@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from octavo.ops.triton.tiles import LOG2_E
 
 if not triton.__version__.startswith("3.6."):
-    # Gluon's functions change with each version of Triton (3.9 takes this kernel no more), and 3.6 is the one it ran on.
+    # Gluon's functions change with each version of Triton (3.9 takes this kernel no more), 3.6 is the one it ran on.
     raise ImportError(f"prefill attention for Hopper is written for Triton 3.6, not {triton.__version__}")
 
 _PAIRS = 128  # of a query and a head, in a tile
