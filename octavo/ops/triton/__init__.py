@@ -19,7 +19,7 @@ from octavo.ops.triton.prefill import prefill_attention
 from octavo.ops.triton.rope import Heads, rope_and_cache
 from octavo.ops.triton.shared import shared_attention
 from octavo.ops.triton.silu_mul import silu_mul
-from octavo.ops.weight import Dense, Fp8Weight, Fp8Weight, Weight
+from octavo.ops.weight import Fp8Weight, Weight
 
 _COUNTERS = 4096
 
