@@ -36,6 +36,7 @@ def suits(q_TNH: torch.Tensor, k_cache_PBKH: torch.Tensor, sliding_window: int, 
         q_TNH.is_cuda
         and torch.cuda.get_device_capability(q_TNH.device)[0] == 9
         and q_TNH.dtype in (torch.bfloat16, torch.float16)
+        and k_cache_PBKH.dtype == q_TNH.dtype
         and H in (64, 128)
         and B % _BOX == 0
         and sliding_window == 0

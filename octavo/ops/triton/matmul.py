@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo.ops.triton.tiles import dot_precision, fetch
+from octavo.ops.triton.tiles import dot_precision, fetch, room
 from octavo.ops.weight import Dense, Fp8Weight
 
 MOST_ROWS = 16
@@ -114,7 +114,8 @@ def _launch(
     values_OI = weight_OI.values_OI if isinstance(weight_OI, Fp8Weight) else weight_OI
     outputs, inputs = out.shape[1], values_OI.shape[1]
     block_n = _outputs(weight_OI)
-    at_once = _LEAST_INPUTS * (1 if inputs % (2 * _LEAST_INPUTS) else 2)
+    roomy = room(x.device) > 2**17
+    at_once = _LEAST_INPUTS * (2 if inputs % (2 * _LEAST_INPUTS) == 0 and x.dtype.itemsize == 2 and roomy else 1)
     parts = len(norm.squares_PT) if norm else 1
     _matmul[(triton.cdiv(outputs, block_n),)](
         norm.stream_TI if norm else x,
@@ -144,7 +145,7 @@ def _launch(
         PRECISION=dot_precision(x.dtype),
         PDL=pdl,
         num_warps=_WARPS,
-        num_stages=3,
+        num_stages=3 if roomy else 2,
         launch_pdl=pdl,
     )
 
