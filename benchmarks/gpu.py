@@ -215,6 +215,15 @@ def main() -> None:
         **({"engine": given.engine} if given.engine else {}),
     }
     rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        """At once: what has been measured is not lost if the rest does not come to its end."""
+        rows.append({**stamp, **row})
+        print(rows[-1], flush=True)
+        if given.out:
+            with given.out.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+
     for model in given.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(MODELS[model]))
@@ -222,13 +231,12 @@ def main() -> None:
             options = {"load_format": "dummy", "device": "cuda", "max_model_len": 8192, "max_num_seqs": 512}
             engine = Engine.build(EngineOptions(model=folder, **options | given.engine))
             ready = time.perf_counter() - began + imported
-        rows.append({**stamp, "model": model, "work": given.start, "rep": 0, "seconds": round(ready, 3)})
         print(model, engine.timeline, flush=True)
+        keep({"model": model, "work": given.start, "rep": 0, "seconds": round(ready, 3)})
         generate(engine, fixed(8, 64, 32, seed=99), "warm")
         for name in given.work.split(","):
             for rep in range(given.reps):
-                rows.append({**stamp, "model": model, "work": name, "rep": rep, **run(engine, name, rep)})
-                print(rows[-1], flush=True)
+                keep({"model": model, "work": name, "rep": rep, **run(engine, name, rep)})
         if given.profile:
             from gpu_profile import profile
 
@@ -237,9 +245,6 @@ def main() -> None:
         del engine
         gc.collect()
         torch.cuda.empty_cache()
-    if given.out:
-        with given.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
     print_table(rows)
 
 

@@ -20,6 +20,9 @@ class Fp8Tensors:
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self._source.tensor(name, shape)
 
+    def joined(self, names: list[str], sizes: list[int]) -> torch.Tensor:
+        return self._source.joined(names, sizes)
+
     def weight(self, names: list[str], rows: list[int], in_features: int) -> Weight:
         if self._kept.issuperset(names):
             return self._source.weight(names, rows, in_features)

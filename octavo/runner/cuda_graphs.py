@@ -94,7 +94,7 @@ class DecodeGraphs:
             if groups is not None:
                 batch = _in_order(batch, groups.order)
             elif rows > _UNSORTED:
-                batch = _in_order(batch, np.argsort(-batch.seq_lens, kind="stable"))
+                batch = _in_order(batch, np.argsort(-batch.seq_lens, kind="stable").astype(np.int32))
         key = (bucket_of(rows), groups is not None, draws)
         self._send(batch, groups, key[0])
         recorded = self._recorded.get(key)

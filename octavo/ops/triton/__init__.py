@@ -19,7 +19,7 @@ from octavo.ops.triton.prefill import prefill_attention
 from octavo.ops.triton.rope import Heads, rope_and_cache
 from octavo.ops.triton.shared import shared_attention
 from octavo.ops.triton.silu_mul import silu_mul
-from octavo.ops.weight import Dense, Fp8Weight, Weight
+from octavo.ops.weight import Fp8Weight, Weight
 
 _COUNTERS = 4096
 
@@ -85,7 +85,7 @@ class TritonOps:
         )
 
     def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-        assert isinstance(weight_OI, Dense), "packed weights belong to the CPU's kernels"
+        assert isinstance(weight_OI, torch.Tensor | Fp8Weight), "packed weights belong to the CPU's kernels"
         if self.invariant:
             return product.product(x_TI, weight_OI, bias_O)
         if len(x_TI) <= matvec.MOST_ROWS:

@@ -23,7 +23,7 @@ from octavo.ops.triton.matmul import Normed
 from octavo.ops.triton.norm import write_add_rms_norm, write_rms_norm
 from octavo.ops.triton.rope import Heads, write_rope_and_cache
 from octavo.ops.triton.silu_mul import write_silu_mul
-from octavo.ops.weight import Dense, Weight
+from octavo.ops.weight import Dense, Fp8Weight, Weight
 
 MOST_TURNED = 64
 
@@ -75,7 +75,7 @@ class FusedOps(TritonOps):
         return waiting
 
     def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-        assert isinstance(weight_OI, Dense), "packed weights belong to the CPU's kernels"
+        assert isinstance(weight_OI, torch.Tensor | Fp8Weight), "packed weights belong to the CPU's kernels"
         waiting = self._waiting
         if not self._recording:
             return super().linear(x_TI, weight_OI, bias_O)
@@ -162,7 +162,7 @@ class FusedOps(TritonOps):
     def paged_attention(self, q_TNH: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         waiting = self._waiting
         if waiting is not None and waiting.heads is not None and self._take(q_TNH):
-            return self._attend(q_TNH, *arguments, **named, heads=waiting.heads)
+            return self._attend(q_TNH, *arguments, **(named | {"heads": waiting.heads}))
         self._settle(q_TNH)
         return super().paged_attention(q_TNH, *arguments, **named)
 

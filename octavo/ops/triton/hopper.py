@@ -9,6 +9,7 @@ Shapes as in `octavo.ops`. No windows, no soft caps; `suits` says what it takes.
 """
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,6 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.ops.triton.tiles import LOG2_E
+
+if not triton.__version__.startswith("3.6."):
+    # Gluon's functions change with each version of Triton (3.9 takes this kernel no more); 3.6 is the one it ran on.
+    raise ImportError(f"prefill attention for Hopper is written for Triton 3.6, not {triton.__version__}")
 
 _PAIRS = 128  # of a query and a head, in a tile
 _KEYS = 128
@@ -45,6 +50,27 @@ def suits(q_TNH: torch.Tensor, k_cache_PBKH: torch.Tensor, sliding_window: int, 
     )
 
 
+def fills(q_TNH: torch.Tensor, k_cache_PBKH: torch.Tensor, num_tokens: int, num_rows: int) -> bool:
+    """Whether there are tiles for all of the GPU: smaller ones are faster where there are not."""
+    items = _items(num_tokens, num_rows, q_TNH.shape[1], k_cache_PBKH.shape[2])
+    return items >= _processors(q_TNH.device)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _heads(N: int, K: int) -> int:
+    """How many heads of a group share a tile: as many as a power of two allows."""
+    return min(N // K & -(N // K), _PAIRS // 2)
+
+
+def _items(num_tokens: int, num_rows: int, N: int, K: int) -> int:
+    """Tiles of all groups of heads. Each row's last may be a part of one: these are enough, some have nothing to do."""
+    F = _heads(N, K)
+    return (num_tokens * F // _PAIRS + num_rows) * (N // F)
+
+
 def attention(
     q_TNH: torch.Tensor,
     k_cache_PBKH: torch.Tensor,
@@ -61,17 +87,15 @@ def attention(
     T, N, H = q_TNH.shape
     P, B, K = k_cache_PBKH.shape[:3]
     R = len(seq_lens_R)
-    # So many heads of a group as a power of two allows share a tile.
-    F = min(N // K & -(N // K), _PAIRS // 2)
+    F = _heads(N, K)
     swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     queries = TensorDescriptor(q_TNH, [T, N, H], list(q_TNH.stride()), [_PAIRS // 2 // F, F, 64], swizzled)
     caches = (
         TensorDescriptor(cache, [P, B, K * H], [B * K * H, K * H, 1], [1, _BOX, 64], swizzled)
         for cache in (k_cache_PBKH, v_cache_PBKH)
     )
-    # Each row's last tile may be a part of one: this many tiles are enough, and the rest have nothing to do.
-    items = (num_tokens * F // _PAIRS + R) * (N // F)
-    programs = min(items, torch.cuda.get_device_properties(q_TNH.device).multi_processor_count)
+    items = _items(num_tokens, R, N, K)
+    programs = min(items, _processors(q_TNH.device))
     _attention[(programs,)](
         queries,
         *caches,
@@ -101,7 +125,11 @@ def attention(
     )
 
 
-@gluon.jit
+# One compilation takes seconds, and none of these numbers and addresses makes a difference to it.
+@gluon.jit(
+    do_not_specialize=["num_rows", "items", "num_blocks", "table_stride"],
+    do_not_specialize_on_alignment=["tables", "seq_lens", "query_start"],
+)
 def _attention(
     queries_of_all,
     k_cache,
@@ -295,7 +323,7 @@ def _copy(cache, to, full, free, paging, DRAWS: gl.constexpr, sizes: gl.constexp
             blocks = ()
             for part in gl.static_range(PARTS):
                 key = start + part * BOX
-                blocks = blocks + (gl.load(table + key // B, mask=key < length, other=num_blocks),)  # noqa: RUF005
+                blocks = blocks + (gl.load(table + key // B, mask=key < length, other=num_blocks),)  # type: ignore[assignment] # noqa: RUF005
             if DRAWS:
                 mbarrier.arrive(draw.index(0), count=1, pred=j == gl.maximum(tiles - 2, 0))
             stage = done % STAGES

@@ -19,12 +19,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo.ops.triton.tiles import dot_precision, fetch, room
+from octavo.ops.triton.tiles import dot_precision, fetch
 from octavo.ops.weight import Dense, Fp8Weight
 
 MOST_ROWS = 16
 _MOST_WEIGHTS = 2**23
 _WARPS = 4
+# Bytes that a program may have: of GPUs that launch dependents early (compute capability 9.0), and of all others.
+_SHARED_MEMORY_90, _SHARED_MEMORY = 220 * 1024, 96 * 1024
 _LEAST_INPUTS = 512  # of a turn of a program's loop, or twice as many
 
 
@@ -99,6 +101,16 @@ def _outputs(weight_OI: Dense) -> int:
     return 16 if len(weight_OI) >= 2048 else 8
 
 
+def _turn(inputs: int, width: int, *, pdl: bool) -> tuple[int, int]:
+    """(inputs of a turn of the loop, turns under way) for tiles of `width` bytes an input, as shared memory allows."""
+    room = _SHARED_MEMORY_90 if pdl else _SHARED_MEMORY
+    for at_once in (2 * _LEAST_INPUTS, _LEAST_INPUTS):
+        for stages in (3, 2):
+            if inputs % at_once == 0 and at_once * width * (stages if inputs > at_once else 1) <= room:
+                return at_once, stages
+    return _LEAST_INPUTS, 1
+
+
 def _launch(
     x: torch.Tensor,
     norm: Normed | None,
@@ -114,8 +126,7 @@ def _launch(
     values_OI = weight_OI.values_OI if isinstance(weight_OI, Fp8Weight) else weight_OI
     outputs, inputs = out.shape[1], values_OI.shape[1]
     block_n = _outputs(weight_OI)
-    roomy = room(x.device) > 2**17
-    at_once = _LEAST_INPUTS * (2 if inputs % (2 * _LEAST_INPUTS) == 0 and x.dtype.itemsize == 2 and roomy else 1)
+    at_once, stages = _turn(inputs, 16 * x.element_size() + block_n * (1 + gated) * values_OI.element_size(), pdl=pdl)
     parts = len(norm.squares_PT) if norm else 1
     _matmul[(triton.cdiv(outputs, block_n),)](
         norm.stream_TI if norm else x,
@@ -145,7 +156,7 @@ def _launch(
         PRECISION=dot_precision(x.dtype),
         PDL=pdl,
         num_warps=_WARPS,
-        num_stages=3 if roomy else 2,
+        num_stages=stages,
         launch_pdl=pdl,
     )
 

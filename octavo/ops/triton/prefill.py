@@ -10,8 +10,8 @@ import triton.language as tl
 
 try:
     from octavo.ops.triton import hopper
-except ImportError:  # Gluon, which it is written in, is younger than Triton
-    hopper = None
+except ImportError:  # no Triton 3.6, whose Gluon it is written in
+    hopper = None  # type: ignore[assignment]
 
 from octavo.ops.triton.tiles import LOG2_E, dot_precision, room, tanh
 
@@ -34,12 +34,20 @@ def prefill_attention(
 
     `turn` is one int32 that is zero before and after.
     """
-    common = (q_TNH, k_cache_PBKH, v_cache_PBKH, query_start_R1, seq_lens_R, block_tables_RM)
-    common += (out_TNH, num_tokens, scale)
-    if hopper and hopper.suits(q_TNH, k_cache_PBKH, sliding_window, soft_cap):
-        hopper.attention(*common, turn)
+    if (
+        hopper
+        and hopper.suits(q_TNH, k_cache_PBKH, sliding_window, soft_cap)
+        and hopper.fills(q_TNH, k_cache_PBKH, num_tokens, len(seq_lens_R))
+    ):
+        hopper.attention(
+            *(q_TNH, k_cache_PBKH, v_cache_PBKH, query_start_R1, seq_lens_R, block_tables_RM),
+            *(out_TNH, num_tokens, scale, turn),
+        )
     else:
-        triton_attention(*common, sliding_window, soft_cap)
+        triton_attention(
+            *(q_TNH, k_cache_PBKH, v_cache_PBKH, query_start_R1, seq_lens_R, block_tables_RM),
+            *(out_TNH, num_tokens, scale, sliding_window, soft_cap),
+        )
 
 
 def triton_attention(

@@ -25,7 +25,7 @@ def rows_of_tile(group: int) -> int:
 
 def fits(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there is shared memory for a tile."""
-    return 3 * _QUERIES * triton.next_power_of_2(head_dim) * dtype.itemsize <= room(device)
+    return 3 * _QUERIES * dtype.itemsize * int(triton.next_power_of_2(head_dim)) <= room(device)
 
 
 def shared_attention(
