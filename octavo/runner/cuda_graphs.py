@@ -17,7 +17,7 @@ from octavo.models.decoder import Decoder
 from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.fused import FusedOps
 from octavo.ops.triton.prepare import prepare
-from octavo.ops.triton.shared import rows_of_tile
+from octavo.ops.triton.shared import fits, rows_of_tile
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
 from octavo.runner.step_inputs import StepInputs
@@ -69,6 +69,7 @@ class DecodeGraphs:
         self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=model.device)
         self._angles = torch.zeros(2, rows, half, device=model.device)
         self._rows_of_tile = rows_of_tile(model.config.num_heads // model.config.num_kv_heads)
+        self._shares = not ops.invariant and fits(model.config.head_dim, model.norm.weight.dtype, model.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._recorded: dict[tuple[int, bool, bool], RecordedStep] = {}
 
@@ -86,9 +87,10 @@ class DecodeGraphs:
         """
         groups = None
         rows = batch.num_rows
-        if draws and not self._ops.invariant:
-            block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
-            groups = find_groups(batch.block_tables, batch.seq_lens, block_size, self._rows_of_tile)
+        if draws:
+            if self._shares:
+                block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
+                groups = find_groups(batch.block_tables, batch.seq_lens, block_size, self._rows_of_tile)
             if groups is not None:
                 batch = _in_order(batch, groups.order)
             elif rows > _UNSORTED:

@@ -12,7 +12,9 @@ from octavo.errors import CheckpointError
 from octavo.layers.linear import DenseLinear
 from octavo.models import read_config
 from octavo.models.loader import load_model
-from tests.tiny_models import CPU, FolderCheckpoint, save_llama
+from octavo.models.sizes import weight_bytes
+from octavo.ops.weight import Fp8Weight
+from tests.tiny_models import CPU, FolderCheckpoint, save_llama, save_model
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -115,3 +117,22 @@ def test_random_weights_follow_from_the_seed(checkpoint: FolderCheckpoint) -> No
     assert not torch.equal(first, other)
     assert 0 < float(first.abs().max()) < 0.05
     assert float(made[0].norm.weight.float().mean()) > 0.9
+
+
+def test_matrices_in_fp8_and_all_else_as_it_was(tmp_path: Path) -> None:
+    checkpoint = FolderCheckpoint(save_model(tmp_path, "Qwen2", tie_word_embeddings=False))
+    config = read_config(checkpoint.config)
+    plain, rounded = (load_model(checkpoint, config, torch.float32, CPU, fp8=fp8) for fp8 in (False, True))
+    qkv, exact = rounded.layers[0].attention.qkv, plain.layers[0].attention.qkv
+    assert isinstance(qkv.weight_OI, Fp8Weight)
+    found = qkv.weight_OI.values_OI.float() * qkv.weight_OI.scale_O[:, None]
+    torch.testing.assert_close(found, exact.weight_OI, rtol=1 / 16, atol=2**-9 * float(qkv.weight_OI.scale_O.max()))
+    assert torch.equal(qkv.bias_O, exact.bias_O)
+    assert torch.equal(rounded.lm_head.weight_OI, plain.lm_head.weight_OI)
+    parts = [weight for layer in rounded.layers for weight in (layer.attention.qkv, layer.attention.o)]
+    parts += [weight for layer in rounded.layers for weight in (layer.mlp.gate_up, layer.mlp.down)]
+    taken = sum(part.weight_OI.values_OI.nbytes + part.weight_OI.scale_O.nbytes for part in parts)
+    matrices = sum(part.weight_OI.values_OI.numel() for part in parts)
+    others = weight_bytes(checkpoint.tensors, config, "float32") - 4 * matrices
+    assert weight_bytes(checkpoint.tensors, config, "float32", "fp8") == taken + others
+    assert weight_bytes({}, config, "float32", "fp8") == taken + others

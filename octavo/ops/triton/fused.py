@@ -162,7 +162,7 @@ class FusedOps(TritonOps):
     def paged_attention(self, q_TNH: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         waiting = self._waiting
         if waiting is not None and waiting.heads is not None and self._take(q_TNH):
-            return self._attend(q_TNH, *arguments, **named | {"heads": waiting.heads})
+            return self._attend(q_TNH, *arguments, **(named | {"heads": waiting.heads}))
         self._settle(q_TNH)
         return super().paged_attention(q_TNH, *arguments, **named)
 

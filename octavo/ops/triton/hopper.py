@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from octavo.ops.triton.tiles import LOG2_E
 
 if not triton.__version__.startswith("3.6."):
-    # Gluon's functions change with each version of Triton (3.9 takes this kernel no more), 3.6 is the one it ran on.
+    # Gluon's functions change with each version of Triton (3.9 takes this kernel no more); 3.6 is the one it ran on.
     raise ImportError(f"prefill attention for Hopper is written for Triton 3.6, not {triton.__version__}")
 
 _PAIRS = 128  # of a query and a head, in a tile
@@ -41,6 +41,7 @@ def suits(q_TNH: torch.Tensor, k_cache_PBKH: torch.Tensor, sliding_window: int, 
         q_TNH.is_cuda
         and torch.cuda.get_device_capability(q_TNH.device)[0] == 9
         and q_TNH.dtype in (torch.bfloat16, torch.float16)
+        and k_cache_PBKH.dtype == q_TNH.dtype
         and H in (64, 128)
         and B % _BOX == 0
         and sliding_window == 0

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from octavo.ops.triton.decode import num_splits
-from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
+from octavo.ops.triton.tiles import LOG2_E, dot_precision, room, tanh
 
 _LEAST_SEGMENT = 256
 _MOST_SEGMENTS = 32
@@ -47,7 +47,8 @@ def invariant_attention(
     R, G = len(seq_lens_R), N // K
     block_h = triton.next_power_of_2(H)
     wide = q_TNH.dtype == torch.float32
-    block_m = max(32 if wide else 64, triton.next_power_of_2(G))
+    tight = block_h > 128 and room(q_TNH.device) < 2**17
+    block_m = max((32 if wide else 64) // (2 if tight else 1), triton.next_power_of_2(G))
     block_n = 32 if wide or block_h > 128 else 64
     single = query_start_R1 is None
     splits = num_splits(R, K) if single else 1
@@ -84,7 +85,7 @@ def invariant_attention(
         SPLIT=splits > 1,
         PRECISION=dot_precision(q_TNH.dtype),
         num_warps=4,
-        num_stages=1 if wide else 2,
+        num_stages=1 if wide or tight else 2,
         enable_fp_fusion=False,
     )
     if splits > 1:

@@ -13,7 +13,7 @@ try:
 except ImportError:  # no Triton 3.6, whose Gluon it is written in
     hopper = None  # type: ignore[assignment]
 
-from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
+from octavo.ops.triton.tiles import LOG2_E, dot_precision, room, tanh
 
 
 def prefill_attention(
@@ -68,7 +68,7 @@ def triton_attention(
     B, K = k_cache_PBKH.shape[1:3]
     R = len(seq_lens_R)
     block_h = triton.next_power_of_2(H)
-    block_m, block_n, warps, stages = _tile(block_h, q_TNH.dtype)
+    block_m, block_n, warps, stages = _tile(block_h, q_TNH.dtype, room(q_TNH.device))
     # Each row's last tile may be a part of one: this many tiles are enough, and the rest have nothing to do.
     tiles = num_tokens // block_m + R
     _prefill[(N, tiles)](
@@ -101,8 +101,10 @@ def triton_attention(
     )
 
 
-def _tile(block_h: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(queries, keys, warps, stages) of a tile."""
+def _tile(block_h: int, dtype: torch.dtype, room: int) -> tuple[int, int, int, int]:
+    """(queries, keys, warps, stages) of a tile in so much shared memory."""
+    if block_h > 128 and room < 2**17:
+        return (16, 16, 4, 1) if dtype == torch.float32 else (32, 32, 4, 1)
     if dtype == torch.float32:
         return 32, 32, 4, 1
     if block_h > 128:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from octavo.ops.triton.decode import PrefixParts
-from octavo.ops.triton.tiles import LOG2_E, dot_precision, tanh
+from octavo.ops.triton.tiles import LOG2_E, dot_precision, room, tanh
 
 _QUERIES = 128  # of a tile: so many rows times G
 _KEYS = 64
@@ -21,6 +21,11 @@ _PROGRAMS = 132
 def rows_of_tile(group: int) -> int:
     """Rows that go together, for `group` query heads a kv head."""
     return max(1, _QUERIES // group)
+
+
+def fits(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is shared memory for a tile."""
+    return 3 * _QUERIES * dtype.itemsize * int(triton.next_power_of_2(head_dim)) <= room(device)
 
 
 def shared_attention(

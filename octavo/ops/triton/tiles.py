@@ -1,11 +1,25 @@
 """What the kernels agree on: scores in base 2, how fp32 products are taken, a tanh, and fetching ahead."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
+_KIB = 1024
 # Scores are kept times log2(e), since exp2 is what the hardware has.
 LOG2_E = 1.4426950408889634
+
+
+@cache
+def room(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have: less on consumers' GPUs and on old ones."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    if capability[0] in (9, 10):
+        return 227 * _KIB
+    if capability in ((8, 0), (8, 7)):
+        return 163 * _KIB
+    return (64 if capability == (7, 5) else 96) * _KIB
 
 
 def dot_precision(dtype: torch.dtype) -> str:
