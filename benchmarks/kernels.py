@@ -14,9 +14,10 @@ import torch
 from octavo.cli.bench import print_json, print_table
 from octavo.kernels import library
 from octavo.kernels.builds import BUILDS
-from octavo.kernels.library import Kernels, KernelThreads
+from octavo.kernels.library import Kernels, KernelThreads, Step
 from octavo.kernels.weights import Packer, StoredRows
-from octavo.ops.cpu.eager import KernelOps
+from octavo.ops.cpu.calls import Recorder
+from octavo.ops.cpu.tape import Recording
 
 TOKENS, INPUTS, OUTPUTS = 256, 1536, 1536
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
@@ -30,18 +31,25 @@ def main() -> None:
     # Those too that are never chosen on this maker's processors.
     folder, has = Path(library.__file__).parent, library.processor()[0]
     found = {path.name.split(".")[0].removeprefix("_kernels_"): path for path in folder.glob("_kernels_*.so")}
-    cases: list[tuple[str, str, KernelOps, Any, list[float]]] = []
+    cases: list[tuple[str, str, KernelThreads, Recording, list[float]]] = []
     for name in (name for name, build in BUILDS.items() if name in found and has.issuperset(build.needs)):
         kernels = Kernels(found[name], name)
-        ops = KernelOps(KernelThreads(kernels, 1))
+        if not kernels.usable():
+            continue
+        threads = KernelThreads(kernels, 1)
         for precision in PRECISIONS:
-            packed = Packer(ops.threads, precision, 2**24).pack([rows])
-            cases.append((name, precision, ops, packed, []))
+            # Recorded, so that a product writes into memory that is there already.
+            recorder = Recorder(threads)
+            input_TI: Any = recorder.tape.new(2, INPUTS)
+            output_TO: Any = recorder.linear(input_TI, Packer(threads, precision, 2**24).pack([rows]))
+            recording = Recording(recorder.tape, [input_TI], output_TO, TOKENS)
+            recording.inputs[0][:] = x_TI.numpy()
+            cases.append((name, precision, threads, recording, []))
     for _ in range(ROUNDS):
-        for _, _, ops, packed, seconds in cases:
-            ops.linear(x_TI, packed)
+        for _, _, threads, recording, seconds in cases:
+            recording.run(threads, Step(tokens=TOKENS))
             began = time.process_time()
-            ops.linear(x_TI, packed)
+            recording.run(threads, Step(tokens=TOKENS))
             seconds.append(time.process_time() - began)
     work = 2 * TOKENS * INPUTS * OUTPUTS / 1e9
     table = [

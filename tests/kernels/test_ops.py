@@ -68,6 +68,25 @@ def test_linear_of_few_bits(ops, precision, group, tokens):
     assert error(ops.linear(x_TI, packed), wanted) < 2e-3  # a rounding may fall to the other side
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 200), (1536, 37), (96, 80)])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40])
+def test_int8_keeps_what_stands_out(ops, inputs, outputs, tokens):
+    """A few activations a thousand times the others cost the others nothing; each row alone gives the same bits."""
+    weight_OI, x_TI = torch.randn(outputs, inputs), torch.randn(tokens, inputs)
+    x_TI[:, [5, inputs - 1]] *= 500
+    x_TI[::3, 7] *= -300
+    rows = StoredRows("F32", (outputs, inputs), weight_OI.numpy().view(np.uint8).reshape(-1))
+    packed = Packer(ops.threads, "int8", 2**22).pack([rows])
+    found = ops.linear(x_TI, packed)
+    scale = weight_OI.abs().amax(-1, keepdim=True) / 127
+    wanted = reference.linear(x_TI.double(), ((weight_OI / scale).round() * scale).double())
+    common = x_TI.abs().mean(-1, keepdim=True)
+    rounding = torch.maximum(common * 8 / 127, x_TI.abs().amax(-1, keepdim=True) / 32384) / 2 * weight_OI.norm(dim=1)
+    assert ((found - wanted).abs() < 5 * rounding).all()
+    for row in range(tokens):
+        assert torch.equal(ops.linear(x_TI[row : row + 1].contiguous(), packed), found[row : row + 1])
+
+
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("width", [16, 64, 80, 576])
 def test_norms(ops, heads, width):

@@ -49,31 +49,39 @@ class TilesInUse {
     else _tile_dpbsud(sum, a, b);                              \
   } while (0)
 
-// Sums of `Blocks` blocks of 16 rows of A, `a_step` bytes apart, and two panels of B over `count` tiles, in tiles 0 to 3:
-// block 0 with each panel, then block 1. B's lanes lie `lane` bytes apart.
-template <class Dot, int Blocks>
-OCTAVO_INLINE void multiply_tiles(const uint8_t* a, int64_t a_step, const void* first, const void* second, int64_t count,
-                                  int64_t lane = 64) {
-  const uint8_t *b0 = (const uint8_t*)first, *b1 = (const uint8_t*)second;
-  written(a);
+template <int Blocks>
+OCTAVO_INLINE void zero_tiles() {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (Blocks == 2) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t t = 0; t < count; t++) {
-    _tile_loadd(6, b0 + t * 16 * lane, lane);
-    _tile_loadd(4, a + t * 1024, 64);
-    OCTAVO_DOT(0, 4, 6);
-    _tile_loadd(7, b1 + t * 16 * lane, lane);
-    OCTAVO_DOT(1, 4, 7);
-    if constexpr (Blocks == 2) {
-      _tile_loadd(5, a + a_step + t * 1024, 64);
-      OCTAVO_DOT(2, 5, 6);
-      OCTAVO_DOT(3, 5, 7);
-    }
+}
+
+// Adds to tiles 0 to 3 the products of one tile of each of `Blocks` blocks of 16 rows of A, `a_step` bytes apart, and of
+// two panels of B: block 0 with each panel, then block 1. B's lanes lie `lane` bytes apart.
+template <class Dot, int Blocks>
+OCTAVO_INLINE void add_tile(const uint8_t* a, int64_t a_step, const uint8_t* b0, const uint8_t* b1, int64_t lane) {
+  _tile_loadd(6, b0, lane);
+  _tile_loadd(4, a, 64);
+  OCTAVO_DOT(0, 4, 6);
+  _tile_loadd(7, b1, lane);
+  OCTAVO_DOT(1, 4, 7);
+  if constexpr (Blocks == 2) {
+    _tile_loadd(5, a + a_step, 64);
+    OCTAVO_DOT(2, 5, 6);
+    OCTAVO_DOT(3, 5, 7);
   }
+}
+
+// All of `count` tiles along the inputs.
+template <class Dot, int Blocks>
+OCTAVO_INLINE void add_tiles(const uint8_t* a, int64_t a_step, const void* b0, const void* b1, int64_t count,
+                             int64_t lane = 64) {
+  written(a);
+  for (int64_t t = 0; t < count; t++)
+    add_tile<Dot, Blocks>(a + t * 1024, a_step, (const uint8_t*)b0 + t * 16 * lane, (const uint8_t*)b1 + t * 16 * lane, lane);
 }
 
 // Stores tiles 0 to 3 as fp32: block 0 of rows to `to`, block 1 to `below` if there are two, rows `stride` floats apart;

@@ -136,15 +136,17 @@ inline void tiled_rows(const SegmentTask& task, SegmentRoom& room, const uint8_t
   };
   for (int64_t u = 0; u < units; u += 2) {
     float* to = room.scores.data() + 16 * u;
-    multiply_tiles<DotBF16, Blocks>(q, tiles * 1024, keys(u), keys(std::min(u + 1, units - 1)), tiles, lane);
+    zero_tiles<Blocks>();
+    add_tiles<DotBF16, Blocks>(q, tiles * 1024, keys(u), keys(std::min(u + 1, units - 1)), tiles, lane);
     store_tiles<Blocks>(to, to + 16 * SegmentRoom::kScores, SegmentRoom::kScores, true);
   }
   weigh();
   const uint8_t* values = room.values.data();
   for (int64_t h = 0; h < H; h += 32) {
     const bool wide = h + 16 < H;
-    multiply_tiles<DotBF16, Blocks>(room.weights.data(), kSegment / 32 * 1024, values + h * kSegment * 2,
-                                    values + (wide ? h + 16 : h) * kSegment * 2, (units + 1) / 2);
+    zero_tiles<Blocks>();
+    add_tiles<DotBF16, Blocks>(room.weights.data(), kSegment / 32 * 1024, values + h * kSegment * 2,
+                               values + (wide ? h + 16 : h) * kSegment * 2, (units + 1) / 2);
     store_tiles<Blocks>(out + h, out + 16 * H + h, H, wide);
   }
 }

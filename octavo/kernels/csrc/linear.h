@@ -1,7 +1,7 @@
 // y = x W^T + b for packed weights: activations are brought to the weights' precision, then multiplied in tiles.
 //
-// bf16 weights take bf16 activations (or fp32 ones, see DotBF16). int8 weights take int8 activations with a scale a token
-// (W8A8). Grouped weights take integers with a scale a token and group: int8 where weights were rounded to 4 bits here,
+// bf16 weights take bf16 activations (or fp32 ones, see DotBF16). int8 weights take int8 activations with a scale a token,
+// and a second byte of those that stand out (quantize_token). Grouped weights take integers with a scale a token and group: int8 where weights were rounded to 4 bits here,
 // and 16 bits, as two int8 halves, for a file's own precision, so that nothing but that precision is lost.
 #pragma once
 
@@ -15,6 +15,7 @@ struct Activations {
   std::vector<int32_t> lanes;
   std::vector<float> scale;
   std::vector<int32_t> sums;
+  std::vector<uint8_t> uppers;  // of int8: whether there are any, for a row, or with tiles for a block of rows and tile
 
   void reserve(int64_t rows, int64_t inputs) {
     if (kTiles) rows = (rows + 15) / 16 * 16, inputs += 32;
@@ -22,6 +23,7 @@ struct Activations {
     lanes.resize(size_t(rows * inputs));
     scale.resize(size_t(rows * (inputs / 16 + 1)));
     sums.resize(scale.size());
+    uppers.resize(scale.size());
   }
 };
 
@@ -45,7 +47,7 @@ inline int64_t lanes_of(const Weight& w) {
   switch (w.format) {
     case kPlainF32: return w.inputs;
     case kPlainBF16: return w.inputs / 2 * DotBF16::a_lanes;
-    case kInt8: return w.inputs / 4;
+    case kInt8: return w.inputs / 2;  // two bytes each
     case kGrouped: return w.inputs / 4 * w.halves;
   }
   __builtin_unreachable();
@@ -60,9 +62,8 @@ OCTAVO_INLINE void store_int8(int8_t* out, vi v) {
 }
 
 // Rounds `count` floats to integers with one scale: int8 to `out`, or with `lower` two halves, the upper ones to `out`.
-// Returns (scale, sum of the integers). `count` is a multiple of 16. From 64 integers to the next are `step` bytes.
-inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t* out, int8_t* lower = nullptr,
-                                          int64_t step = 64) {
+// Returns (scale, sum of the integers). `count` is a multiple of 16.
+inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t* out, int8_t* lower = nullptr) {
   vf most{};
   for (int64_t k = 0; k < count; k += W) most = max(most, max(load(x + k), -load(x + k)));
   const float scale = largest(most) / (lower ? 127.0f * kHalf + 126.0f : 127.0f);
@@ -73,7 +74,7 @@ inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t*
     const vi q = as_lanes(rounded) - as_lanes(magic);
     total += q;
     if (!lower) {
-      store_int8(out + k / 64 * step + k % 64, q);
+      store_int8(out + k, q);
       continue;
     }
     const vi upper = as_lanes((rounded - magic) * set(1.0f / kHalf) + magic) - as_lanes(magic);
@@ -85,10 +86,46 @@ inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t*
   return {scale, sum};
 }
 
+// Rounds a token's `count` floats to integers with one scale, kHalf * upper + lower. The scale is for the many: numbers up
+// to eight times the mean magnitude fit the lower byte, and whatever stands out has an upper one (decision 0100). From 64
+// numbers to the next are `step` bytes; `found` is told for each 64 whether there are upper bytes, or with no `step` for
+// all. Returns (scale, sum of the integers).
+inline std::pair<float, int32_t> quantize_token(const float* x, int64_t count, int8_t* lower, int8_t* upper, int64_t step,
+                                                uint8_t* found) {
+  vf most{}, magnitude{};
+  for (int64_t k = 0; k < count; k += W) {
+    const vf size = max(load(x + k), -load(x + k));
+    most = max(most, size);
+    magnitude = magnitude + size;
+  }
+  const float top = largest(most), common = 8.0f * sum(magnitude) / float(count);
+  const float scale = std::max(std::min(top, common) / 127.0f, top / (127.0f * kHalf + 126.0f));
+  const vf inverse = set(scale > 0 ? 1.0f / scale : 0.0f), magic = set(12582912.0f);
+  const vf share = set(0.999999f / kHalf);  // so that 127 is all lower byte
+  vi total{}, any{};
+  for (int64_t k = 0; k < count; k += W) {
+    const vf rounded = load(x + k) * inverse + magic;
+    const vi q = as_lanes(rounded) - as_lanes(magic);
+    const vi high = as_lanes((rounded - magic) * share + magic) - as_lanes(magic);
+    const int64_t at = step ? k / 64 * step + k % 64 : k;
+    total += q;
+    any |= high;
+    store_int8(upper + at, high);
+    store_int8(lower + at, q - high * kHalf);
+    if (k + W == count || (step && (k + W) % 64 == 0)) {
+      found[step ? k / 64 : 0] |= largest(to_float(any & set_lanes(0xff))) > 0;
+      any = vi{};
+    }
+  }
+  int32_t sum = 0;
+  for (int i = 0; i < W; i++) sum += total[i];
+  return {scale, sum};
+}
+
 // Row `m` of activations, from `width` floats, zeros behind them up to the weight's inputs.
 inline void prepare_row(const Weight& w, const float* x, int64_t width, int64_t m, Activations& out) {
   const bool tiles = by_tiles(w);
-  const int64_t lanes = tiles ? tiles_of(w) * 16 : lanes_of(w), step = tiles ? 1024 : 64;
+  const int64_t lanes = tiles ? tiles_of(w) * (w.format == kInt8 ? 32 : 16) : lanes_of(w), step = tiles ? 1024 : 64;
   int32_t* row = out.lanes.data() + (tiles ? m / 16 * 16 * lanes + m % 16 * 16 : m * lanes);
   float tail[32] = {};
   const int64_t whole = width / 32 * 32;
@@ -107,14 +144,19 @@ inline void prepare_row(const Weight& w, const float* x, int64_t width, int64_t 
           store_bf16((uint16_t*)((uint8_t*)row + k / 32 * step) + i, load(part(k) + i), load(part(k) + i + W));
       return;
     case kInt8: {
-      if (tiles && w.inputs % 64) std::memset((uint8_t*)row + (w.inputs / 64) * step + 32, 0, 32);
+      std::vector<float> filled;
       if (whole < w.inputs) {
-        std::vector<float> filled(size_t(w.inputs), 0.0f);
+        filled.assign(size_t(w.inputs), 0.0f);
         std::memcpy(filled.data(), x, size_t(width) * 4);
-        std::tie(out.scale[m], out.sums[m]) = quantize(filled.data(), w.inputs, (int8_t*)row, nullptr, step);
-      } else {
-        std::tie(out.scale[m], out.sums[m]) = quantize(x, w.inputs, (int8_t*)row, nullptr, step);
+        x = filled.data();
       }
+      const int64_t count = tiles_of(w);
+      int8_t *lower = (int8_t*)row, *upper = lower + (tiles ? count * 1024 : w.inputs);
+      uint8_t* found = out.uppers.data() + (tiles ? m / 16 * count : m);
+      if (!tiles || m % 16 == 0) std::memset(found, 0, size_t(tiles ? count : 1));
+      if (tiles && w.inputs % 64)
+        for (int8_t* half : {lower, upper}) std::memset(half + (count - 1) * step + 32, 0, 32);
+      std::tie(out.scale[m], out.sums[m]) = quantize_token(x, w.inputs, lower, upper, tiles ? step : 0, found);
       return;
     }
     case kGrouped: {
@@ -141,37 +183,64 @@ OCTAVO_INLINE void store_outputs(float* out, vf value, const float* bias, int64_
 
 // Columns that one piece of work covers, and rows: A's part should stay in the second-level cache.
 constexpr int kColumns = kTileVectors * W;
-constexpr int64_t kRowsAtOnce = 512;
+inline int64_t rows_at_once(const Weight& w) {
+  return by_tiles(w) ? std::max<int64_t>(32, (1 << 20) / (tiles_of(w) * 64) / 32 * 32) : 192;
+}
 
 #if defined(__AMX_TILE__)
+// Sums of `Blocks` blocks of 16 rows and two panels, in tiles 0 to 3: of int8 the upper bytes first, where there are any.
+template <class Dot, int Blocks>
+OCTAVO_INLINE void multiply_blocks(const uint8_t* x, int64_t a_step, const uint8_t* b0, const uint8_t* b1, int64_t count,
+                                   const uint8_t* uppers, int32_t (&sums)[4][16][16]) {
+  zero_tiles<Blocks>();
+  if constexpr (Dot::per_lane == 4) {
+    bool any = false;
+    for (int64_t t = 0; t < count; t++) {
+      if (!(uppers[t] | (Blocks == 2 ? uppers[count + t] : 0))) continue;
+      any = true;
+      add_tile<Dot, Blocks>(x + (count + t) * 1024, a_step, b0 + t * 1024, b1 + t * 1024, 64);
+    }
+    if (any) {
+      store_tiles<Blocks>((float*)sums[0], (float*)sums[2], 32, true);
+      vi* all = (vi*)sums;
+      for (int i = 0; i < 32 * Blocks; i++) all[i] *= kHalf;
+      written(sums);
+      _tile_loadd(0, sums[0], 128);
+      _tile_loadd(1, (const uint8_t*)sums[0] + 64, 128);
+      if constexpr (Blocks == 2) {
+        _tile_loadd(2, sums[2], 128);
+        _tile_loadd(3, (const uint8_t*)sums[2] + 64, 128);
+      }
+    }
+  }
+  add_tiles<Dot, Blocks>(x, a_step, b0, b1, count);
+}
+
 // As plain_columns, by tiles: 32 outputs, 32 rows at a time.
 template <class Dot>
 inline void tiled_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
                           const float* bias, Matrix out) {
-  const int64_t count = tiles_of(w), a_step = count * 1024;
+  const int64_t count = tiles_of(w), a_step = count * (Dot::per_lane == 4 ? 2048 : 1024);
   const uint8_t* const b0 = w.panel(n / 16);
   const uint8_t* const b1 = w.panel(std::min(n / 16 + 1, w.panels() - 1));
-  alignas(64) int32_t sums[4][16][16];
+  alignas(64) int32_t sums[4][16][16];  // as [block of rows][16][32]
   for (int64_t start = 0; start < rows; start += 32) {
-    const int64_t here = std::min<int64_t>(32, rows - start);
-    const uint8_t* x = (const uint8_t*)a.lanes.data() + (first + start) / 16 * a_step;
-    here > 16 ? multiply_tiles<Dot, 2>(x, a_step, b0, b1, count) : multiply_tiles<Dot, 1>(x, a_step, b0, b1, count);
+    const int64_t here = std::min<int64_t>(32, rows - start), block = (first + start) / 16;
+    const uint8_t* x = (const uint8_t*)a.lanes.data() + block * a_step;
+    const uint8_t* uppers = a.uppers.data() + block * count;
+    here > 16 ? multiply_blocks<Dot, 2>(x, a_step, b0, b1, count, uppers, sums)
+              : multiply_blocks<Dot, 1>(x, a_step, b0, b1, count, uppers, sums);
     if (Dot::per_lane == 2 && !bias && here == 32 && n + 32 <= w.outputs) {
       store_tiles<2>(out.row(first + start) + n, out.row(first + start + 16) + n, out.stride, true);
       continue;
     }
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    if (here > 16) {
-      _tile_stored(2, sums[2], 64);
-      _tile_stored(3, sums[3], 64);
-    }
+    here > 16 ? store_tiles<2>((float*)sums[0], (float*)sums[2], 32, true) : store_tiles<1>((float*)sums[0], nullptr, 32, true);
     for (int64_t m = 0; m < here; m++) {
       const int64_t row = first + start + m;
       for (int v = 0; v < 2; v++) {
         const int64_t column = n + v * 16;
         if (column >= w.outputs) break;
-        const vi sum = load_lanes(sums[m / 16 * 2 + v][m % 16]);
+        const vi sum = load_lanes((const int32_t*)sums + m * 32 + v * 16);
         vf value = as_float(sum);
         if constexpr (Dot::per_lane == 4)
           value = to_float(sum - set_lanes(kBias8 * a.sums[row])) * (load(w.scale + column) * set(a.scale[row]));
@@ -194,7 +263,17 @@ inline void plain_columns(const Weight& w, const Activations& a, int64_t first, 
   in_tiles<kTileRows>(rows, [&](int64_t start, auto height) {
     constexpr int Rows = decltype(height)::value;
     typename Dot::Sum sum[Rows][kTileVectors] = {};
-    multiply<Dot>(sum, a.lanes.data() + (first + start) * stride, stride, b, 16, w.inputs / Dot::per_lane);
+    const int32_t* lanes = a.lanes.data() + (first + start) * stride;
+    if constexpr (Dot::per_lane == 4) {
+      bool any = false;
+      for (int m = 0; m < Rows; m++) any |= a.uppers[size_t(first + start + m)] != 0;
+      if (any) {
+        multiply<Dot>(sum, lanes + w.inputs / 4, stride, b, 16, w.inputs / 4);
+        for (auto& row : sum)
+          for (vi& v : row) v *= kHalf;
+      }
+    }
+    multiply<Dot>(sum, lanes, stride, b, 16, w.inputs / Dot::per_lane);
     for (int m = 0; m < Rows; m++) {
       const int64_t row = first + start + m;
       for (int v = 0; v < kTileVectors; v++) {
@@ -270,16 +349,17 @@ inline Columns columns_of(const Weight& w) {
 // thread's: a handful of rows is prepared by every thread for itself, which is cheaper than waiting for one another.
 inline void linear(Team& team, const Weight& w, Matrix x, int64_t rows, int64_t width, const float* bias, Matrix out,
                    Activations& shared, Activations& own) {
-  const bool alone = rows <= 2 || team.size() == 1;
+  const bool alone = rows <= 2 || team.size() == 1, tiles = by_tiles(w);
   Activations& a = alone ? own : shared;
-  const auto [begin, end] = alone ? std::pair<int64_t, int64_t>{0, rows} : team.share(rows);
+  const auto [begin, end] = alone ? std::pair<int64_t, int64_t>{0, rows} : tiles ? team.share_blocks(rows) : team.share(rows);
   for (int64_t m = begin; m < end; m++) prepare_row(w, x.row(m), width, m, a);
   if (!alone) team.barrier();
   const Columns work = columns_of(w);
-  const int64_t across = (w.outputs + kColumns - 1) / kColumns, down = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int64_t most = rows_at_once(w);
+  const int64_t across = (w.outputs + kColumns - 1) / kColumns, down = (rows + most - 1) / most;
   for (int64_t i = team.next(); i < across * down; i = team.next()) {
-    const int64_t first = i / across * kRowsAtOnce;
-    work(w, a, first, std::min(kRowsAtOnce, rows - first), i % across * kColumns, bias, out);
+    const int64_t first = i / across * most;
+    work(w, a, first, std::min(most, rows - first), i % across * kColumns, bias, out);
   }
 }
 

@@ -322,6 +322,10 @@ void test_draw(Engine& engine) {
 }  // namespace octavo::selftest
 
 int main() {
+  if (!octavo_usable()) {
+    std::printf("the system does not let a process use this build\n");
+    return 1;
+  }
   using namespace octavo::selftest;
   Engine engine(2);
   test_numbers();

@@ -72,10 +72,21 @@ OCTAVO_INLINE vi lane_numbers() {
   return v;
 }
 
+// The lanes with each number's bits in `n` flipped.
+OCTAVO_INLINE vf swapped(vf v, int n) {
+#if defined(__clang__)
+  vf other;
+  for (int i = 0; i < W; i++) other[i] = v[i ^ n];
+  return other;
+#else
+  return __builtin_shuffle(v, lane_numbers() ^ n);
+#endif
+}
+
 // Sum and largest of a vector's lanes, by halves, in one fixed order.
 template <class Join>
 OCTAVO_INLINE float folded(vf v, Join join) {
-  for (int n = W / 2; n > 0; n /= 2) v = join(v, __builtin_shuffle(v, lane_numbers() ^ n));
+  for (int n = W / 2; n > 0; n /= 2) v = join(v, swapped(v, n));
   return v[0];
 }
 

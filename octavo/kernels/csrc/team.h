@@ -35,6 +35,12 @@ class Team {
     return {count * thread / size(), count * (thread + 1) / size()};
   }
 
+  // The same in whole blocks of 16: what is known of a block is written by one thread.
+  std::pair<int64_t, int64_t> share_blocks(int64_t count) const {
+    const auto [begin, end] = share((count + 15) / 16);
+    return {begin * 16, std::min(end * 16, count)};
+  }
+
   const int thread;
 
  private:
