@@ -6,6 +6,7 @@ still slows it, so compare the best turns. Decision 0090 reads from it.
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,10 +40,10 @@ def main() -> None:
         for precision in PRECISIONS:
             # Recorded, so that a product writes into memory that is there already.
             recorder = Recorder(threads)
-            input_TI = recorder.tape.new(2, INPUTS)
-            output_TO = recorder.linear(input_TI, Packer(threads, precision, 2**24).pack([rows]))
+            input_TI: Any = recorder.tape.new(2, INPUTS)
+            output_TO: Any = recorder.linear(input_TI, Packer(threads, precision, 2**24).pack([rows]))
             recording = Recording(recorder.tape, [input_TI], output_TO, TOKENS)
-            recording.inputs[0][:] = x_TI
+            recording.inputs[0][:] = x_TI.numpy()
             cases.append((name, precision, threads, recording, []))
     for _ in range(ROUNDS):
         for _, _, threads, recording, seconds in cases:

@@ -1,14 +1,13 @@
 """Octavo itself, driven as its users drive it: `LLM.generate` over all prompts."""
 
+import os
 from typing import Any
 
 from octavo.cli.bench.peers import Prepare, Run, serve
 
 
 def open_engine(given: dict[str, Any]) -> tuple[Prepare, dict[str, Any]]:
-    import torch
-
-    torch.set_num_threads(given["threads"])
+    os.environ["OMP_NUM_THREADS"] = str(given["threads"])
     from octavo import LLM, SamplingParams, __version__
     from octavo.config import EngineOptions
 
