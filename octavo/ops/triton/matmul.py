@@ -19,14 +19,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo.ops.triton.tiles import dot_precision, fetch
+from octavo.ops.triton.tiles import dot_precision, fetch, room
 from octavo.ops.weight import Dense, Fp8Weight
 
 MOST_ROWS = 16
 _MOST_WEIGHTS = 2**23
 _WARPS = 4
-# Bytes that a program may have: of GPUs that launch dependents early (compute capability 9.0), and of all others.
-_SHARED_MEMORY_90, _SHARED_MEMORY = 220 * 1024, 96 * 1024
+_BESIDE = 8 * 1024  # bytes of shared memory that a program takes for more than the tiles of its loop
 _LEAST_INPUTS = 512  # of a turn of a program's loop, or twice as many
 
 
@@ -101,12 +100,11 @@ def _outputs(weight_OI: Dense) -> int:
     return 16 if len(weight_OI) >= 2048 else 8
 
 
-def _turn(inputs: int, width: int, *, pdl: bool) -> tuple[int, int]:
+def _turn(inputs: int, width: int, shared_memory: int) -> tuple[int, int]:
     """(inputs of a turn of the loop, turns under way) for tiles of `width` bytes an input, as shared memory allows."""
-    room = _SHARED_MEMORY_90 if pdl else _SHARED_MEMORY
     for at_once in (2 * _LEAST_INPUTS, _LEAST_INPUTS):
         for stages in (3, 2):
-            if inputs % at_once == 0 and at_once * width * (stages if inputs > at_once else 1) <= room:
+            if inputs % at_once == 0 and at_once * width * (stages if inputs > at_once else 1) <= shared_memory:
                 return at_once, stages
     return _LEAST_INPUTS, 1
 
@@ -126,7 +124,8 @@ def _launch(
     values_OI = weight_OI.values_OI if isinstance(weight_OI, Fp8Weight) else weight_OI
     outputs, inputs = out.shape[1], values_OI.shape[1]
     block_n = _outputs(weight_OI)
-    at_once, stages = _turn(inputs, 16 * x.element_size() + block_n * (1 + gated) * values_OI.element_size(), pdl=pdl)
+    width = MOST_ROWS * x.element_size() + block_n * (1 + gated) * values_OI.element_size()
+    at_once, stages = _turn(inputs, width, room(x.device) - _BESIDE)
     parts = len(norm.squares_PT) if norm else 1
     _matmul[(triton.cdiv(outputs, block_n),)](
         norm.stream_TI if norm else x,
