@@ -167,10 +167,11 @@ class BlockManager:
         """Blocks that `grow` will take for all of `sequences` together, copies of shared blocks among them."""
         new, size = 0, self.block_size
         writers: Counter[int] = Counter()
-        for seq in sequences:  # all that run, in every step
-            new -= -len(seq.token_ids) // size + len(seq.block_table)
-            if self._writes_shared(seq):
-                writers[seq.block_table[seq.num_computed // size]] += 1
+        for seq in sequences:  # all that run, in every step: hence without calls
+            table, at = seq.block_table, seq.num_computed // size
+            new -= -len(seq.token_ids) // size + len(table)
+            if at < len(table) and self._ref_count[table[at]] > 1 and seq.num_computed >= seq.fills:
+                writers[table[at]] += 1
         # If all owners write, the last of them finds itself the only one and needs no copy.
         return new + sum(min(count, self._ref_count[block] - 1) for block, count in writers.items())
 
@@ -180,10 +181,11 @@ class BlockManager:
         Returns the (source, destination) block copies that the step must make first. The caller has checked `demand`
         against `num_available`.
         """
-        if len(seq.token_ids) <= len(seq.block_table) * self.block_size and not self._writes_shared(seq):
+        shared = self._writes_shared(seq)
+        if len(seq.token_ids) <= len(seq.block_table) * self.block_size and not shared:
             return []
         copies = []
-        if self._writes_shared(seq):
+        if shared:
             i = seq.num_computed // self.block_size
             source, seq.block_table[i] = seq.block_table[i], self._pop()
             self._release(source)

@@ -30,6 +30,7 @@ class RowTable:
         self._min_p = np.zeros(max_rows, np.float32)
         self._seed = np.zeros(max_rows, np.uint64)
         self._num_logprobs = np.full(max_rows, -1, np.int32)
+        self._changed = np.zeros(max_rows, np.bool_)  # whose logits are changed before the draw, or may be
 
     def add(self, seq: Sequence) -> None:
         """Gives `seq` a row and writes what its request fixes."""
@@ -42,6 +43,13 @@ class RowTable:
         self._min_p[row] = params.min_p
         self._seed[row] = seq.seed
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._changed[row] = bool(
+            params.logit_bias
+            or params.min_tokens
+            or params.allowed_token_ids is not None
+            or params.has_penalties
+            or seq.request.bad_words_token_ids
+        )
         if params.beams:
             self._num_logprobs[row] = max(self._num_logprobs[row], num_candidates(params, self._eos))
         self.write_blocks(seq, 0)
@@ -104,9 +112,10 @@ class RowTable:
             counter=np.array([seq.num_output for seq in samples], np.int32),
             num_logprobs=self._num_logprobs[rows],
         )
-        self._write_bias(samples, columns)
-        _write_allowed(samples, columns)
-        _write_penalties(samples, columns)
+        if self._changed[rows].any():
+            self._write_bias(samples, columns)
+            _write_allowed(samples, columns)
+            _write_penalties(samples, columns)
         return columns
 
     def _write_bias(self, samples: list[Sequence], columns: SamplingColumns) -> None:

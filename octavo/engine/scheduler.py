@@ -81,6 +81,7 @@ class Scheduler:
             max_len=num_prompt + max_tokens,
             forked=request.params.num_sequences == 1,
             search=BeamSearch(request.params, self._eos, max_tokens) if request.params.beams else None,
+            bound=request.params.has_penalties or bool(request.bad_words_token_ids),
         )
         self._states[request.request_id] = state
         if self._fair is not None:
@@ -237,8 +238,9 @@ class Scheduler:
         if n > 1:  # others may share a prompt's blocks from this very step on
             self.blocks.commit(seq)
         if seq.want == 0:
-            forks = 1 if state.forked or state.search else state.request.params.n
-            plan.samples += [(seq, fork) for fork in range(forks)]
+            plan.samples.append((seq, 0))
+            if not state.forked and state.search is None:
+                plan.samples += [(seq, fork) for fork in range(1, state.request.params.n)]
 
     def _make_room(self, plan: Plan) -> None:
         """Preempts until every running sequence can take its next step."""
@@ -341,8 +343,10 @@ class Scheduler:
     def update(self, result: StepResult) -> StepOutput:
         """Takes in the oldest step's result: appends tokens, forks, ends sequences, offers full blocks to the cache."""
         plan = self._steps.popleft()
+        size = self.blocks.block_size
         for seq, _ in plan.entries:
-            self.blocks.commit(seq)
+            if seq.num_computed >= (seq.num_committed + 1) * size:  # most have filled no block in this step
+                self.blocks.commit(seq)
         output = StepOutput(tokens=[], started=self._started)
         self._started = []
         output.add_prompt_logprobs(plan, result.prompt_logprobs)

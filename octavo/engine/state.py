@@ -21,6 +21,7 @@ class RequestState:
     max_len: int  # tokens of prompt and answer at which a sequence ends
     forked: bool  # whether its samples or beams exist; until the prompt is computed there is one sequence
     search: BeamSearch | None = None
+    bound: bool = False  # whether its draws depend on the tokens before
     started: bool = False
     counted: int = 0  # prompt tokens that were cached, or have been put on its tenant's account
     lost_tokens: int = 0  # computed before the last preemption, and not kept in host memory
@@ -39,9 +40,7 @@ class RequestState:
         It may not where the step's shape or its draws depend on them: samples still to be forked, beams, penalties,
         bad words.
         """
-        params = self.request.params
-        bound = params.has_penalties or self.request.bad_words_token_ids
-        return self.forked and self.search is None and not bound
+        return self.forked and self.search is None and not self.bound
 
     @property
     def num_common(self) -> int:
