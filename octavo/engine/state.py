@@ -21,7 +21,7 @@ class RequestState:
     max_len: int  # tokens of prompt and answer at which a sequence ends
     forked: bool  # whether its samples or beams exist; until the prompt is computed there is one sequence
     search: BeamSearch | None = None
-    bound: bool = False  # whether its draws depend on the tokens before
+    bound: bool = False  # whether its draws depend on the tokens before: penalties, bad words
     started: bool = False
     counted: int = 0  # prompt tokens that were cached, or have been put on its tenant's account
     lost_tokens: int = 0  # computed before the last preemption, and not kept in host memory
@@ -37,8 +37,7 @@ class RequestState:
     def runs_ahead(self) -> bool:
         """Whether its next step may be scheduled before the last one's tokens are seen.
 
-        It may not where the step's shape or its draws depend on them: samples still to be forked, beams, penalties,
-        bad words.
+        It may not where the step's shape or its draws depend on them: samples still to be forked, beams, or `bound`.
         """
         return self.forked and self.search is None and not self.bound
 
