@@ -114,9 +114,10 @@ class CudaExecutor:
 
         `settle` is told what memory the model and its largest steps take, and gives the `config` to go on with.
         """
-        from octavo.runner.cuda_memory import largest_decode, measure
+        from octavo.runner.cuda_memory import largest_decode, let_segments_grow, measure
         from octavo.runner.cuda_runner import CudaRunner
 
+        let_segments_grow()
         model = _load_model(checkpoint, config, load_format)
         if settle is not None:
             config = settle(measure(model, config))
