@@ -181,7 +181,7 @@ class BlockManager:
         Returns the (source, destination) block copies that the step must make first. The caller has checked `demand`
         against `num_available`.
         """
-        shared = self._writes_shared(seq)
+        shared = self.writes_shared(seq)
         if len(seq.token_ids) <= len(seq.block_table) * self.block_size and not shared:
             return []
         copies = []
@@ -194,7 +194,11 @@ class BlockManager:
             seq.block_table.append(self._pop())
         return copies
 
-    def _writes_shared(self, seq: Sequence) -> bool:
+    def extend(self, seq: Sequence) -> None:
+        """Gives `seq`, whose blocks are full, one more."""
+        seq.block_table.append(self._pop())
+
+    def writes_shared(self, seq: Sequence) -> bool:
         """Whether the next token of `seq` falls into a block that others own as well, and not for it to fill."""
         if seq.num_computed < seq.fills:
             return False

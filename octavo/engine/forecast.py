@@ -5,7 +5,7 @@ Admitting whatever fits this moment means preempting it soon after: measured, tw
 what they may still generate and from how long answers have been lately. Knows no order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -30,8 +30,14 @@ class Forecast:
         """Takes in the length of an answer that has ended."""
         self._mean += MEMORY * (num_output - self._mean)
 
-    def fits(self, state: RequestState, running: Iterable[RequestState], blocks: BlockManager, owned_hits: int) -> bool:
-        """Whether the `running` requests will probably not have to give way soon if `state` joins them.
+    def fits(
+        self,
+        state: RequestState,
+        running_requests: Callable[[], list[RequestState]],
+        blocks: BlockManager,
+        owned_hits: int,
+    ) -> bool:
+        """Whether the running requests will probably not have to give way soon if `state` joins them.
 
         `owned_hits` blocks of its prompt are held by running requests already.
         """
@@ -40,6 +46,7 @@ class Forecast:
         growth = self._max_rows * self._mean * SHARE_OF_MEAN
         if (blocks.num_owned + joining) * block + growth <= blocks.num_blocks * block:
             return True  # even if there were as many rows as there may be
+        running = running_requests()  # only now, since it may take long to know all of them
         together = [(each, seq) for each in running for seq in each.sequences]
         held = [(len(seq.block_table) - seq.num_borrowed) * block for _, seq in together]
         shared = blocks.num_owned * block - sum(held)  # by sequences whose first owner has ended

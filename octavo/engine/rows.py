@@ -4,15 +4,30 @@ What a request fixes (sampling parameters, its block table as it grows) is writt
 is a handful of array look-ups instead of a walk over Python objects. Knows nothing of budgets or order.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from octavo.batch import Batch, Ints, PromptLogprobs, SamplingColumns
 from octavo.engine.beam_search import num_candidates
+from octavo.engine.decoding import NOBODY, Advance
 from octavo.engine.state import Plan
-from octavo.request import Sequence
+from octavo.request import Request, Sequence
 
 # A request's sample k draws from the random stream seed + k * FORK_STRIDE (modulo 2**64): no two samples share one.
 FORK_STRIDE = 0x9E3779B97F4A7C15
+
+
+def changes_logits(request: Request) -> bool:
+    """Whether a draw of `request` may need its logits changed before."""
+    params = request.params
+    return bool(
+        params.logit_bias
+        or params.min_tokens
+        or params.allowed_token_ids is not None
+        or params.has_penalties
+        or request.bad_words_token_ids
+    )
 
 
 class RowTable:
@@ -21,6 +36,7 @@ class RowTable:
     def __init__(self, max_rows: int, max_blocks: int, block_size: int, eos_token_ids: tuple[int, ...]):
         self._block_size = block_size
         self._eos = frozenset(eos_token_ids)
+        self._every_row = np.arange(max_rows + 1, dtype=np.int32)
         self._free = list(range(max_rows - 1, -1, -1))
         self._blocks = np.zeros((max_rows, max_blocks), np.int32)
         self._ntk_alpha = np.ones(max_rows, np.float32)
@@ -43,13 +59,7 @@ class RowTable:
         self._min_p[row] = params.min_p
         self._seed[row] = seq.seed
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self._changed[row] = bool(
-            params.logit_bias
-            or params.min_tokens
-            or params.allowed_token_ids is not None
-            or params.has_penalties
-            or seq.request.bad_words_token_ids
-        )
+        self._changed[row] = changes_logits(seq.request)
         if params.beams:
             self._num_logprobs[row] = max(self._num_logprobs[row], num_candidates(params, self._eos))
         self.write_blocks(seq, 0)
@@ -63,34 +73,38 @@ class RowTable:
         seq.row = -1
 
     def batch(self, plan: Plan) -> Batch:
-        """The Batch in which each (sequence, n) of `plan.entries` computes the last n of its `num_computed` tokens."""
+        """The Batch of `plan`: who only decodes, then each (sequence, n) of `entries` with the last n of its
+        `num_computed` tokens. Notes the samples' rows in `plan`."""
+        if not plan.entries:
+            assert plan.advance is not None, "a step in which nobody computes anything"
+            return self._decode_batch(plan, plan.advance)
+        advance = plan.advance or NOBODY
+        first_rows, ahead = advance.members.rows, len(advance.positions)
         entries, samples = plan.entries, plan.samples
-        rows = np.array([seq.row for seq, _ in entries], np.int32)
-        counts = np.array([n for _, n in entries], np.int32)
-        first = np.array([seq.num_computed - n for seq, n in entries], np.int32)
-        query_start = np.zeros(len(entries) + 1, np.int32)
+        rows = np.concatenate((first_rows, np.array([seq.row for seq, _ in entries], np.int32)))
+        counts = np.concatenate((np.ones(ahead, np.int32), np.array([n for _, n in entries], np.int32)))
+        first = np.concatenate((advance.positions, np.array([seq.num_computed - n for seq, n in entries], np.int32)))
+        query_start = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
         token_ids: list[int] = []
         for seq, n in entries:
             token_ids += seq.token_ids[seq.num_computed - n : seq.num_computed]
-        row_of_token = np.repeat(np.arange(len(entries), dtype=np.int32), counts)
+        row_of_token = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
         positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(first - query_start[:-1], counts)
-        widest = max(len(seq.block_table) for seq, _ in entries)
-        tables = self._blocks[rows, :widest]
-        slots = tables[row_of_token, positions // self._block_size] * self._block_size
-        slots += positions % self._block_size
+        tables = self._tables(rows, int((first + counts).max()))
         entry_of_row = np.zeros(len(self._blocks), np.int32)
-        entry_of_row[rows] = np.arange(len(entries))
+        entry_of_row[rows] = np.arange(len(rows))
+        plan.sample_rows = np.concatenate((first_rows, np.array([seq.row for seq, _ in samples], np.int32)))
         batch = Batch(
-            token_ids=np.array(token_ids, np.int32),
+            token_ids=np.concatenate((advance.token_ids, np.array(token_ids, np.int32))),
             positions=positions,
-            slots=slots,
+            slots=self._slots(tables, row_of_token, positions),
             query_start=query_start,
             seq_lens=first + counts,
             block_tables=tables,
             ntk_alpha=self._ntk_alpha[rows],
-            sample_index=query_start[1 + entry_of_row[[seq.row for seq, _ in samples]]] - 1,
-            sampling=self._sampling([seq for seq, _ in samples], [fork for _, fork in samples]),
+            sample_index=query_start[1 + entry_of_row[plan.sample_rows]] - 1,
+            sampling=self._sampling(plan.sample_rows, advance.counter, samples),
             block_copies=_pairs(plan.copies),
             swap_out=_pairs(plan.swap_out),
             swap_in=_pairs(plan.swap_in),
@@ -101,27 +115,61 @@ class RowTable:
             batch.loaded_bytes = np.stack([content for _, content in plan.loads])
         return batch
 
-    def _sampling(self, samples: list[Sequence], forks: list[int]) -> SamplingColumns:
-        rows = np.array([seq.row for seq in samples], np.int32)
+    def _decode_batch(self, plan: Plan, advance: Advance) -> Batch:
+        """A step of nobody but those who only decode."""
+        members, positions = advance.members, advance.positions
+        rows = plan.sample_rows = members.rows
+        if members.sampling is None:
+            members.sampling = self._sampling(rows, advance.counter, [])
+        seq_lens = positions + 1
+        tables = self._tables(rows, int(seq_lens.max()))
+        every_row = self._every_row[: len(rows)]
+        return Batch(
+            token_ids=advance.token_ids,
+            positions=positions,
+            slots=self._slots(tables, every_row, positions),
+            query_start=self._every_row[: len(rows) + 1],
+            seq_lens=seq_lens,
+            block_tables=tables,
+            ntk_alpha=self._ntk_alpha[rows],
+            sample_index=every_row,
+            sampling=replace(members.sampling, counter=advance.counter),
+            block_copies=_pairs(plan.copies),
+            swap_out=_pairs(plan.swap_out),
+        )
+
+    def _tables(self, rows: Ints, longest: int) -> Ints:
+        return self._blocks[rows, : -(-longest // self._block_size)]
+
+    def _slots(self, tables: Ints, row_of_token: Ints, positions: Ints) -> Ints:
+        slots = tables[row_of_token, positions // self._block_size] * self._block_size
+        slots += positions % self._block_size
+        return slots
+
+    def _sampling(self, rows: Ints, counter: Ints, samples: list[tuple[Sequence, int]]) -> SamplingColumns:
+        """Of the samples in `rows`: first those who only decode, with their `counter`, then `samples`."""
+        forks = np.zeros(len(rows), np.uint64)
+        forks[len(counter) :] = [fork for _, fork in samples]
         columns = SamplingColumns(
             temperature=self._temperature[rows],
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
-            seed=self._seed[rows] + np.array(forks, np.uint64) * np.uint64(FORK_STRIDE),
-            counter=np.array([seq.num_output for seq in samples], np.int32),
+            seed=self._seed[rows] + forks * np.uint64(FORK_STRIDE),
+            counter=np.concatenate((counter, np.array([seq.num_output for seq, _ in samples], np.int32))),
             num_logprobs=self._num_logprobs[rows],
         )
         if self._changed[rows].any():
-            self._write_bias(samples, columns)
-            _write_allowed(samples, columns)
-            _write_penalties(samples, columns)
+            numbered = [(i, seq) for i, (seq, _) in enumerate(samples, len(counter))]
+            self._write_bias(numbered, columns)
+            _write_allowed(numbered, columns)
+            _write_penalties(numbered, columns)
         return columns
 
-    def _write_bias(self, samples: list[Sequence], columns: SamplingColumns) -> None:
+    def _write_bias(self, samples: list[tuple[int, Sequence]], columns: SamplingColumns) -> None:
         """logit_bias, and -inf for what may not come yet (min_tokens) or next (bad words)."""
         triples: list[tuple[int, int, float]] = []
-        for i, seq in enumerate(samples):
+        for i, seq in samples:
             request, params = seq.request, seq.request.params
             if params.logit_bias:
                 triples += [(i, token, value) for token, value in params.logit_bias.items()]
@@ -143,8 +191,8 @@ def _pairs(copies: list[tuple[int, int]]) -> Ints:
     return np.array(copies, np.int32).reshape(-1, 2)
 
 
-def _write_allowed(samples: list[Sequence], columns: SamplingColumns) -> None:
-    chosen = [(i, seq.request.params.allowed_token_ids) for i, seq in enumerate(samples)]
+def _write_allowed(samples: list[tuple[int, Sequence]], columns: SamplingColumns) -> None:
+    chosen = [(i, seq.request.params.allowed_token_ids) for i, seq in samples]
     lists = [(i, allowed) for i, allowed in chosen if allowed is not None]
     if lists:
         columns.allowed_sample = np.array([i for i, _ in lists], np.int32)
@@ -152,8 +200,8 @@ def _write_allowed(samples: list[Sequence], columns: SamplingColumns) -> None:
         columns.allowed_token = np.array([token for _, allowed in lists for token in allowed], np.int32)
 
 
-def _write_penalties(samples: list[Sequence], columns: SamplingColumns) -> None:
-    chosen = [(i, seq) for i, seq in enumerate(samples) if seq.request.params.has_penalties]
+def _write_penalties(samples: list[tuple[int, Sequence]], columns: SamplingColumns) -> None:
+    chosen = [(i, seq) for i, seq in samples if seq.request.params.has_penalties]
     if not chosen:
         return
     params = [seq.request.params for _, seq in chosen]

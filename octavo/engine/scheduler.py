@@ -10,6 +10,7 @@ import bisect
 import itertools
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 
 from octavo.batch import Batch, StepResult
@@ -17,11 +18,12 @@ from octavo.config import EngineConfig
 from octavo.engine.admission import Admission
 from octavo.engine.beam_search import BeamSearch
 from octavo.engine.block_manager import BlockManager
+from octavo.engine.decoding import Decoding
 from octavo.engine.fair_share import DRAWN_TOKEN, FairShare
 from octavo.engine.forecast import Forecast
 from octavo.engine.limits import Limits
 from octavo.engine.prefix_store import PrefixStore
-from octavo.engine.rows import FORK_STRIDE, RowTable
+from octavo.engine.rows import FORK_STRIDE, RowTable, changes_logits
 from octavo.engine.state import Plan, RequestState, StepOutput, token_logprobs
 from octavo.engine.swap import SwapCost, SwapSpace
 from octavo.log import logger
@@ -48,6 +50,7 @@ class Scheduler:
         self._rows = RowTable(
             config.max_num_seqs, config.max_blocks_per_seq, config.block_size, config.model.eos_token_ids
         )
+        self._decoding = Decoding(config.max_num_seqs, self.blocks, self._eos)
         self._states: dict[str, RequestState] = {}
         self._waiting: list[RequestState] = []
         self._running: list[RequestState] = []
@@ -55,6 +58,7 @@ class Scheduler:
         self._started: list[tuple[str, float, int]] = []
         self._forecast = Forecast(config.max_num_seqs)
         self._numbers = itertools.count()
+        self._step_numbers = itertools.count()
         self._stats = EngineStats()
         self.admission = Admission(self.blocks, self.swap, store, self._stats)
 
@@ -82,6 +86,7 @@ class Scheduler:
             forked=request.params.num_sequences == 1,
             search=BeamSearch(request.params, self._eos, max_tokens) if request.params.beams else None,
             bound=request.params.has_penalties or bool(request.bad_words_token_ids),
+            plain=self._fair is None and request.params.logprobs is None and not changes_logits(request),
         )
         self._states[request.request_id] = state
         if self._fair is not None:
@@ -104,6 +109,7 @@ class Scheduler:
             return
         if index is not None and (not state.forked or state.search is not None):
             return  # the samples, or a search's answers, do not exist yet: none of them can have shown a stop string
+        self._stop_decoding(state)
         leader = state.sequences[0]
         filling = leader.num_computed < leader.fills
         for seq in list(state.sequences):
@@ -127,7 +133,8 @@ class Scheduler:
         stats.blocks_free, stats.blocks_cached = blocks.num_free, blocks.num_cached
         stats.blocks_owned, stats.block_references = blocks.num_owned, blocks.num_references
         stats.block_size = blocks.block_size
-        stats.empty_slots = blocks.empty_slots(seq for state in self._running for seq in state.sequences)
+        stats.empty_slots = blocks.empty_slots(seq for state in self._others() for seq in state.sequences)
+        stats.empty_slots += self._decoding.empty_slots()
         stats.host_blocks_used = self.swap.num_used
         return stats
 
@@ -140,14 +147,22 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step, or None if nobody has anything to compute before the steps under way are done."""
+        for seq in self._decoding.complete():
+            self._stop_decoding(self._states[seq.request.request_id])
         short = self._short_of_blocks()
         if self._steps and (short or self._fair is not None):
             return None  # who gives way is chosen when everybody's tokens are known
         plan = Plan(budget=self._config.max_num_batched_tokens)
+        if len(self._decoding) > plan.budget:
+            self._stop_all_decoding()
         if short:
+            self._decoding.flush()
             self._make_room(plan)
         elif self._fair is not None:
             self._even_out(self._fair, plan)
+        if len(self._decoding):
+            plan.advance = self._decoding.advance(self._rows.write_blocks)
+            plan.budget -= len(self._decoding)
         for state, seq in self._by_urgency():
             self._place(state, seq, plan)
         if not short and plan.budget > 0 and self._waiting:
@@ -155,26 +170,67 @@ class Scheduler:
             while plan.budget > 0 and self._waiting and self._admit(state := self._next(), plan):
                 for seq in state.sequences:
                     self._place(state, seq, plan)
-        if not plan.entries:
+        if not plan.entries and plan.advance is None:
             assert self._steps or not self._running, "running requests, but nothing to compute"
             return None
+        plan.number = next(self._step_numbers)
         self._steps.append(plan)
         batch = self._rows.batch(plan)
-        for sample, (seq, _) in enumerate(plan.samples):
-            if self._states[seq.request.request_id].runs_ahead:
-                seq.token_ids.append(~sample)
-                seq.num_pending += 1
+        if plan.entries:
+            self._decoding.interrupted()
+            self._place_drawn(plan)
         return batch
 
+    def _place_drawn(self, plan: Plan) -> None:
+        """Appends a placeholder for every token that may be computed before it is seen; who now only decodes joins."""
+        drawing: dict[RequestState, int] = {}
+        for sample, (seq, _) in enumerate(plan.samples, len(self._decoding)):
+            state = self._states[seq.request.request_id]
+            if state.runs_ahead:
+                seq.token_ids.append(~sample)
+                seq.num_pending += 1
+                drawing[state] = drawing.get(state, 0) + 1
+        joining: list[tuple[Sequence, int]] = []
+        for state, count in drawing.items():
+            if (
+                state.plain
+                and count == len(state.sequences)
+                and all(self._only_decodes(state, seq) for seq in state.sequences)
+            ):
+                state.decoding = True
+                joining += [(seq, state.max_len) for seq in state.sequences]
+        if joining:
+            self._decoding.join(joining, plan.number)
+
+    def _only_decodes(self, state: RequestState, seq: Sequence) -> bool:
+        """Whether `seq`, which draws in the last step, has nothing to do from now on but compute what it has drawn."""
+        in_a_row = seq.num_pending == 1 or seq.num_pending == len(self._steps)
+        return in_a_row and seq.want == 1 and seq.num_tokens < state.max_len and not self.blocks.writes_shared(seq)
+
+    def _stop_decoding(self, state: RequestState) -> None:
+        """Has `state` run as any other, which may do what it likes."""
+        if state.decoding:
+            state.decoding = False
+            self._decoding.leave(state.sequences)
+
+    def _stop_all_decoding(self) -> None:
+        self._decoding.leave_all()
+        for state in self._running:
+            state.decoding = False
+
+    def _others(self) -> Iterator[RequestState]:
+        """Running requests that do not only decode."""
+        return (state for state in self._running if not state.decoding)
+
     def _by_urgency(self) -> list[tuple[RequestState, Sequence]]:
-        """Running sequences with something to compute, those with a single token first.
+        """Other running sequences with something to compute, those with a single token first.
 
         A long prompt must not hold up the streams. Who has all its tokens, the last still being drawn, has nothing to
         compute.
         """
         single: list[tuple[RequestState, Sequence]] = []
         longer: list[tuple[RequestState, Sequence]] = []
-        for state in self._running:
+        for state in self._others():
             for seq in state.sequences:
                 want = len(seq.token_ids) - seq.num_computed
                 if want and len(seq.token_ids) < state.max_len:
@@ -254,8 +310,8 @@ class Scheduler:
 
     def _demand(self) -> int:
         """Blocks that the running sequences take in this step."""
-        growing = [seq for state in self._running for seq in state.sequences if len(seq.token_ids) < state.max_len]
-        return self.blocks.demand(growing)
+        growing = [seq for state in self._others() for seq in state.sequences if len(seq.token_ids) < state.max_len]
+        return self.blocks.demand(growing) + self._decoding.demand()
 
     def _victim(self) -> RequestState:
         """Of the least important requests the one that is cheapest to compute again, the latest among equals."""
@@ -275,6 +331,7 @@ class Scheduler:
         What it has computed goes to host memory if that is cheaper than doing it again, and there is a `plan` whose
         step can make the copies.
         """
+        self._stop_decoding(state)
         kept = plan is not None and self.swap.suits(state.sequences, self.blocks)
         for seq in state.sequences:
             self._rows.remove(seq)
@@ -323,7 +380,12 @@ class Scheduler:
 
     def _fits_ahead(self, state: RequestState, owned_hits: int) -> bool:
         """Whether the running requests will probably not have to give way soon if `state` joins them."""
-        return self._forecast.fits(state, self._running, self.blocks, owned_hits)
+        return self._forecast.fits(state, self._up_to_date, self.blocks, owned_hits)
+
+    def _up_to_date(self) -> list[RequestState]:
+        """The running requests, with all that is known of them."""
+        self._decoding.flush()
+        return self._running
 
     def _count_admission(self, state: RequestState, found: int) -> None:
         leader, stats = state.sequences[0], self._stats
@@ -347,16 +409,44 @@ class Scheduler:
         for seq, _ in plan.entries:
             if seq.num_computed >= (seq.num_committed + 1) * size:  # most have filled no block in this step
                 self.blocks.commit(seq)
-        output = StepOutput(tokens=[], started=self._started)
+        drawn, complete, others = self._decoding.take(
+            plan.number, plan.advance.members if plan.advance else None, plan.sample_rows, result.token_ids
+        )
+        output = StepOutput(tokens=drawn, started=self._started)
         self._started = []
+        self._end_decoding(complete, output)
         output.add_prompt_logprobs(plan, result.prompt_logprobs)
+        if others:
+            self._take_others(plan, result, others, output)
+        self._stats.count_step(len(result.token_ids), self.blocks.num_owned, self.blocks.num_references)
+        return output
+
+    def _end_decoding(self, complete: list[tuple[int, Sequence]], output: StepOutput) -> None:
+        """Ends sequences that only decoded, whose last tokens are those at these places of `output`."""
+        if complete:
+            self._decoding.leave([seq for _, seq in complete])
+        for i, seq in complete:
+            state = self._states[seq.request.request_id]
+            name, index, token, *_ = output.tokens[i]
+            reason, stop = self._ending(state, seq, token)
+            assert reason is not None, "a sequence is complete, but has no reason to end"
+            output.tokens[i] = (name, index, token, reason, stop, None)
+            self._forecast.ended(seq.num_known - seq.num_prompt)
+            self._end(state, seq, reason)
+
+    def _take_others(self, plan: Plan, result: StepResult, samples: list[int], output: StepOutput) -> None:
+        """Takes in what these samples of a step drew, sequence by sequence."""
         tokens = result.token_ids.tolist()
-        owners = [self._fork(seq, index) if index and seq.finish_reason is None else seq for seq, index in plan.samples]
+        first = plan.advance.members.sequences if plan.advance else []
+        drawing = [(i, *(plan.samples[i - len(first)] if i >= len(first) else (first[i], 0))) for i in samples]
+        owners = [
+            (i, self._fork(seq, index) if index and seq.finish_reason is None else seq) for i, seq, index in drawing
+        ]
         if self._fair is not None:
-            for seq in owners:
+            for _, seq in owners:
                 self._fair.serve(seq.request.tenant, DRAWN_TOKEN)
         searching: dict[RequestState, None] = {}
-        for i, seq in enumerate(owners):
+        for i, seq in owners:
             if seq.finish_reason is not None:
                 continue  # it ended while this step was under way
             state = self._states[seq.request.request_id]
@@ -368,8 +458,6 @@ class Scheduler:
                 searching[state] = None
         for state in searching:
             self._advance(state, output)
-        self._stats.count_step(len(tokens), self.blocks.num_owned, self.blocks.num_references)
-        return output
 
     def _append(self, seq: Sequence, token: int, result: StepResult, sample: int, output: StepOutput) -> None:
         """Appends what sample number `sample` of a step drew, and ends the sequence if that completes it."""

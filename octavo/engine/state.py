@@ -5,8 +5,11 @@ They hold state and decide nothing.
 
 from dataclasses import dataclass, field
 
-from octavo.batch import LogprobColumns
+import numpy as np
+
+from octavo.batch import Ints, LogprobColumns
 from octavo.engine.beam_search import BeamSearch, Hypothesis
+from octavo.engine.decoding import Advance
 from octavo.engine.prefix_store import Bytes
 from octavo.request import BeamScore, Request, Sequence, TokenLogprobs, TokenOutput
 
@@ -22,6 +25,8 @@ class RequestState:
     forked: bool  # whether its samples or beams exist; until the prompt is computed there is one sequence
     search: BeamSearch | None = None
     bound: bool = False  # whether its draws depend on the tokens before: penalties, bad words
+    plain: bool = False  # whether it could do nothing but decode: its draws want temperature and filters alone
+    decoding: bool = False  # whether its sequences are in `Decoding`
     started: bool = False
     counted: int = 0  # prompt tokens that were cached, or have been put on its tenant's account
     lost_tokens: int = 0  # computed before the last preemption, and not kept in host memory
@@ -61,10 +66,14 @@ class Plan:
     """A step while it is made, and until its result is read."""
 
     budget: int  # tokens that may still be added
+    number: int = 0  # of the step
     rows: int = 0  # of the running requests, those kept for samples to come among them; known while others join
+    advance: Advance | None = None  # those who only decode: first in the step, with a token and a sample each
     entries: list[tuple[Sequence, int]] = field(default_factory=list)
-    # Who draws a token, in the entries' order: (sequence, 0), and (sequence, k) for its k-th fork, still to be made.
+    # Who of them draws a token, in the entries' order: (sequence, 0), and (sequence, k) for its k-th fork, which is still
+    # to be made.
     samples: list[tuple[Sequence, int]] = field(default_factory=list)
+    sample_rows: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # of all samples, when the step was made
     # (sequence, prompt position of the first, number of positions) whose logprobs are wanted
     prompt_spans: list[tuple[Sequence, int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination)

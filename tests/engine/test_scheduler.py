@@ -244,6 +244,11 @@ def test_any_traffic_ends_with_the_right_answers(data):
         n, max_tokens = data.draw(st.sampled_from([1, 1, 1, 2, 3])), data.draw(st.integers(1, 24))
         params = {"n": n, "max_tokens": max_tokens, "seed": i, "priority": data.draw(st.integers(0, 1))}
         beams = data.draw(st.integers(0, 3)) == 0
+        stops = data.draw(st.sampled_from([(), tuple(range(0, 1000, 11))]))
+        if data.draw(st.integers(0, 4)) == 0:
+            params |= {"logit_bias": {500: 0.0}}  # says nothing, but takes the slow path
+        if not beams:
+            params |= {"stop_token_ids": list(stops), "ignore_eos": data.draw(st.booleans())}
         if beams:
             params |= {"temperature": 0.0, "beam_width": max(2, n), "ignore_eos": data.draw(st.booleans())}
         try:
@@ -253,13 +258,19 @@ def test_any_traffic_ends_with_the_right_answers(data):
         answers = [tokens for tokens, _ in expected_beams(prompt, request.params)] if beams else None
         for k in range(n):
             seed = (i + k * FORK_STRIDE) % 2**64
-            wanted[f"r{i}", k] = answers[k] if answers else expected(prompt, max_tokens, seed)
+            wanted[f"r{i}", k] = answers[k] if answers else until_stop(expected(prompt, max_tokens, seed), params)
         if data.draw(st.integers(0, 9)) == 0:
             abort_some(bench, f"r{i}", n, data, wanted, beams)
     bench.run()
     assert {key: answer for key, answer in bench.answers.items() if answer} == {
         key: answer for key, answer in wanted.items() if answer
     }
+
+
+def until_stop(answer, params):
+    """`answer` up to the first token that ends it."""
+    ends = {*params["stop_token_ids"], *([] if params["ignore_eos"] else [EOS])}
+    return answer[: next((i for i, token in enumerate(answer) if token in ends), len(answer)) + 1]
 
 
 def abort_some(bench, name, n, data, wanted, beams):
