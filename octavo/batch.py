@@ -118,6 +118,9 @@ class Batch:
     sampling: SamplingColumns
     block_copies: Ints  # [C, 2] blocks to copy, source to destination, before the step (copy-on-write)
     prompt_logprobs: PromptLogprobs | None = None
+    # Whether this is the step before once more: the same rows, samples and parameters, each row one token further, with
+    # at most one block more in its table, and nothing to move. A device may go on from what it has.
+    continues: bool = False
     # Blocks to copy to host memory, and then others back from it, before `block_copies`: (device block, host block).
     swap_out: Ints = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [O, 2]
     swap_in: Ints = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [I, 2]

@@ -194,9 +194,12 @@ class BlockManager:
             seq.block_table.append(self._pop())
         return copies
 
-    def extend(self, seq: Sequence) -> None:
-        """Gives `seq`, whose blocks are full, one more."""
-        seq.block_table.append(self._pop())
+    def extend(self, sequences: list[Sequence]) -> list[int]:
+        """Gives each of `sequences`, whose blocks are full, one more: these blocks."""
+        new = [self._pop() for _ in sequences]
+        for seq, block in zip(sequences, new, strict=True):
+            seq.block_table.append(block)
+        return new
 
     def writes_shared(self, seq: Sequence) -> bool:
         """Whether the next token of `seq` falls into a block that others own as well, and not for it to fill."""

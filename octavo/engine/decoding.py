@@ -153,16 +153,16 @@ class Decoding:
         count = len(self)
         return int(np.count_nonzero(self._length[:count] > self._room[:count]))
 
-    def advance(self, write_blocks: Callable[[Sequence, int], None]) -> Advance:
-        """Lets every member compute its last token in the next step. Who needs a block for it gets one, and
-        `write_blocks` is told the sequence and the place in its table."""
+    def advance(self, append_blocks: Callable[[Ints, Ints, list[int]], None]) -> Advance:
+        """Lets every member compute its last token in the next step. Those who need a block for it get one, of which
+        `append_blocks` is told: their rows, the places in their tables, the blocks."""
         members, count = self._members, len(self)
         length = self._length[:count]
-        for i in np.flatnonzero(length > self._room[:count]).tolist():
-            seq = members.sequences[i]
-            self._blocks.extend(seq)
-            write_blocks(seq, len(seq.block_table) - 1)
-            self._room[i] += self._blocks.block_size
+        full = np.flatnonzero(length > self._room[:count])
+        if len(full):
+            new = self._blocks.extend([members.sequences[i] for i in full.tolist()])
+            append_blocks(members.rows[full], self._room[full] // self._blocks.block_size, new)
+            self._room[full] += self._blocks.block_size
         step = Advance(
             members,
             token_ids=self._next_token[:count].copy(),

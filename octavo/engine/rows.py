@@ -68,6 +68,10 @@ class RowTable:
         """Copies `seq.block_table` from entry `start` on."""
         self._blocks[seq.row, start : len(seq.block_table)] = seq.block_table[start:]
 
+    def append_blocks(self, rows: Ints, places: Ints, blocks: list[int]) -> None:
+        """Writes one new block of each of `rows` to its place in the table."""
+        self._blocks[rows, places] = blocks
+
     def remove(self, seq: Sequence) -> None:
         self._free.append(seq.row)
         seq.row = -1
@@ -136,6 +140,7 @@ class RowTable:
             sampling=replace(members.sampling, counter=advance.counter),
             block_copies=_pairs(plan.copies),
             swap_out=_pairs(plan.swap_out),
+            continues=advance.continues and not plan.swap_out,
         )
 
     def _tables(self, rows: Ints, longest: int) -> Ints:

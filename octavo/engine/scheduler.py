@@ -161,7 +161,7 @@ class Scheduler:
         elif self._fair is not None:
             self._even_out(self._fair, plan)
         if len(self._decoding):
-            plan.advance = self._decoding.advance(self._rows.write_blocks)
+            plan.advance = self._decoding.advance(self._rows.append_blocks)
             plan.budget -= len(self._decoding)
         for state, seq in self._by_urgency():
             self._place(state, seq, plan)

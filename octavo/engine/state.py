@@ -70,8 +70,8 @@ class Plan:
     rows: int = 0  # of the running requests, those kept for samples to come among them; known while others join
     advance: Advance | None = None  # those who only decode: first in the step, with a token and a sample each
     entries: list[tuple[Sequence, int]] = field(default_factory=list)
-    # Who of them draws a token, in the entries' order: (sequence, 0), and (sequence, k) for its k-th fork, which is still
-    # to be made.
+    # Who of them draws a token, in the entries' order: (sequence, 0), and (sequence, k) for its k-th fork, still to
+    # be made.
     samples: list[tuple[Sequence, int]] = field(default_factory=list)
     sample_rows: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # of all samples, when the step was made
     # (sequence, prompt position of the first, number of positions) whose logprobs are wanted

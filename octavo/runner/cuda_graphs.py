@@ -10,20 +10,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from octavo.batch import Batch, Ints
+from octavo.batch import Batch, Floats, Ints
 from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.fused import FusedOps
 from octavo.ops.triton.prepare import prepare
 from octavo.ops.triton.shared import fits, rows_of_tile
+from octavo.runner import noise
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
 from octavo.runner.step_inputs import StepInputs
 
 # Rows up to which their order does not matter, since all start at once.
 _UNSORTED = 32
+_NO_TABLES = np.zeros(1, np.int32)
 
 
 def bucket_of(rows: int) -> int:
@@ -39,6 +42,18 @@ class RecordedStep:
     graph: torch.cuda.CUDAGraph
     ctx: ForwardContext
     hidden_RD: torch.Tensor
+
+
+@dataclass(slots=True)
+class HeldStep:
+    """What a step with draws has left on the device for one that continues it. S samples, one a row."""
+
+    recorded: RecordedStep
+    bucket: int
+    order: Ints | slice  # of the batch's rows, as they stand on the device
+    sample_index_S: Ints
+    temperature_S: Floats
+    mixed_seed_S: NDArray[np.uint64]
 
 
 class DecodeGraphs:
@@ -72,11 +87,21 @@ class DecodeGraphs:
         self._shares = not ops.invariant and fits(model.config.head_dim, model.norm.weight.dtype, model.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._recorded: dict[tuple[int, bool, bool], RecordedStep] = {}
+        self._held: HeldStep | None = None
 
     @staticmethod
     def fits(batch: Batch) -> bool:
         """Whether each row computes one token and none has a rotary stretch of its own."""
         return batch.num_tokens == batch.num_rows and bool((batch.ntk_alpha == 1.0).all())
+
+    @property
+    def holding(self) -> bool:
+        """Whether the last step on the device was one that can be continued."""
+        return self._held is not None
+
+    def forget(self) -> None:
+        """Another step's arrays take the place of what is held."""
+        self._held = None
 
     def run(self, batch: Batch, *, draws: bool) -> tuple[ForwardContext, torch.Tensor]:
         """The context, and hidden states, [R, D], in memory that the next step writes to.
@@ -85,23 +110,56 @@ class DecodeGraphs:
         in another order than the batch's, which the samples know: groups side by side, else the longest first, since
         what starts last should not take longest.
         """
+        if draws and batch.continues and self._held is not None:
+            return self._run_on(self._held, batch)
         groups = None
+        order: Ints | slice = slice(None)
         rows = batch.num_rows
         if draws:
             if self._shares:
                 block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
                 groups = find_groups(batch.block_tables, batch.seq_lens, block_size, self._rows_of_tile)
             if groups is not None:
-                batch = _in_order(batch, groups.order)
+                order = groups.order
             elif rows > _UNSORTED:
-                batch = _in_order(batch, np.argsort(-batch.seq_lens, kind="stable").astype(np.int32))
+                order = np.argsort(-batch.seq_lens, kind="stable").astype(np.int32)
+            if isinstance(order, np.ndarray):
+                batch = _in_order(batch, order)
         key = (bucket_of(rows), groups is not None, draws)
         self._send(batch, groups, key[0])
         recorded = self._recorded.get(key)
         if recorded is None:
             recorded = self._recorded[key] = self._record(*key)
         recorded.graph.replay()
+        columns = batch.sampling
+        self._held = (
+            HeldStep(
+                recorded,
+                key[0],
+                order,
+                batch.sample_index,
+                columns.temperature,
+                noise.splitmix64(columns.seed),
+            )
+            if draws and len(batch.sample_index) == rows
+            else None
+        )
         return recorded.ctx, recorded.hidden_RD[:rows]
+
+    def _run_on(self, held: HeldStep, batch: Batch) -> tuple[ForwardContext, torch.Tensor]:
+        """A step that continues the one before: order, groups and tables are on the device, and what was drawn."""
+        rows, order = batch.num_rows, held.order
+        keys = noise.keys_from(held.mixed_seed_S, batch.sampling.counter)
+        arrays = [
+            _NO_TABLES,
+            *(_padded(array[order], held.bucket, 0) for array in (batch.token_ids, batch.positions)),
+            _padded(batch.slots[order], held.bucket, -1),
+            _padded(batch.seq_lens[order], held.bucket, 0),
+        ]
+        places = self._places(held.bucket)[: len(arrays)]
+        self._inputs.send((held.sample_index_S, held.temperature_S, keys), arrays, places)
+        held.recorded.graph.replay()
+        return held.recorded.ctx, held.recorded.hidden_RD[:rows]
 
     def _send(self, batch: Batch, groups: PrefixGroups | None, bucket: int) -> None:
         places = self._places(bucket)
@@ -112,7 +170,7 @@ class DecodeGraphs:
                 _padded(array, places[7].stop - places[7].start, 0) for array in (groups.tile_start, groups.tile_rows)
             )
         self._inputs.send(
-            batch,
+            sampling_arrays(batch),
             [
                 np.array([batch.block_tables.shape[1]], np.int32),
                 *(_padded(array, bucket, 0) for array in (batch.token_ids, batch.positions)),
@@ -159,7 +217,19 @@ class DecodeGraphs:
         token_ids, tables, (cos, sin) = self._token_ids[:bucket], self._tables[:bucket], self._angles[:, :bucket]
         rope = self._model.rope
         prepare(
-            given, self._drawn_S, positions, rope.inv_freq, rope.magnitude, width, packed, token_ids, cos, sin, tables
+            given,
+            self._drawn_S,
+            positions,
+            slots,
+            self._kv_cache.layers[0].k_PBKH.shape[1],
+            rope.inv_freq,
+            rope.magnitude,
+            width,
+            packed,
+            token_ids,
+            cos,
+            sin,
+            tables,
         )
         if self._ops.invariant:  # the same functions as in steps that are no graph
             cos, sin = rope.cos_sin(positions)
@@ -179,6 +249,12 @@ class DecodeGraphs:
             query_start_host=every_row,
             seq_lens_host=every_row[1:],
         )
+
+
+def sampling_arrays(batch: Batch) -> tuple[NDArray[np.generic], ...]:
+    """What `StepInputs` sends of a step's samples."""
+    columns = batch.sampling
+    return batch.sample_index, columns.temperature, noise.keys(columns.seed, columns.counter)
 
 
 def _in_order(batch: Batch, order: Ints) -> Batch:

@@ -22,7 +22,7 @@ from octavo.ops.triton.invariant import segment_for
 from octavo.ops.triton.prepare import look_up
 from octavo.ops.triton.sampling import MIN_TEMPERATURE, draw
 from octavo.runner import noise, sampler
-from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of
+from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of, sampling_arrays
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.step_inputs import StepInputs
@@ -78,13 +78,17 @@ class CudaForward:
 
     def draw(self, batch: Batch) -> None:
         """The whole step: the batch's samples, all of them `plain`, are drawn into the beginning of `drawn_S`."""
-        if self._graphs.fits(batch):
+        if self.holds(batch) or self._graphs.fits(batch):
             self._graphs.run(batch, draws=True)
             return
         ctx = self._context(batch)
         hidden_TD = self._model.forward(ctx)
         if len(batch.sample_index):
             self._draw(ctx, hidden_TD, len(batch.sample_index))
+
+    def holds(self, batch: Batch) -> bool:
+        """Whether the step before was a graph that drew, and `batch` is that step once more."""
+        return batch.continues and self._graphs.holding
 
     def _draw(self, ctx: ForwardContext, hidden_TD: torch.Tensor, count: int) -> None:
         index_S, temperature_S, keys_S2 = self.inputs.sampling(count)
@@ -96,12 +100,13 @@ class CudaForward:
         return self._model.logits(hidden_SD, self._ctx)
 
     def _context(self, batch: Batch) -> ForwardContext:
+        self._graphs.forget()
         arrays = [batch.token_ids, batch.positions, batch.slots, batch.query_start, batch.seq_lens, batch.block_tables]
         stretched = bool((batch.ntk_alpha != 1.0).any())
         if stretched:
             arrays.append(np.repeat(batch.ntk_alpha, np.diff(batch.query_start)).view(np.int32))
         places = self.inputs.places([array.size for array in arrays])
-        self.inputs.send(batch, arrays, places)
+        self.inputs.send(sampling_arrays(batch), arrays, places)
         given_T, positions_T, slots_T, query_start_R1, seq_lens_R, tables = map(self.inputs.at, places[:6])
         rope = self._model.rope
         cos_Tr, sin_Tr = rope.cos_sin(positions_T, self.inputs.at(places[6], torch.float32) if stretched else None)
@@ -142,7 +147,10 @@ class CudaRunner:
     def submit(self, batch: Batch) -> SubmittedStep | FinishedStep:
         """Starts a step. A token id below 0 stands for sample ~id of the step before."""
         with torch.cuda.stream(self._stream):
+            if self._forward.holds(batch):
+                return self._start(batch)
             if batch.prompt_logprobs is None and plain(batch.sampling):
+                self._kv_cache.move_blocks(batch, self.waiting.ops)
                 return self._start(batch)
             result = self.waiting.run(batch)
             self._forward.drawn_S[: len(result.token_ids)] = on_device(result.token_ids, self._device)
@@ -155,7 +163,6 @@ class CudaRunner:
             return self._kv_cache.read_blocks(blocks_L)
 
     def _start(self, batch: Batch) -> SubmittedStep:
-        self._kv_cache.move_blocks(batch, self.waiting.ops)
         self._forward.draw(batch)
         self._turn = (self._turn + 1) % _RING
         S = len(batch.sample_index)

@@ -36,9 +36,12 @@ def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def keys(seed: NDArray[np.uint64], counter: Ints) -> NDArray[np.int32]:
     """The words (k0, k1) of each sample, [S, 2], as int32 with the same bits."""
-    key = splitmix64(splitmix64(seed) + counter.astype(np.uint64))
-    words = np.stack((key & np.uint64(0xFFFFFFFF), key >> np.uint64(32)), axis=1)
-    return words.astype(np.uint32).view(np.int32)
+    return keys_from(splitmix64(seed), counter)
+
+
+def keys_from(mixed_seed: NDArray[np.uint64], counter: Ints) -> NDArray[np.int32]:
+    """As `keys`, from splitmix64(seed)."""
+    return splitmix64(mixed_seed + counter.astype(np.uint64)).astype("<u8").view("<i4").reshape(-1, 2)
 
 
 def hash32(keys_S2: torch.Tensor, vocab_size: int) -> torch.Tensor:

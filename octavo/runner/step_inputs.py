@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.batch import Batch, Ints
-from octavo.runner import noise
+from octavo.batch import Ints
 
 # Steps that may be under way at once, and one that is being packed.
 _RING = 3
@@ -46,15 +45,15 @@ class StepInputs:
             start += -(-size // _ALIGN) * _ALIGN
         return found
 
-    def send(self, batch: Batch, arrays: Sequence[NDArray[np.generic]], places: Sequence[slice]) -> None:
-        """Copies the batch's sampling columns and `arrays`, these to the beginnings of `places`.
+    def send(
+        self, sampling: Sequence[NDArray[np.generic]], arrays: Sequence[NDArray[np.generic]], places: Sequence[slice]
+    ) -> None:
+        """Copies sample_index, temperature and keys of a step, and `arrays`, these to the beginnings of `places`.
 
-        What is left of a place keeps what it held, but sample indices beyond the batch's are 0.
+        What is left of a place keeps what it held, but sample indices beyond the step's are 0.
         """
         self._turn = (self._turn + 1) % _RING
         pinned = self._arrays[self._turn]
-        columns = batch.sampling
-        sampling = (batch.sample_index, columns.temperature, noise.keys(columns.seed, columns.counter))
         pinned[self._sampling[0]] = 0
         end = 0
         for array, place in zip((*sampling, *arrays), (*self._sampling, *places), strict=True):

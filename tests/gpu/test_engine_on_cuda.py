@@ -64,6 +64,37 @@ def test_the_tokens_are_the_cpu_s(tmp_path, options):
     assert answers(model, "cuda", **options) == answers(model, "cpu", **options)
 
 
+def test_steps_go_on_from_what_the_one_before_left_on_the_device(tmp_path):
+    model = str(save_llama(tmp_path))
+
+    def plain_answers(device):
+        memory = {"kv_cache_memory": "16MiB", "max_model_len": 256, "max_num_seqs": 40}
+        engine = Engine.build(EngineOptions(model=model, device=device, dtype="float32", **memory))
+        continued, submit = [], engine.executor.submit
+        engine.executor.submit = lambda batch: (continued.append(batch.continues), submit(batch))
+        found = {}
+
+        def step():
+            for name, index, token, *_ in engine.step().tokens:
+                found.setdefault((name, index), []).append(token)
+            engine.scheduler.check()
+
+        for i in range(36):
+            params = {"temperature": 0.0} if i % 3 else {"temperature": 0.9, "seed": i, "n": 1 + i % 2}
+            prompt = [3 + (7 * i + k * k) % 150 for k in range(1 + 2 * i)]
+            engine.add(Request(f"r{i}", prompt, SamplingParams(max_tokens=30 + 5 * (i % 5), ignore_eos=True, **params)))
+            if i % 12 == 11:
+                for _ in range(9):
+                    step()
+        while engine.has_work():
+            step()
+        return found, sum(continued)
+
+    (on_gpu, continued), (on_cpu, _) = plain_answers("cuda"), plain_answers("cpu")
+    assert continued > 30
+    assert on_gpu == on_cpu
+
+
 def test_fp8_weights_are_the_rounded_ones(tmp_path):
     """With activations of fp32, which are not rounded, tokens are those of a model whose weights were rounded."""
     model = save_llama(tmp_path / "model")

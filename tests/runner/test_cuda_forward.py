@@ -3,16 +3,20 @@
 What only a GPU can show (streams, real graphs, steps ahead) is for `tests/gpu`.
 """
 
+from collections import deque
 from dataclasses import replace
 
 import pytest
 import torch
 
 from octavo.batch import StepResult
+from octavo.engine.scheduler import Scheduler
 from octavo.models import read_config
 from octavo.models.loader import load_model
+from octavo.request import Request
 from octavo.runner.kv_cache import KVCache, kv_torch_dtype
 from octavo.runner.model_runner import ModelRunner
+from octavo.sampling_params import SamplingParams
 from tests import interpreter
 from tests.steps import Row, Steps
 from tests.tiny_config import engine_config
@@ -54,7 +58,9 @@ def without_a_gpu(monkeypatch):
     from octavo.runner.cuda_graphs import DecodeGraphs, RecordedStep
 
     def record(self, *key):
+        drawn = self._drawn_S.clone()
         ctx, hidden = self._compute(*key)
+        self._drawn_S.copy_(drawn)
         return RecordedStep(Replayed(lambda: self._compute(*key), hidden), ctx, hidden)
 
     zeros = torch.zeros
@@ -81,6 +87,33 @@ def test_the_tokens_are_those_of_plain_torch(tmp_path, without_a_gpu, determinis
         rows = [Row([3 + (7 * i + k * k) % 150 for k in range(n)]) for i, n in enumerate((1, 20))]
         found.append(Steps(runner).generate(rows, 3, chunk=18))
     assert found[1] == found[0]
+
+
+def test_a_step_goes_on_from_what_the_one_before_left_on_the_device(tmp_path, without_a_gpu):
+    checkpoint = FolderCheckpoint(save_model(tmp_path, "Qwen3", head_dim=16))
+    config = read_config(checkpoint.config)
+    model = load_model(checkpoint, config, torch.float32, CPU)
+    options = replace(
+        engine_config(config, num_blocks=40, block_size=16, max_num_seqs=4, max_num_batched_tokens=64), device="cuda"
+    )
+    cache = KVCache(config, options.num_blocks, options.block_size, torch.float32, CPU)
+
+    def answers(runner, depth):
+        scheduler, steps, found, continued = Scheduler(options), deque(), {}, 0
+        # The first fills its block after two steps, the last ends before the others.
+        for i, (given, wanted) in enumerate(((14, 14), (20, 14), (5, 11))):
+            prompt = [3 + (7 * i + k * k) % 150 for k in range(given)]
+            scheduler.add(Request(f"r{i}", prompt, SamplingParams(temperature=0.0, max_tokens=wanted, ignore_eos=True)))
+        while scheduler.has_work():
+            while len(steps) < depth and (batch := scheduler.schedule()):
+                continued += batch.continues
+                steps.append(runner.run(batch))
+            for name, _, token, *_ in scheduler.update(steps.popleft()).tokens:
+                found.setdefault(name, []).append(token)
+        assert continued >= 3
+        return found
+
+    assert answers(GpuRunner(model, options), 2) == answers(ModelRunner(model, cache), 1)
 
 
 def test_the_largest_steps_touch_no_block(tmp_path, without_a_gpu):
