@@ -68,7 +68,7 @@ def test_steps_go_on_from_what_the_one_before_left_on_the_device(tmp_path):
     model = str(save_llama(tmp_path))
 
     def plain_answers(device):
-        memory = {"kv_cache_memory": "16MiB", "max_model_len": 256, "max_num_seqs": 40}
+        memory = {"kv_cache_memory": "16MiB", "max_model_len": 128, "max_num_seqs": 40}
         engine = Engine.build(EngineOptions(model=model, device=device, dtype="float32", **memory))
         continued, submit = [], engine.executor.submit
         engine.executor.submit = lambda batch: (continued.append(batch.continues), submit(batch))
