@@ -8,6 +8,7 @@ While it is here the columns are the truth. Its `Sequence`s keep their block tab
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +27,22 @@ class Members:
     """Who is here, until somebody comes or goes, in the order of their tokens and samples in a step. M members."""
 
     sequences: list[Sequence] = field(default_factory=list)
-    names: list[tuple[str, int]] = field(default_factory=list)  # request id, index of the sample
+    request_ids: list[str] = field(default_factory=list)
+    indexes: list[int] = field(default_factory=list)  # of the sample in its request
     rows: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # [M] in the row table
     watched: list[tuple[int, frozenset[int]]] = field(default_factory=list)  # (member, its own stop tokens)
     sampling: SamplingColumns | None = None  # what does not change of it; filled in by the row table
+
+    @classmethod
+    def of(cls, sequences: list[Sequence]) -> "Members":
+        stops = ((i, frozenset(seq.request.params.stop_token_ids)) for i, seq in enumerate(sequences))
+        return cls(
+            sequences,
+            [seq.request.request_id for seq in sequences],
+            [seq.index for seq in sequences],
+            np.array([seq.row for seq in sequences], np.int32),
+            [(i, tokens) for i, tokens in stops if tokens],
+        )
 
 
 @dataclass(slots=True)
@@ -39,11 +52,13 @@ class Advance:
     members: Members
     token_ids: Ints  # [M] as in `Batch`
     positions: Ints  # [M]
+    slots: Ints  # [M]
     counter: Ints  # [M]
     continues: bool  # whether the step before was theirs as well, with the same members
 
 
-NOBODY = Advance(Members(), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32), continues=False)
+_NONE = np.empty(0, np.int32)
+NOBODY = Advance(Members(), token_ids=_NONE, positions=_NONE, slots=_NONE, counter=_NONE, continues=False)
 
 
 class Decoding:
@@ -54,8 +69,8 @@ class Decoding:
         self._eos = sorted(eos_token_ids)
         self._members = Members()
         # By member. `length` counts the tokens that are still being drawn, `known` does not.
-        self._length, self._known, self._max_len, self._num_prompt, self._room, self._next_token = (
-            np.zeros(max_rows, np.int32) for _ in range(6)
+        self._length, self._known, self._max_len, self._num_prompt, self._room, self._slot, self._next_token = (
+            np.zeros(max_rows, np.int32) for _ in range(7)
         )
         self._heeds_eos = np.zeros(max_rows, np.bool_)
         # By row of the row table: the first step whose result is taken in here, and the member.
@@ -75,6 +90,7 @@ class Decoding:
             self._max_len,
             self._num_prompt,
             self._room,
+            self._slot,
             self._next_token,
             self._heeds_eos,
         )
@@ -90,7 +106,11 @@ class Decoding:
             self._known[i] = seq.num_known
             self._max_len[i] = max_len
             self._num_prompt[i] = seq.num_prompt
-            self._room[i] = len(seq.block_table) * self._blocks.block_size
+            size, last = self._blocks.block_size, len(seq.block_table) - 1
+            self._room[i] = (last + 1) * size
+            assert last == (seq.num_computed - 1) // size, "a sequence has blocks that it does not need yet"
+            # Of the last token that was computed: the next one's is the next, if the block is not full.
+            self._slot[i] = seq.block_table[last] * size + (seq.num_computed - 1) - last * size
             self._next_token[i] = seq.token_ids[-1]
             self._heeds_eos[i] = not seq.request.params.ignore_eos
             self._first_step[seq.row] = step - seq.num_pending + 1
@@ -111,17 +131,8 @@ class Decoding:
         self._settle([sequences[i] for i in kept.tolist()])
 
     def _settle(self, sequences: list[Sequence]) -> None:
-        rows = np.array([seq.row for seq in sequences], np.int32)
-        self._member[rows] = np.arange(len(rows), dtype=np.int32)
-        self._members = Members(
-            sequences,
-            [(seq.request.request_id, seq.index) for seq in sequences],
-            rows,
-            [(i, frozenset(stops)) for i, seq in enumerate(sequences) if (stops := seq.request.params.stop_token_ids)],
-        )
-
-    def leave_all(self) -> None:
-        self.leave(self._members.sequences)
+        self._members = Members.of(sequences)
+        self._member[self._members.rows] = np.arange(len(sequences), dtype=np.int32)
 
     def flush(self) -> None:
         """Writes to all members what has become of them so far."""
@@ -153,20 +164,25 @@ class Decoding:
         count = len(self)
         return int(np.count_nonzero(self._length[:count] > self._room[:count]))
 
-    def advance(self, append_blocks: Callable[[Ints, Ints, list[int]], None]) -> Advance:
+    def advance(self, append_blocks: Callable[[Members, NDArray[np.intp], Ints, list[int]], None]) -> Advance:
         """Lets every member compute its last token in the next step. Those who need a block for it get one, of which
-        `append_blocks` is told: their rows, the places in their tables, the blocks."""
+        `append_blocks` is told: the members, which of them, the places in their tables, the blocks."""
         members, count = self._members, len(self)
         length = self._length[:count]
         full = np.flatnonzero(length > self._room[:count])
         if len(full):
             new = self._blocks.extend([members.sequences[i] for i in full.tolist()])
-            append_blocks(members.rows[full], self._room[full] // self._blocks.block_size, new)
+            append_blocks(members, full, self._room[full] // self._blocks.block_size, new)
             self._room[full] += self._blocks.block_size
+        slots = self._slot[:count]
+        slots += 1
+        if len(full):
+            slots[full] = np.array(new, np.int32) * np.int32(self._blocks.block_size)
         step = Advance(
             members,
             token_ids=self._next_token[:count].copy(),
             positions=length - 1,
+            slots=slots.copy(),
             counter=length - self._num_prompt[:count],
             continues=members is self._last,
         )
@@ -192,17 +208,16 @@ class Decoding:
             self.flush()
             self._log_start = step
         self._seen = step
-        if members is self._members and len(members.rows) == len(tokens):
-            at: slice | Ints = slice(None, len(tokens))
-            sequences, names, rows, others = members.sequences, members.names, members.rows, []
+        if members is self._members:  # nobody has come or gone since
+            count = len(members.rows)
+            at: slice | Ints = slice(None, count)
+            drawing, others, tokens = members, list(range(count, len(tokens))), tokens[:count]
         else:
             is_mine = self._first_step[sample_rows] <= step
             others = np.flatnonzero(~is_mine).tolist()
-            rows, tokens = sample_rows[is_mine], tokens[is_mine]
-            at = self._member[rows]
-            sequences = [self._members.sequences[i] for i in at.tolist()]
-            names = [self._members.names[i] for i in at.tolist()]
-        self._log[step - self._log_start, rows] = tokens
+            tokens, at = tokens[is_mine], self._member[sample_rows[is_mine]]
+            drawing = Members.of([self._members.sequences[i] for i in at.tolist()])
+        self._log[step - self._log_start, drawing.rows] = tokens
         self._known[at] += 1
         known = self._known[at]
         seen = known == self._length[at]
@@ -211,15 +226,12 @@ class Decoding:
         completes = known >= self._max_len[at]
         for eos in self._eos:
             completes |= (tokens == eos) & self._heeds_eos[at]
-        if self._members.watched and len(rows):
-            drawn = dict(zip(rows.tolist(), enumerate(tokens.tolist()), strict=True))
-            for i, stops in self._members.watched:
-                sample, token = drawn.get(int(self._members.rows[i]), (0, -1))
-                completes[sample] |= token in stops
-        outputs: list[TokenOutput] = [
-            (name, index, token, None, None, None) for (name, index), token in zip(names, tokens.tolist(), strict=True)
-        ]
-        return outputs, [(i, sequences[i]) for i in np.flatnonzero(completes).tolist()], others
+        for i, stops in drawing.watched:
+            completes[i] |= int(tokens[i]) in stops
+        # In C, since in steps of hundreds of rows this is what takes longest.
+        none = repeat(None)
+        outputs = list(zip(drawing.request_ids, drawing.indexes, tokens.tolist(), none, none, none, strict=False))
+        return outputs, [(i, drawing.sequences[i]) for i in np.flatnonzero(completes).tolist()], others
 
     def empty_slots(self) -> int:
         """Slots in the members' blocks that no token fills."""

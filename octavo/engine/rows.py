@@ -7,15 +7,18 @@ is a handful of array look-ups instead of a walk over Python objects. Knows noth
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.batch import Batch, Ints, PromptLogprobs, SamplingColumns
 from octavo.engine.beam_search import num_candidates
-from octavo.engine.decoding import NOBODY, Advance
+from octavo.engine.decoding import NOBODY, Advance, Members
 from octavo.engine.state import Plan
 from octavo.request import Request, Sequence
 
 # A request's sample k draws from the random stream seed + k * FORK_STRIDE (modulo 2**64): no two samples share one.
 FORK_STRIDE = 0x9E3779B97F4A7C15
+# Columns of gathered tables that are still empty.
+_SPARE_BLOCKS = 16
 
 
 def changes_logits(request: Request) -> bool:
@@ -39,6 +42,9 @@ class RowTable:
         self._every_row = np.arange(max_rows + 1, dtype=np.int32)
         self._free = list(range(max_rows - 1, -1, -1))
         self._blocks = np.zeros((max_rows, max_blocks), np.int32)
+        # The tables of those who only decode, in their order.
+        self._gathered = self._blocks[:0]
+        self._gathered_for: Members | None = None
         self._ntk_alpha = np.ones(max_rows, np.float32)
         self._temperature = np.zeros(max_rows, np.float32)
         self._top_k = np.zeros(max_rows, np.int32)
@@ -68,9 +74,13 @@ class RowTable:
         """Copies `seq.block_table` from entry `start` on."""
         self._blocks[seq.row, start : len(seq.block_table)] = seq.block_table[start:]
 
-    def append_blocks(self, rows: Ints, places: Ints, blocks: list[int]) -> None:
-        """Writes one new block of each of `rows` to its place in the table."""
-        self._blocks[rows, places] = blocks
+    def append_blocks(self, members: Members, at: NDArray[np.intp], places: Ints, blocks: list[int]) -> None:
+        """Writes one new block of each of the `members` numbered `at` to its place in the table."""
+        self._blocks[members.rows[at], places] = blocks
+        if members is self._gathered_for and int(places.max()) < self._gathered.shape[1]:
+            self._gathered[at, places] = blocks
+        else:
+            self._gathered_for = None
 
     def remove(self, seq: Sequence) -> None:
         self._free.append(seq.row)
@@ -126,12 +136,12 @@ class RowTable:
         if members.sampling is None:
             members.sampling = self._sampling(rows, advance.counter, [])
         seq_lens = positions + 1
-        tables = self._tables(rows, int(seq_lens.max()))
+        tables = self._tables_of(members, int(seq_lens.max()))
         every_row = self._every_row[: len(rows)]
         return Batch(
             token_ids=advance.token_ids,
             positions=positions,
-            slots=self._slots(tables, every_row, positions),
+            slots=advance.slots,
             query_start=self._every_row[: len(rows) + 1],
             seq_lens=seq_lens,
             block_tables=tables,
@@ -142,6 +152,13 @@ class RowTable:
             swap_out=_pairs(plan.swap_out),
             continues=advance.continues and not plan.swap_out,
         )
+
+    def _tables_of(self, members: Members, longest: int) -> Ints:
+        """As `_tables`, but kept while the members are the same."""
+        if members is not self._gathered_for:
+            self._gathered = self._tables(members.rows, longest + _SPARE_BLOCKS * self._block_size)
+            self._gathered_for = members
+        return self._gathered[:, : -(-longest // self._block_size)]
 
     def _tables(self, rows: Ints, longest: int) -> Ints:
         return self._blocks[rows, : -(-longest // self._block_size)]

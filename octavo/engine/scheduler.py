@@ -10,7 +10,6 @@ import bisect
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import replace
 
 from octavo.batch import Batch, StepResult
@@ -52,6 +51,7 @@ class Scheduler:
         )
         self._decoding = Decoding(config.max_num_seqs, self.blocks, self._eos)
         self._states: dict[str, RequestState] = {}
+        self._num_decoding = 0  # running requests that are in there
         self._waiting: list[RequestState] = []
         self._running: list[RequestState] = []
         self._steps: deque[Plan] = deque()
@@ -153,8 +153,6 @@ class Scheduler:
         if self._steps and (short or self._fair is not None):
             return None  # who gives way is chosen when everybody's tokens are known
         plan = Plan(budget=self._config.max_num_batched_tokens)
-        if len(self._decoding) > plan.budget:
-            self._stop_all_decoding()
         if short:
             self._decoding.flush()
             self._make_room(plan)
@@ -191,13 +189,12 @@ class Scheduler:
                 seq.num_pending += 1
                 drawing[state] = drawing.get(state, 0) + 1
         joining: list[tuple[Sequence, int]] = []
+        room = self._config.max_num_batched_tokens - len(self._decoding)
         for state, count in drawing.items():
-            if (
-                state.plain
-                and count == len(state.sequences)
-                and all(self._only_decodes(state, seq) for seq in state.sequences)
-            ):
+            everyone = state.plain and count == len(state.sequences) <= room - len(joining)
+            if everyone and all(self._only_decodes(state, seq) for seq in state.sequences):
                 state.decoding = True
+                self._num_decoding += 1
                 joining += [(seq, state.max_len) for seq in state.sequences]
         if joining:
             self._decoding.join(joining, plan.number)
@@ -211,16 +208,14 @@ class Scheduler:
         """Has `state` run as any other, which may do what it likes."""
         if state.decoding:
             state.decoding = False
+            self._num_decoding -= 1
             self._decoding.leave(state.sequences)
 
-    def _stop_all_decoding(self) -> None:
-        self._decoding.leave_all()
-        for state in self._running:
-            state.decoding = False
-
-    def _others(self) -> Iterator[RequestState]:
+    def _others(self) -> list[RequestState]:
         """Running requests that do not only decode."""
-        return (state for state in self._running if not state.decoding)
+        if self._num_decoding == len(self._running):
+            return []
+        return [state for state in self._running if not state.decoding]
 
     def _by_urgency(self) -> list[tuple[RequestState, Sequence]]:
         """Other running sequences with something to compute, those with a single token first.
@@ -545,6 +540,7 @@ class Scheduler:
         self.swap.drop([seq], state.sequences)
         if not state.sequences:
             del self._states[state.request.request_id]
+            self._num_decoding -= state.decoding
             if self._fair is not None:
                 self._fair.leaves(state.request.tenant)
             (self._running if state in self._running else self._waiting).remove(state)

@@ -134,6 +134,7 @@ class CudaRunner:
         self._device = model.device
         self._kv_cache = kv_cache
         self._results = [torch.zeros(config.max_num_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
+        self._done = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
         self._turn = 0
         # Graphs cannot be recorded on the default stream, and steps keep their order by being on one.
         self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
@@ -168,7 +169,7 @@ class CudaRunner:
         S = len(batch.sample_index)
         tokens_S = self._results[self._turn][:S]
         tokens_S.copy_(self._forward.drawn_S[:S], non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done = self._done[self._turn]
         done.record(self._stream)
         return SubmittedStep(tokens_S, done)
 
