@@ -17,6 +17,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any
 
 from octavo.config import EngineOptions
@@ -136,8 +137,7 @@ class HostClock:
     """Microseconds a step that the host spends in the parts of a step; "wait" is for the device."""
 
     def __init__(self, engine: Engine):
-        self._seconds = dict.fromkeys(("schedule", "submit", "wait", "update"), 0.0)
-        self._steps = 0
+        self._seconds: dict[str, list[float]] = {part: [] for part in ("schedule", "submit", "wait", "update")}
         scheduler, executor = engine.scheduler, engine.executor
         self._places = (
             (scheduler, "schedule", "schedule"),
@@ -159,14 +159,17 @@ class HostClock:
         def timed(*arguments: Any) -> Any:
             began = time.perf_counter()
             result = function(*arguments)
-            self._seconds[part] += time.perf_counter() - began
-            self._steps += part == "update"
+            self._seconds[part].append(time.perf_counter() - began)
             return result
 
         return timed
 
     def row(self) -> dict[str, int]:
-        return {f"{part}_us": round(1e6 * total / max(1, self._steps)) for part, total in self._seconds.items()}
+        steps = max(1, len(self._seconds["update"]))
+        return {f"{part}_us": round(1e6 * sum(times) / steps) for part, times in self._seconds.items()}
+
+    def medians(self) -> dict[str, float]:
+        return {part: 1e6 * median(times) for part, times in self._seconds.items()}
 
 
 def generate(engine: Engine, work: Work, name: str) -> float:

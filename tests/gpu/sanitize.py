@@ -45,8 +45,12 @@ def main() -> None:
     assert look_up(given, drawn).tolist() == [4, int(drawn[0]), int(drawn[2])]
     made = [torch.zeros(3, **ints), *torch.zeros(2, 3, 8, device=CUDA), torch.zeros(3, 7, **ints)]
     packed = torch.arange(15, **ints)
-    prepare(given, drawn, given, torch.rand(8, device=CUDA), 1.0, torch.tensor([5], **ints), packed, *made)
-    assert made[3][:, :5].reshape(-1).tolist() == packed.tolist()
+    positions, slots = torch.tensor([0, 3, 69], **ints), torch.tensor([-1, 9 * 16 + 3, 4 * 16 + 5], **ints)
+    prepare(
+        given, drawn, positions, slots, 16, torch.rand(8, device=CUDA), 1.0, torch.tensor([5], **ints), packed, *made
+    )
+    # The second row's first block is the one of its slot, and so is the third's fifth.
+    assert made[3][:, :5].reshape(-1).tolist() == [0, 1, 2, 3, 4, 9, 6, 7, 8, 9, 10, 11, 12, 13, 4]
     torch.cuda.synchronize()
     print("every kernel ran")
 

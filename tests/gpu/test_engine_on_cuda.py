@@ -95,6 +95,33 @@ def test_steps_go_on_from_what_the_one_before_left_on_the_device(tmp_path):
     assert on_gpu == on_cpu
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_no_step_waits_for_the_device(tmp_path):
+    """Neither decoding nor prompts, joining and ending: the only wait is for the tokens of the step before."""
+    memory = {"kv_cache_memory": "16MiB", "max_model_len": 128, "max_num_seqs": 16}
+    engine = Engine.build(EngineOptions(model=str(save_llama(tmp_path)), device="cuda", dtype="float32", **memory))
+
+    def round_of(names):
+        ended = 0
+        for i, name in enumerate(names):
+            prompt = [3 + (7 * i + k * k) % 150 for k in range(4 + 9 * i)]
+            engine.add(
+                Request(name, prompt, SamplingParams(temperature=0.8 * (i % 2), max_tokens=12 + i, ignore_eos=True))
+            )
+            for _ in range(3):
+                ended += sum(reason is not None for *_, reason, _, _ in engine.step().tokens)
+        while engine.has_work():
+            ended += sum(reason is not None for *_, reason, _, _ in engine.step().tokens)
+        assert ended == len(names)
+
+    round_of([f"warm{i}" for i in range(6)])  # kernels are compiled and graphs recorded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        round_of([f"again{i}" for i in range(6)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_fp8_weights_are_the_rounded_ones(tmp_path):
     """With activations of fp32, which are not rounded, tokens are those of a model whose weights were rounded."""
     model = save_llama(tmp_path / "model")
