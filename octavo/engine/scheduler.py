@@ -2,32 +2,29 @@
 
 A sequence has known tokens and computed tokens; each step the second catches up with the first, under a budget of
 tokens. Prompts, chunks of prompts, prefix hits, decoding and recomputation after a preemption are that one rule. When
-blocks run out, the request that is cheapest to compute again gives up its own. Beams are sequences like others, but
-`beam_search` says what they become. Knows no words and no tensors.
+blocks run out, the request that is cheapest to compute again gives up its own. `results` takes in what a step draws,
+`registry` has who waits and runs. Knows no words and no tensors.
 """
 
-import bisect
 import itertools
 import time
 from collections import deque
-from dataclasses import replace
 
 from octavo.batch import Batch, StepResult
 from octavo.config import EngineConfig
 from octavo.engine.admission import Admission
 from octavo.engine.beam_search import BeamSearch
-from octavo.engine.block_manager import BlockManager
-from octavo.engine.decoding import Decoding
-from octavo.engine.fair_share import DRAWN_TOKEN, FairShare
+from octavo.engine.fair_share import FairShare
 from octavo.engine.forecast import Forecast
 from octavo.engine.limits import Limits
 from octavo.engine.prefix_store import PrefixStore
-from octavo.engine.rows import FORK_STRIDE, RowTable, changes_logits
-from octavo.engine.state import Plan, RequestState, StepOutput, token_logprobs
-from octavo.engine.swap import SwapCost, SwapSpace
+from octavo.engine.registry import Registry
+from octavo.engine.results import Results
+from octavo.engine.rows import changes_logits
+from octavo.engine.state import Plan, RequestState, StepOutput
 from octavo.log import logger
 from octavo.metrics import EngineStats
-from octavo.request import FinishReason, Request, Sequence
+from octavo.request import Request, Sequence
 
 
 class Scheduler:
@@ -39,24 +36,15 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, store: PrefixStore | None = None):
         self.limits = Limits.of(config)
-        self.blocks = BlockManager(
-            config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
-        )
-        self.swap = SwapSpace(config.num_host_blocks, config.preemption_mode, SwapCost.of(config))
-        self._fair = FairShare(config.max_num_seqs, self.blocks) if config.fair_share else None
+        self._requests = Registry(config)
+        self.blocks, self.swap = self._requests.blocks, self._requests.swap
+        self._fair = self._requests.fair
         self._config = config
         self._eos = frozenset(config.model.eos_token_ids)
-        self._rows = RowTable(
-            config.max_num_seqs, config.max_blocks_per_seq, config.block_size, config.model.eos_token_ids
-        )
-        self._decoding = Decoding(config.max_num_seqs, self.blocks, self._eos)
-        self._states: dict[str, RequestState] = {}
-        self._num_decoding = 0  # running requests that are in there
-        self._waiting: list[RequestState] = []
-        self._running: list[RequestState] = []
         self._steps: deque[Plan] = deque()
         self._started: list[tuple[str, float, int]] = []
         self._forecast = Forecast(config.max_num_seqs)
+        self._results = Results(self._requests, self._forecast, self._eos)
         self._numbers = itertools.count()
         self._step_numbers = itertools.count()
         self._stats = EngineStats()
@@ -67,7 +55,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Puts `request` into the queue; raises `RequestError` if it could never run."""
         self.limits.check(request)
-        assert request.request_id not in self._states, f"request id {request.request_id} is in use"
+        assert request.request_id not in self._requests.states, f"request id {request.request_id} is in use"
         number, num_prompt = next(self._numbers), len(request.prompt_token_ids)
         first = Sequence(
             request=request,
@@ -88,10 +76,7 @@ class Scheduler:
             bound=request.params.has_penalties or bool(request.bad_words_token_ids),
             plain=self._fair is None and request.params.logprobs is None and not changes_logits(request),
         )
-        self._states[request.request_id] = state
-        if self._fair is not None:
-            self._fair.arrives(request.tenant)
-        self._enqueue(state)
+        self._requests.arrive(state)
 
     def _seed(self, request: Request, number: int) -> int:
         """The request's own seed, or one from the engine's that no other request has."""
@@ -99,27 +84,24 @@ class Scheduler:
             return request.params.seed % 2**64
         return (self._config.seed * 0xBF58476D1CE4E5B9 + (number + 1) * 0x94D049BB133111EB) % 2**64
 
-    def _enqueue(self, state: RequestState) -> None:
-        bisect.insort(self._waiting, state, key=lambda waiting: waiting.order)
-
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or only its sample `index`, and frees the blocks; unknown ids are ended already."""
-        state = self._states.get(request_id)
+        state = self._requests.states.get(request_id)
         if state is None:
             return
         if index is not None and (not state.forked or state.search is not None):
             return  # the samples, or a search's answers, do not exist yet: none of them can have shown a stop string
-        self._stop_decoding(state)
+        self._requests.stop_decoding(state)
         leader = state.sequences[0]
         filling = leader.num_computed < leader.fills
         for seq in list(state.sequences):
             if index is None or seq.index == index:
-                self._end(state, seq, "abort")
+                self._requests.end(state, seq, "abort")
         if state.sequences and filling and leader.finish_reason:
             self._preempt(state, None)  # what it was filling for its siblings would stay empty
 
     def has_work(self) -> bool:
-        return bool(self._states or self._steps)
+        return bool(self._requests.states or self._steps)
 
     @property
     def steps_under_way(self) -> int:
@@ -129,93 +111,78 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """State now and totals so far."""
         stats, blocks = self._stats, self.blocks
-        stats.running, stats.waiting = len(self._running), len(self._waiting)
+        stats.running, stats.waiting = len(self._requests.running), len(self._requests.waiting)
         stats.blocks_free, stats.blocks_cached = blocks.num_free, blocks.num_cached
         stats.blocks_owned, stats.block_references = blocks.num_owned, blocks.num_references
         stats.block_size = blocks.block_size
-        stats.empty_slots = blocks.empty_slots(seq for state in self._others() for seq in state.sequences)
-        stats.empty_slots += self._decoding.empty_slots()
+        stats.empty_slots = blocks.empty_slots(seq for state in self._requests.others() for seq in state.sequences)
+        stats.empty_slots += self._requests.decoding.empty_slots()
         stats.host_blocks_used = self.swap.num_used
         return stats
 
     def check(self) -> None:
         """Asserts the invariants of blocks and host blocks. For tests."""
-        self.blocks.check([seq for state in self._states.values() for seq in state.sequences])
-        self.swap.check(state.sequences for state in self._states.values())
+        self._requests.check()
 
     # ---- a step is made ---------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
         """The next step, or None if nobody has anything to compute before the steps under way are done."""
-        for seq in self._decoding.complete():
-            self._stop_decoding(self._states[seq.request.request_id])
+        for seq in self._requests.decoding.complete():
+            self._requests.stop_decoding(self._requests.of(seq))
         short = self._short_of_blocks()
         if self._steps and (short or self._fair is not None):
             return None  # who gives way is chosen when everybody's tokens are known
         plan = Plan(budget=self._config.max_num_batched_tokens)
         if short:
-            self._decoding.flush()
+            self._requests.decoding.flush()
             self._make_room(plan)
         elif self._fair is not None:
             self._even_out(self._fair, plan)
-        if len(self._decoding):
-            plan.advance = self._decoding.advance(self._rows.append_blocks)
-            plan.budget -= len(self._decoding)
+        if len(self._requests.decoding):
+            plan.advance = self._requests.decoding.advance(self._requests.rows.append_blocks)
+            plan.budget -= len(self._requests.decoding)
         for state, seq in self._by_urgency():
             self._place(state, seq, plan)
-        if not short and plan.budget > 0 and self._waiting:
-            plan.rows = self._num_rows()
-            while plan.budget > 0 and self._waiting and self._admit(state := self._next(), plan):
+        if not short and plan.budget > 0 and self._requests.waiting:
+            plan.rows = self._requests.num_rows
+            while plan.budget > 0 and self._requests.waiting and self._admit(state := self._next(), plan):
                 for seq in state.sequences:
                     self._place(state, seq, plan)
         if not plan.entries and plan.advance is None:
-            assert self._steps or not self._running, "running requests, but nothing to compute"
+            assert self._steps or not self._requests.running, "running requests, but nothing to compute"
             return None
         plan.number = next(self._step_numbers)
         self._steps.append(plan)
-        batch = self._rows.batch(plan)
+        batch = self._requests.rows.batch(plan)
         if plan.entries:
-            self._decoding.interrupted()
+            self._requests.decoding.interrupted()
             self._place_drawn(plan)
         return batch
 
     def _place_drawn(self, plan: Plan) -> None:
         """Appends a placeholder for every token that may be computed before it is seen; who now only decodes joins."""
         drawing: dict[RequestState, int] = {}
-        for sample, (seq, _) in enumerate(plan.samples, len(self._decoding)):
-            state = self._states[seq.request.request_id]
+        for sample, (seq, _) in enumerate(plan.samples, len(self._requests.decoding)):
+            state = self._requests.of(seq)
             if state.runs_ahead:
                 seq.token_ids.append(~sample)
                 seq.num_pending += 1
                 drawing[state] = drawing.get(state, 0) + 1
-        joining: list[tuple[Sequence, int]] = []
-        room = self._config.max_num_batched_tokens - len(self._decoding)
+        joining: list[RequestState] = []
+        room = self._config.max_num_batched_tokens - len(self._requests.decoding)
         for state, count in drawing.items():
-            everyone = state.plain and count == len(state.sequences) <= room - len(joining)
+            everyone = state.plain and count == len(state.sequences) <= room
             if everyone and all(self._only_decodes(state, seq) for seq in state.sequences):
-                state.decoding = True
-                self._num_decoding += 1
-                joining += [(seq, state.max_len) for seq in state.sequences]
+                joining.append(state)
+                room -= count
         if joining:
-            self._decoding.join(joining, plan.number)
+            self._requests.start_decoding(joining, plan.number)
 
     def _only_decodes(self, state: RequestState, seq: Sequence) -> bool:
         """Whether `seq`, which draws in the last step, has nothing to do from now on but compute what it has drawn."""
         in_a_row = seq.num_pending == 1 or seq.num_pending == len(self._steps)
         return in_a_row and seq.want == 1 and seq.num_tokens < state.max_len and not self.blocks.writes_shared(seq)
-
-    def _stop_decoding(self, state: RequestState) -> None:
-        """Has `state` run as any other, which may do what it likes."""
-        if state.decoding:
-            state.decoding = False
-            self._num_decoding -= 1
-            self._decoding.leave(state.sequences)
-
-    def _others(self) -> list[RequestState]:
-        """Running requests that do not only decode."""
-        if self._num_decoding == len(self._running):
-            return []
-        return [state for state in self._running if not state.decoding]
 
     def _by_urgency(self) -> list[tuple[RequestState, Sequence]]:
         """Other running sequences with something to compute, those with a single token first.
@@ -225,19 +192,23 @@ class Scheduler:
         """
         single: list[tuple[RequestState, Sequence]] = []
         longer: list[tuple[RequestState, Sequence]] = []
-        for state in self._others():
+        for state in self._requests.others():
             for seq in state.sequences:
                 want = len(seq.token_ids) - seq.num_computed
                 if want and len(seq.token_ids) < state.max_len:
                     (single if want == 1 else longer).append((state, seq))
         if self._fair is not None:
-            order = self._fair.order(self._running)
+            order = self._fair.order(self._requests.running)
             longer.sort(key=lambda x: order[x[0].request.tenant])
         return single + longer
 
     def _next(self) -> RequestState:
         """The waiting request whose turn it is."""
-        return self._waiting[0] if self._fair is None else self._fair.next(self._waiting, self._running)
+        return (
+            self._requests.waiting[0]
+            if self._fair is None
+            else self._fair.next(self._requests.waiting, self._requests.running)
+        )
 
     def _even_out(self, fair: FairShare, plan: Plan) -> None:
         """Lets waiting requests in ahead of everybody's prompts, while tenants that hold more give way to theirs.
@@ -245,25 +216,21 @@ class Scheduler:
         Who has joined in this step does not give way in it, nor are host blocks given out that it has just left.
         """
         joined = False
-        while self._waiting and (givers := fair.gives_way(state := self._next(), self._running)):
+        while self._requests.waiting and (givers := fair.gives_way(state := self._next(), self._requests.running)):
             while givers and not joined and not self._has_room(state):
                 self._preempt(self._cheapest(givers), plan)
-                givers = fair.gives_way(state, self._running)
-            plan.rows = self._num_rows()
+                givers = fair.gives_way(state, self._requests.running)
+            plan.rows = self._requests.num_rows
             if not (self._has_room(state) and self._admit(state, plan)):
                 return
             joined = True
 
     def _has_room(self, state: RequestState) -> bool:
         """Whether `state` could join beside what the running requests take in this step, even with nothing cached."""
-        rows = self._num_rows()
+        rows = self._requests.num_rows
         blocks = self._demand() + sum(self.blocks.blocks_for(seq.num_tokens) for seq in state.sequences)
         fits = rows + state.num_rows <= self._config.max_num_seqs and blocks <= self.blocks.num_available
         return fits and self._may_join(state, 0)
-
-    def _num_rows(self) -> int:
-        """Rows of the running requests, those kept for samples to come among them."""
-        return sum(running.num_rows for running in self._running)
 
     def _place(self, state: RequestState, seq: Sequence, plan: Plan) -> None:
         """Lets `seq` compute what it wants, as far as the budget goes."""
@@ -274,7 +241,7 @@ class Scheduler:
         known = len(seq.block_table)
         copies = self.blocks.grow(seq)
         if copies or len(seq.block_table) > known:
-            self._rows.write_blocks(seq, min(known, seq.num_computed // self._config.block_size))
+            self._requests.rows.write_blocks(seq, min(known, seq.num_computed // self._config.block_size))
         plan.copies += copies
         plan.entries.append((seq, n))
         plan.budget -= n
@@ -296,7 +263,7 @@ class Scheduler:
     def _make_room(self, plan: Plan) -> None:
         """Preempts until every running sequence can take its next step."""
         while self._short_of_blocks():
-            assert len(self._running) > 1, "a single request does not fit, though Limits.check let it in"
+            assert len(self._requests.running) > 1, "a single request does not fit, though Limits.check let it in"
             self._preempt(self._victim(), plan)
 
     def _short_of_blocks(self) -> bool:
@@ -305,13 +272,15 @@ class Scheduler:
 
     def _demand(self) -> int:
         """Blocks that the running sequences take in this step."""
-        growing = [seq for state in self._others() for seq in state.sequences if len(seq.token_ids) < state.max_len]
-        return self.blocks.demand(growing) + self._decoding.demand()
+        growing = [
+            seq for state in self._requests.others() for seq in state.sequences if len(seq.token_ids) < state.max_len
+        ]
+        return self.blocks.demand(growing) + self._requests.decoding.demand()
 
     def _victim(self) -> RequestState:
         """Of the least important requests the one that is cheapest to compute again, the latest among equals."""
-        lowest = max(state.request.priority for state in self._running)
-        among = [state for state in self._running if state.request.priority == lowest]
+        lowest = max(state.request.priority for state in self._requests.running)
+        among = [state for state in self._requests.running if state.request.priority == lowest]
         return self._cheapest(among if self._fair is None else self._fair.largest(among))
 
     def _cheapest(self, states: list[RequestState]) -> RequestState:
@@ -326,10 +295,8 @@ class Scheduler:
         What it has computed goes to host memory if that is cheaper than doing it again, and there is a `plan` whose
         step can make the copies.
         """
-        self._stop_decoding(state)
+        self._requests.stop_decoding(state)
         kept = plan is not None and self.swap.suits(state.sequences, self.blocks)
-        for seq in state.sequences:
-            self._rows.remove(seq)
         if plan is not None and kept:
             copies = self.swap.take_out(state.sequences, self.blocks)
             plan.swap_out += copies
@@ -341,15 +308,14 @@ class Scheduler:
                 self.blocks.free(seq)
             if state.search is not None:
                 state.search.forget()
-        self._running.remove(state)
-        self._enqueue(state)
+        self._requests.withdraw(state)
         self._stats.preemptions += 1
         logger.info(
             "preempted a request (%s): %d KV blocks for %d running requests are too few;"
             " raise --kv-cache-memory or lower --max-num-seqs if this is frequent",
             "kept in host memory" if kept else f"{state.lost_tokens} tokens to compute again",
             self.blocks.num_blocks,
-            len(self._running) + 1,
+            len(self._requests.running) + 1,
         )
 
     def _admit(self, state: RequestState, plan: Plan) -> bool:
@@ -363,24 +329,16 @@ class Scheduler:
             return False
         else:
             self._count_admission(state, found)
-        for seq in state.sequences:
-            self._rows.add(seq)
-        self._waiting.remove(state)
-        self._running.append(state)
+        self._requests.run(state)
         plan.rows += state.num_rows
         return True
 
     def _may_join(self, state: RequestState, owned_hits: int) -> bool:
-        return not self._running or self._fits_ahead(state, owned_hits)
+        return not self._requests.running or self._fits_ahead(state, owned_hits)
 
     def _fits_ahead(self, state: RequestState, owned_hits: int) -> bool:
         """Whether the running requests will probably not have to give way soon if `state` joins them."""
-        return self._forecast.fits(state, self._up_to_date, self.blocks, owned_hits)
-
-    def _up_to_date(self) -> list[RequestState]:
-        """The running requests, with all that is known of them."""
-        self._decoding.flush()
-        return self._running
+        return self._forecast.fits(state, self._requests.up_to_date, self.blocks, owned_hits)
 
     def _count_admission(self, state: RequestState, found: int) -> None:
         leader, stats = state.sequences[0], self._stats
@@ -404,143 +362,7 @@ class Scheduler:
         for seq, _ in plan.entries:
             if seq.num_computed >= (seq.num_committed + 1) * size:  # most have filled no block in this step
                 self.blocks.commit(seq)
-        drawn, complete, others = self._decoding.take(
-            plan.number, plan.advance.members if plan.advance else None, plan.sample_rows, result.token_ids
-        )
-        output = StepOutput(tokens=drawn, started=self._started)
-        self._started = []
-        self._end_decoding(complete, output)
-        output.add_prompt_logprobs(plan, result.prompt_logprobs)
-        if others:
-            self._take_others(plan, result, others, output)
+        output = self._results.take(plan, result)
+        output.started, self._started = self._started, []
         self._stats.count_step(len(result.token_ids), self.blocks.num_owned, self.blocks.num_references)
         return output
-
-    def _end_decoding(self, complete: list[tuple[int, Sequence]], output: StepOutput) -> None:
-        """Ends sequences that only decoded, whose last tokens are those at these places of `output`."""
-        if complete:
-            self._decoding.leave([seq for _, seq in complete])
-        for i, seq in complete:
-            state = self._states[seq.request.request_id]
-            name, index, token, *_ = output.tokens[i]
-            reason, stop = self._ending(state, seq, token)
-            assert reason is not None, "a sequence is complete, but has no reason to end"
-            output.tokens[i] = (name, index, token, reason, stop, None)
-            self._forecast.ended(seq.num_known - seq.num_prompt)
-            self._end(state, seq, reason)
-
-    def _take_others(self, plan: Plan, result: StepResult, samples: list[int], output: StepOutput) -> None:
-        """Takes in what these samples of a step drew, sequence by sequence."""
-        tokens = result.token_ids.tolist()
-        first = plan.advance.members.sequences if plan.advance else []
-        drawing = [(i, *(plan.samples[i - len(first)] if i >= len(first) else (first[i], 0))) for i in samples]
-        owners = [
-            (i, self._fork(seq, index) if index and seq.finish_reason is None else seq) for i, seq, index in drawing
-        ]
-        if self._fair is not None:
-            for _, seq in owners:
-                self._fair.serve(seq.request.tenant, DRAWN_TOKEN)
-        searching: dict[RequestState, None] = {}
-        for i, seq in owners:
-            if seq.finish_reason is not None:
-                continue  # it ended while this step was under way
-            state = self._states[seq.request.request_id]
-            if state.search is None:
-                self._append(seq, tokens[i], result, i, output)
-            else:
-                assert result.logprobs is not None, "beams ask for their likeliest tokens"
-                state.search.put(seq.index, token_logprobs(result.logprobs, i, state.search.num_candidates))
-                searching[state] = None
-        for state in searching:
-            self._advance(state, output)
-
-    def _append(self, seq: Sequence, token: int, result: StepResult, sample: int, output: StepOutput) -> None:
-        """Appends what sample number `sample` of a step drew, and ends the sequence if that completes it."""
-        state = self._states[seq.request.request_id]
-        if seq.num_pending:
-            seq.token_ids[-seq.num_pending] = token
-            seq.num_pending -= 1
-        else:
-            seq.token_ids.append(token)
-        reason, stop = self._ending(state, seq, token)
-        logprobs, wanted = None, seq.request.params.logprobs
-        if wanted is not None and result.logprobs is not None:
-            logprobs = token_logprobs(result.logprobs, sample, wanted)
-        output.tokens.append((seq.request.request_id, seq.index, token, reason, stop, logprobs))
-        if reason is not None:
-            self._forecast.ended(seq.num_known - seq.num_prompt)
-            self._end(state, seq, reason)
-
-    def _fork(self, seq: Sequence, index: int) -> Sequence:
-        """Sample `index` of a request whose prompt `seq` has just computed; it shares all blocks."""
-        fork = self._split(seq, index, (seq.seed + index * FORK_STRIDE) % 2**64)
-        state = self._states[seq.request.request_id]
-        state.sequences.append(fork)
-        state.forked = True
-        return fork
-
-    def _split(self, seq: Sequence, index: int, seed: int) -> Sequence:
-        """A second sequence with the tokens and the blocks of `seq`."""
-        fork = replace(seq, index=index, seed=seed, token_ids=list(seq.token_ids))
-        self.blocks.fork(seq, fork)
-        self._rows.add(fork)
-        return fork
-
-    def _advance(self, state: RequestState, output: StepOutput) -> None:
-        """Lets a request's beams go on as its search says, if all of them have been computed; or ends it."""
-        search = state.search
-        assert search is not None
-        if not search.ready:
-            return
-        survivors = search.advance()
-        if search.done:
-            self._answer(state, search, output)
-            return
-        parents = state.sequences
-        going = {survivor.parent for survivor in survivors}
-        for index, seq in enumerate(parents):
-            if index not in going:
-                self._rows.remove(seq)
-                self.blocks.free(seq)
-        # The first child of a beam is that beam, any other a fork of it, made before the beam grows.
-        beams: list[Sequence] = []
-        for index, survivor in enumerate(survivors):
-            parent = parents[survivor.parent]
-            beams.append(self._split(parent, index, parent.seed) if parent in beams else parent)
-        for index, (seq, survivor) in enumerate(zip(beams, survivors, strict=True)):
-            seq.index = index
-            seq.token_ids.append(survivor.token)
-        state.sequences = beams
-        state.forked = True
-
-    def _answer(self, state: RequestState, search: BeamSearch, output: StepOutput) -> None:
-        """Ends a search with its answers."""
-        output.add_answers(state.request.request_id, search.answers())
-        for answer in search.answers():
-            self._forecast.ended(answer.length)
-        for seq in list(state.sequences):
-            self._end(state, seq, "stop")
-
-    def _ending(self, state: RequestState, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
-        """Whether `token` ends `seq`: the reason, and the stop token id if that was it."""
-        params = seq.request.params
-        if seq.num_known - seq.num_prompt >= params.min_tokens:
-            if token in params.stop_token_ids:
-                return "stop", token
-            if token in self._eos and not params.ignore_eos:
-                return "stop", None
-        return ("length", None) if seq.num_known >= state.max_len else (None, None)
-
-    def _end(self, state: RequestState, seq: Sequence, reason: FinishReason) -> None:
-        seq.finish_reason = reason
-        if seq.row >= 0:
-            self._rows.remove(seq)
-        self.blocks.free(seq)
-        state.sequences.remove(seq)
-        self.swap.drop([seq], state.sequences)
-        if not state.sequences:
-            del self._states[state.request.request_id]
-            self._num_decoding -= state.decoding
-            if self._fair is not None:
-                self._fair.leaves(state.request.tenant)
-            (self._running if state in self._running else self._waiting).remove(state)

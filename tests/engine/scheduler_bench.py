@@ -63,7 +63,7 @@ class Bench:
 
     def preempt(self):
         """Preempts the only running request, its copies made at once."""
-        (state,) = self.scheduler._running
+        (state,) = self.scheduler._requests.running
         plan = Plan(budget=0)
         self.scheduler._preempt(state, plan)
         self.oracle.swap(plan.swap_out, [])

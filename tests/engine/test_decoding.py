@@ -31,7 +31,7 @@ def test_only_who_does_nothing_else_is_there():
     bench.add("logprobs", prompt_of(8), max_tokens=40, logprobs=1)
     for _ in range(12):
         bench.step()
-    columns = bench.scheduler._decoding
+    columns = bench.scheduler._requests.decoding
     assert len(columns) == 4
     bench.scheduler.abort("samples", 1)
     assert len(columns) == 1, "a request's samples come and go together"

@@ -21,7 +21,7 @@ def add(bench, name, tenant, *, prompt=10, priority=0, **params):
 
 
 def running(bench):
-    return {state.request.request_id for state in bench.scheduler._running}
+    return {state.request.request_id for state in bench.scheduler._requests.running}
 
 
 def test_whoever_comes_back_begins_where_the_others_are():

@@ -81,9 +81,9 @@ def test_beams_share_blocks_and_give_them_back_as_they_fall():
     params = {"temperature": 0.0, "beam_width": 4, "n": 3, "max_tokens": 20, "ignore_eos": False}
     request = bench.add("beams", prompt_of(50), **params)
     bench.step()
-    (state,) = bench.scheduler._running
+    (state,) = bench.scheduler._requests.running
     assert bench.scheduler.stats().blocks_owned == 13
-    while bench.step() is not None and bench.scheduler._running:
+    while bench.step() is not None and bench.scheduler._requests.running:
         tables = [seq.block_table for seq in state.sequences]
         assert len(tables) == 4
         assert bench.scheduler.stats().blocks_owned == len({block for table in tables for block in table})
@@ -129,7 +129,7 @@ def test_beams_that_wait_for_each_other_may_be_preempted_then(mode, steps):
     state = bench.preempt()
     for _ in range(3):
         bench.step()
-    if state in bench.scheduler._running:
+    if state in bench.scheduler._requests.running:
         bench.preempt()
     bench.run()
     wanted = expected_beams(prompt_of(9), request.params)
@@ -158,7 +158,7 @@ def test_equal_samples_keep_a_token_each_to_compute():
     bench = Bench(enable_prefix_caching=False)
     bench.add("n", prompt_of(7), n=2, max_tokens=20)
     bench.step()
-    (state,) = bench.scheduler._running
+    (state,) = bench.scheduler._requests.running
     for seq in state.sequences:
         seq.token_ids[-1] = 5  # as two greedy samples would; eight tokens fill two blocks
     assert state.num_common == 7
@@ -177,7 +177,7 @@ def test_an_aborted_search_and_an_aborted_sample_in_host_memory_leave_nothing():
         bench.scheduler.abort(name, 1)
         bench.scheduler.check()
         if name == "beams":  # no answer exists that could be ended
-            assert len(bench.scheduler._waiting[0].sequences) == 4
+            assert len(bench.scheduler._requests.waiting[0].sequences) == 4
             bench.scheduler.abort(name)
             bench.scheduler.check()
             assert not bench.scheduler.has_work()
@@ -191,7 +191,7 @@ def test_auto_takes_the_cheaper_kind_of_preemption():
     bench = Bench()
     bench.add("a", prompt_of(30), max_tokens=20)
     bench.step()
-    (state,) = bench.scheduler._running
+    (state,) = bench.scheduler._requests.running
     for per_token, kept in ((1.0, True), (1e-9, False)):
         swap = SwapSpace(config.num_host_blocks, "auto", SwapCost(per_block=0.001, per_token=per_token))
         assert swap.suits(state.sequences, bench.scheduler.blocks) is kept
@@ -251,7 +251,7 @@ def test_a_leader_that_goes_while_it_fills_shared_blocks_leaves_none_of_them_emp
     bench.add("n", prompt_of(33), n=3, max_tokens=20)
     for _ in range(6):
         bench.step()
-    state = bench.scheduler._running[0]
+    state = bench.scheduler._requests.running[0]
     bench.scheduler._preempt(state, None)
     bench.oracle.cache[:] = -1  # what the blocks held before must not stand in for what is to be computed
     bench.step()
@@ -270,6 +270,6 @@ def test_the_victim_is_the_least_important_and_the_cheapest():
     bench.add("cheap", prompt_of(12, 3), max_tokens=30)
     while bench.scheduler.stats().preemptions == 0:
         bench.step()
-    assert [state.request.request_id for state in bench.scheduler._waiting] == ["cheap"]
+    assert [state.request.request_id for state in bench.scheduler._requests.waiting] == ["cheap"]
     bench.run()
     assert bench.answers["cheap", 0] == expected(prompt_of(12, 3), 30, 1)
