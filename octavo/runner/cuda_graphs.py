@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.batch import Batch, Floats, Ints
+from octavo.batch import Batch, Ints
 from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import SharedPrefix, TritonOps
@@ -26,7 +26,6 @@ from octavo.runner.step_inputs import StepInputs
 
 # Rows up to which their order does not matter, since all start at once.
 _UNSORTED = 32
-_NO_TABLES = np.zeros(1, np.int32)
 
 
 def bucket_of(rows: int) -> int:
@@ -49,10 +48,8 @@ class HeldStep:
     """What a step with draws has left on the device for one that continues it. S samples, one a row."""
 
     recorded: RecordedStep
-    bucket: int
-    order: Ints | slice  # of the batch's rows, as they stand on the device
-    sample_index_S: Ints
-    temperature_S: Floats
+    places: list[slice]  # of its arrays, see `DecodeGraphs._places`
+    order: Ints | slice  # of the batch's rows, as they stand there
     mixed_seed_S: NDArray[np.uint64]
 
 
@@ -131,16 +128,8 @@ class DecodeGraphs:
         if recorded is None:
             recorded = self._recorded[key] = self._record(*key)
         recorded.graph.replay()
-        columns = batch.sampling
         self._held = (
-            HeldStep(
-                recorded,
-                key[0],
-                order,
-                batch.sample_index,
-                columns.temperature,
-                noise.splitmix64(columns.seed),
-            )
+            HeldStep(recorded, self._places(key[0]), order, noise.splitmix64(batch.sampling.seed))
             if draws and len(batch.sample_index) == rows
             else None
         )
@@ -149,15 +138,16 @@ class DecodeGraphs:
     def _run_on(self, held: HeldStep, batch: Batch) -> tuple[ForwardContext, torch.Tensor]:
         """A step that continues the one before: order, groups and tables are on the device, and what was drawn."""
         rows, order = batch.num_rows, held.order
+        width, token_ids, positions, slots, seq_lens, *_ = held.places
+        numbers = self._inputs.again(seq_lens.stop)
         keys = noise.keys_from(held.mixed_seed_S, batch.sampling.counter)
-        arrays = [
-            _NO_TABLES,
-            *(_padded(array[order], held.bucket, 0) for array in (batch.token_ids, batch.positions)),
-            _padded(batch.slots[order], held.bucket, -1),
-            _padded(batch.seq_lens[order], held.bucket, 0),
-        ]
-        places = self._places(held.bucket)[: len(arrays)]
-        self._inputs.send((held.sample_index_S, held.temperature_S, keys), arrays, places)
+        numbers[self._inputs.keys][: keys.size] = keys.reshape(-1)
+        numbers[width] = 0  # the tables are there
+        numbers[token_ids][:rows] = batch.token_ids[order]
+        numbers[positions][:rows] += 1
+        numbers[slots][:rows] = batch.slots[order]
+        numbers[seq_lens][:rows] += 1
+        self._inputs.push(seq_lens.stop)
         held.recorded.graph.replay()
         return held.recorded.ctx, held.recorded.hidden_RD[:rows]
 

@@ -60,7 +60,23 @@ class StepInputs:
             end = place.start + array.size
             assert end <= len(pinned), "a step's arrays are larger than its largest step was said to be"
             pinned[place.start : end] = array.reshape(-1).view(np.int32)
+        self.push(end)
+
+    def again(self, end: int) -> Ints:
+        """The first `end` numbers that were sent last, to be changed in place and sent by `push`."""
+        last = self._arrays[self._turn]
+        self._turn = (self._turn + 1) % _RING
+        self._arrays[self._turn][:end] = last[:end]
+        return self._arrays[self._turn]
+
+    def push(self, end: int) -> None:
+        """Copies the first `end` numbers to the device."""
         self._device[:end].copy_(self._pinned[self._turn][:end], non_blocking=True)
+
+    @property
+    def keys(self) -> slice:
+        """Where the keys of the samples begin, and the last may end."""
+        return self._sampling[2]
 
     def at(self, place: slice, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         """The device's numbers at `place`."""
