@@ -2,7 +2,8 @@
 
     python benchmarks/host_time.py --svg host-time.svg          # one GPU, Qwen3-0.6B's shape, random weights
 
-The same rows decode step after step. Medians of 200 steps; "wait" is for the device, beside which the rest happens.
+The same rows decode step after step. Medians of 100 steps, of five rounds the one that took the host least, since other
+work on its processor disturbs it; beside it the host's median over all. "wait" is for the device: the rest happens meanwhile.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from gpu import MODELS, HostClock, fixed
 
@@ -20,7 +22,7 @@ from octavo.sampling_params import SamplingParams
 
 PARTS = {"schedule": "#2f6f4f", "submit": "#7fb069", "update": "#e6aa68"}
 GOAL = 150.0
-STEPS = 200
+STEPS, ROUNDS = 100, 5
 BAR, GAP, LEFT, WIDTH = 24, 12, 90, 520
 FONT = 'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" fill="#1f2933"'
 
@@ -33,17 +35,20 @@ def measure(engine: Engine, rows: int) -> dict[str, float]:
         engine.step()
     for _ in range(60):
         engine.step()
-    began = time.perf_counter()
-    with HostClock(engine) as clock:
-        for _ in range(STEPS):
-            engine.step()
-    step = (time.perf_counter() - began) / STEPS
+    rounds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        with HostClock(engine) as clock:
+            for _ in range(STEPS):
+                engine.step()
+        found = clock.medians()
+        host = sum(found[part] for part in PARTS)
+        rounds.append({"rows": rows, **found, "host": host, "step": 1e6 * (time.perf_counter() - began) / STEPS})
     for i in range(rows):
         engine.abort(f"{rows}-{i}")
     while engine.has_work():
         engine.step()
-    found = clock.medians()
-    return {"rows": rows, **found, "host": sum(found[part] for part in PARTS), "step": 1e6 * step}
+    return min(rounds, key=lambda each: each["host"]) | {"usual": median(each["host"] for each in rounds)}
 
 
 def drawing(results: list[dict[str, float]]) -> str:
@@ -80,7 +85,7 @@ def main() -> None:
         options = {"load_format": "dummy", "device": "cuda", "max_model_len": 8192, "max_num_seqs": 512}
         engine = Engine.build(EngineOptions(model=folder, **options))
     results = []
-    columns = ("rows", *PARTS, "host", "wait", "step")
+    columns = ("rows", *PARTS, "host", "usual", "wait", "step")
     print("".join(f"{name:>10}" for name in columns))
     for rows in map(int, given.rows.split(",")):
         results.append(measure(engine, rows))
