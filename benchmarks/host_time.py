@@ -3,7 +3,7 @@
     python benchmarks/host_time.py --svg host-time.svg          # one GPU, Qwen3-0.6B's shape, random weights
 
 The same rows decode step after step. Medians of 100 steps, of five rounds the one that took the host least, since other
-work on its processor disturbs it; beside it the host's median over all. "wait" is for the device: the rest happens meanwhile.
+work on its processor disturbs it; "usual" is the middle one's. "wait" is for the device, beside which the rest happens.
 """
 
 import argparse
