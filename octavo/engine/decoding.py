@@ -44,6 +44,17 @@ class Members:
             [(i, tokens) for i, tokens in stops if tokens],
         )
 
+    def only(self, kept: list[int]) -> "Members":
+        """Those numbered so, in that order."""
+        place = {member: i for i, member in enumerate(kept)} if self.watched else {}
+        return Members(
+            [self.sequences[i] for i in kept],
+            [self.request_ids[i] for i in kept],
+            [self.indexes[i] for i in kept],
+            self.rows[kept],
+            [(place[i], stops) for i, stops in self.watched if i in place],
+        )
+
 
 @dataclass(slots=True)
 class Advance:
@@ -114,7 +125,7 @@ class Decoding:
             self._next_token[i] = seq.token_ids[-1]
             self._heeds_eos[i] = not seq.request.params.ignore_eos
             self._first_step[seq.row] = step - seq.num_pending + 1
-        self._settle(self._members.sequences + [seq for seq, _ in joining])
+        self._settle(Members.of(self._members.sequences + [seq for seq, _ in joining]))
 
     def leave(self, leaving: list[Sequence]) -> None:
         """Writes to members what has become of them, and lets them go."""
@@ -127,12 +138,11 @@ class Decoding:
         kept = np.flatnonzero(stays)
         for column in self._columns():
             column[: len(kept)] = column[kept]
-        sequences = self._members.sequences
-        self._settle([sequences[i] for i in kept.tolist()])
+        self._settle(self._members.only(kept.tolist()))
 
-    def _settle(self, sequences: list[Sequence]) -> None:
-        self._members = Members.of(sequences)
-        self._member[self._members.rows] = np.arange(len(sequences), dtype=np.int32)
+    def _settle(self, members: Members) -> None:
+        self._members = members
+        self._member[members.rows] = np.arange(len(members.rows), dtype=np.int32)
 
     def flush(self) -> None:
         """Writes to all members what has become of them so far."""
@@ -216,7 +226,7 @@ class Decoding:
             is_mine = self._first_step[sample_rows] <= step
             others = np.flatnonzero(~is_mine).tolist()
             tokens, at = tokens[is_mine], self._member[sample_rows[is_mine]]
-            drawing = Members.of([self._members.sequences[i] for i in at.tolist()])
+            drawing = self._members.only(at.tolist())
         self._log[step - self._log_start, drawing.rows] = tokens
         self._known[at] += 1
         known = self._known[at]
