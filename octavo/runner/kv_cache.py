@@ -8,6 +8,7 @@ pieces as there are caches (K and V of each layer), on the host in one, so that 
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 
 import numpy as np
@@ -17,10 +18,14 @@ from numpy.typing import NDArray
 from octavo.batch import Batch, Ints
 from octavo.config import ModelConfig
 from octavo.layers.context import LayerCache, on_device
+from octavo.log import logger
 from octavo.ops import Ops
 
 # Bytes of blocks gathered at once on their way between device and host.
 _STAGED = 64 * 1024**2
+# Bytes of host memory pinned at once: about 30 ms, in which the driver may let nobody else in.
+_PINNED_AT_ONCE = 64 * 1024**2
+CPU = torch.device("cpu")
 
 
 class KVCache:
@@ -44,7 +49,7 @@ class KVCache:
         # Moved as bytes where torch cannot move the type itself.
         moved = torch.uint8 if dtype.itemsize == 1 else dtype
         self._caches = [cache.view(moved) for layer in self.layers for cache in (layer.k_PBKH, layer.v_PBKH)]
-        self._host_PCBKH = _host_memory((num_host_blocks, len(self._caches), *shape[1:]), moved, device)
+        self._host = HostBlocks(num_host_blocks, (len(self._caches), *shape[1:]), moved, device)
 
     def move_blocks(self, batch: Batch, ops: Ops) -> None:
         """All that a step wants moved before it computes, in the order in which one may need the other's place."""
@@ -63,23 +68,21 @@ class KVCache:
         for blocks, host in self._pieces(copies_O2):
             whole = torch.stack([cache.index_select(0, blocks) for cache in self._caches], dim=1)
             for piece, place in zip(whole, host, strict=True):
-                self._host_PCBKH[place].copy_(piece, non_blocking=True)
+                self._host[place].copy_(piece, non_blocking=True)
 
     def swap_in(self, copies_I2: Ints) -> None:
         """Copies blocks back from host memory, (device block, host block) a row."""
         for blocks, host in self._pieces(copies_I2):
-            whole = torch.empty(
-                (len(host), *self._host_PCBKH.shape[1:]), dtype=self._host_PCBKH.dtype, device=self.device
-            )
+            whole = torch.empty((len(host), *self._host.shape), dtype=self._host.dtype, device=self.device)
             for piece, place in zip(whole, host, strict=True):
-                piece.copy_(self._host_PCBKH[place], non_blocking=True)
+                piece.copy_(self._host[place], non_blocking=True)
             for i, cache in enumerate(self._caches):
                 cache.index_copy_(0, blocks, whole[:, i])
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in all layers."""
-        return sum(cache[:1].nbytes for cache in self._caches)
+        return self._host.block_bytes
 
     def read_blocks(self, blocks_L: Ints) -> NDArray[np.uint8]:
         """The bytes of blocks, whole as on the host, [L, `block_bytes`]."""
@@ -102,11 +105,31 @@ class KVCache:
 
         Copies and kernels of a device run in the order of their calls, so nothing has to be waited for.
         """
-        block_bytes = self._host_PCBKH[:1].nbytes
-        step = max(1, _STAGED // max(1, block_bytes))
+        step = max(1, _STAGED // self.block_bytes)
         for start in range(0, len(copies_C2), step):
             part = copies_C2[start : start + step]
             yield on_device(part[:, 0], self.device).long(), part[:, 1].tolist()
+
+
+class HostBlocks:
+    """`count` blocks of `shape` in host memory. Beside a GPU it is pinned, else copies are slow and not asynchronous.
+
+    Pinning takes about half a second a GiB. It goes on beside the engine's start and first steps, a piece after the
+    other; whoever needs a block waits for its piece.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self.shape, self.dtype = shape, dtype
+        self.block_bytes = prod(shape) * dtype.itemsize
+        self._at_once = max(1, _PINNED_AT_ONCE // self.block_bytes)
+        make = _pinned if device.type == "cuda" else _zeros
+        sizes = (min(self._at_once, count - first) for first in range(0, count, self._at_once))
+        pool = ThreadPoolExecutor(1, "pinning")
+        self._pieces = [pool.submit(make, (size, *shape), dtype, CPU) for size in sizes]
+        pool.shutdown(wait=False)
+
+    def __getitem__(self, block: int) -> torch.Tensor:
+        return self._pieces[block // self._at_once].result()[block % self._at_once]
 
 
 def kv_torch_dtype(name: str) -> torch.dtype:
@@ -127,8 +150,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.zeros(prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).view(shape)
 
 
-def _host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory that blocks are copied to: beside a GPU pinned, without which copies are slow and not asynchronous."""
-    if device.type == "cuda" or not shape[0]:
-        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-    return _zeros(shape, dtype, torch.device("cpu"))
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, device=device, pin_memory=True)
+    except RuntimeError as error:
+        logger.warning("host memory could not be pinned, so swapped blocks are copied slower: %s", error)
+        return torch.empty(shape, dtype=dtype, device=device)
