@@ -8,7 +8,6 @@ pieces as there are caches (K and V of each layer), on the host in one, so that 
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 
 import numpy as np
@@ -23,9 +22,8 @@ from octavo.ops import Ops
 
 # Bytes of blocks gathered at once on their way between device and host.
 _STAGED = 64 * 1024**2
-# Bytes of host memory pinned at once: about 30 ms, in which the driver may let nobody else in.
-_PINNED_AT_ONCE = 64 * 1024**2
-CPU = torch.device("cpu")
+# Bytes of host memory made at once: about 10 ms where it is pinned.
+_MADE_AT_ONCE = 16 * 1024**2
 
 
 class KVCache:
@@ -114,22 +112,24 @@ class KVCache:
 class HostBlocks:
     """`count` blocks of `shape` in host memory. Beside a GPU it is pinned, else copies are slow and not asynchronous.
 
-    Pinning takes about half a second a GiB. It goes on beside the engine's start and first steps, a piece after the
-    other; whoever needs a block waits for its piece.
+    Pinning takes about half a second a GiB, in which the driver lets nobody else in: a piece is made when a block of it
+    is first asked for, so that engines that never swap neither wait for it nor take the memory.
     """
 
     def __init__(self, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self.shape, self.dtype = shape, dtype
         self.block_bytes = prod(shape) * dtype.itemsize
-        self._at_once = max(1, _PINNED_AT_ONCE // self.block_bytes)
-        make = _pinned if device.type == "cuda" else _zeros
-        sizes = (min(self._at_once, count - first) for first in range(0, count, self._at_once))
-        pool = ThreadPoolExecutor(1, "pinning")
-        self._pieces = [pool.submit(make, (size, *shape), dtype, CPU) for size in sizes]
-        pool.shutdown(wait=False)
+        self._count, self._pinned = count, device.type == "cuda"
+        self._at_once = max(1, _MADE_AT_ONCE // self.block_bytes)
+        self._pieces: list[torch.Tensor | None] = [None] * -(-count // self._at_once)
 
     def __getitem__(self, block: int) -> torch.Tensor:
-        return self._pieces[block // self._at_once].result()[block % self._at_once]
+        number, within = divmod(block, self._at_once)
+        piece = self._pieces[number]
+        if piece is None:
+            size = min(self._at_once, self._count - number * self._at_once)
+            piece = self._pieces[number] = _host_memory((size, *self.shape), self.dtype, self._pinned)
+        return piece[within]
 
 
 def kv_torch_dtype(name: str) -> torch.dtype:
@@ -150,9 +150,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.zeros(prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).view(shape)
 
 
-def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _host_memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
     try:
-        return torch.empty(shape, dtype=dtype, device=device, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
     except RuntimeError as error:
         logger.warning("host memory could not be pinned, so swapped blocks are copied slower: %s", error)
-        return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype)

@@ -33,6 +33,7 @@ def contents(cache: KVCache, block: int) -> torch.Tensor:
 @pytest.mark.parametrize("staged", [1, 2 * BLOCK_BYTES, 2**30])
 def test_blocks_go_out_and_come_back_elsewhere(staged: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "_STAGED", staged)
+    monkeypatch.setattr(kv_cache, "_MADE_AT_ONCE", staged)
     cache = made()
     was = [contents(cache, block) for block in range(8)]
     cache.swap_out(pairs((1, 5), (3, 0), (4, 2)))
