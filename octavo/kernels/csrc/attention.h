@@ -7,9 +7,24 @@
 #pragma once
 
 #include "attention_tiles.h"
+#include "attention_tiles8.h"
 #include "elementwise.h"
 
 namespace octavo {
+
+// int8 numbers of the cache, widened, against fp32; their scales go into scores and weights.
+struct DotCached8 {
+  typedef vf Sum;
+  struct Columns { vf numbers[4]; };
+  static constexpr int per_lane = 4, a_lanes = 4;
+  OCTAVO_INLINE Columns columns(vi b) {
+    return {to_float(b << 24 >> 24), to_float(b << 16 >> 24), to_float(b << 8 >> 24), to_float(b >> 24)};
+  }
+  OCTAVO_INLINE vf dot(vf c, const int32_t* a, const Columns& b) {
+    for (int i = 0; i < 4; i++) c = fma(as_float(set_lanes(a[i])), b.numbers[i], c);
+    return c;
+  }
+};
 
 constexpr int64_t kKeys = 64;
 constexpr int64_t kQueryRows = kTiles ? 96 : 48;  // queries times heads of one piece of work, about
@@ -41,7 +56,8 @@ struct AttentionRoom {
   std::vector<int32_t> q, p;
   std::vector<float> scores, out, total;
   SegmentRoom segment;
-  float most[kMostRows], sum[kMostRows], total_most[kMostRows], total_sum[kMostRows];
+  float most[kMostRows], sum[kMostRows], total_most[kMostRows], total_sum[kMostRows], q_scale[kMostRows];
+  float k_scales[kKeys], v_scales[kKeys];
 
   void reserve(int64_t width) {
     if (int64_t(total.size()) >= kMostRows * width) return;
@@ -112,12 +128,16 @@ class Attender {
   static constexpr int64_t kLanes = 16 / p;         // of 16 keys, in the cache
   static constexpr int64_t kALanes = Dot::a_lanes;  // of queries and weights, for each of the cache's
   static constexpr bool kRounded = p == 2 && kALanes == 1;  // these are bf16
-  static constexpr bool kTiled = kTiles && p == 2;
+  static constexpr bool kScaled = p == 4;  // K and V by a scale a token
+  static constexpr bool kTiled = kTiles && p > 1;
 
   void take_queries() {
     if constexpr (kTiled) {
-      for (int64_t m = 0; m < rows; m++)
-        put_tile_row(q.row(start + m / G) + (head * G + m % G) * H(), H(), m, (uint8_t*)room.q.data());
+      for (int64_t m = 0; m < rows; m++) {
+        const float* x = q.row(start + m / G) + (head * G + m % G) * H();
+        if constexpr (kScaled) room.q_scale[m] = put_query8(x, H(), m, rows, (int8_t*)room.q.data());
+        else put_tile_row(x, H(), m, (uint8_t*)room.q.data());
+      }
       return;
     }
     const int64_t lanes = H() / p * kALanes;
@@ -143,20 +163,33 @@ class Attender {
     const CacheShape& c = shape.cache;
     return c.head(v_cache, table[key / c.block_size], head) + key % c.block_size / p * H();
   }
+  void take_scales(int64_t key, int64_t units) {
+    const CacheShape& c = shape.cache;
+    for (int64_t at = key; at < key + 16 * units; at += 16) {
+      const int64_t block = table[at / c.block_size], token = at % c.block_size;
+      std::memcpy(room.k_scales + at - key, c.scales(k_cache, block, head) + token, 64);
+      std::memcpy(room.v_scales + at - key, c.scales(v_cache, block, head) + token, 64);
+    }
+  }
 
   // The keys of a segment up to position `last`, from `begin` on, into room.out, most and sum.
   void one_segment(int64_t first, int64_t last, int64_t begin) {
     const int64_t from = std::max(first, begin / kKeys * kKeys), to = std::min(first + kSegment - 1, last);
     if constexpr (kTiled) {
       const SegmentTask task = {shape.cache, k_cache, v_cache, table, head, from, to, shape.scale, shape.soft_cap, shape.window};
-      return tiled_segment(task, rows, G, position, (const uint8_t*)room.q.data(), room.segment, room.out.data(),
-                           room.most, room.sum);
+      if constexpr (kScaled)
+        return tiled_segment8(task, rows, G, position, (const int8_t*)room.q.data(), room.q_scale, room.segment,
+                              room.out.data(), room.most, room.sum);
+      else
+        return tiled_segment(task, rows, G, position, (const uint8_t*)room.q.data(), room.segment, room.out.data(),
+                             room.most, room.sum);
     }
     std::fill(room.most, room.most + rows, kNone);
     std::fill(room.sum, room.sum + rows, 0.0f);
     std::fill(room.out.begin(), room.out.begin() + rows * H(), 0.0f);
     for (int64_t key = from; key <= to; key += kKeys) {
       const int64_t units = std::min<int64_t>(kKeys / 16, (to - key) / 16 + 1);
+      if constexpr (kScaled) take_scales(key, units);
       score(key, units);
       for (int64_t m = 0; m < rows; m++) soften(m, key, units);
       weigh(key, units);
@@ -190,6 +223,7 @@ class Attender {
     vf most = none;
     for (int64_t i = 0; i < 16 * units; i += W) {
       vf x = load(s + i) * scale;
+      if constexpr (kScaled) x = x * load(room.k_scales + i);
       if (shape.soft_cap > 0) x = capped(x, shape.soft_cap);
       if (!whole) {
         const vi index = lane_numbers() + int32_t(key + i);
@@ -210,6 +244,13 @@ class Attender {
       second = second > none ? exp2(second - top) : vf{};
       total = total + first;
       total = total + second;
+      if constexpr (kScaled) {  // a stale scale behind the last key may be anything
+        auto scaled = [&](vf weight, int64_t j) {
+          return weight > vf{} ? weight * load(room.v_scales + j) : vf{};
+        };
+        first = scaled(first, i);
+        if (two) second = scaled(second, i + W);
+      }
       if constexpr (!kRounded) {
         store((float*)&room.p[m * kKeys + i], first);
         if (two) store((float*)&room.p[m * kKeys + i + W], second);
