@@ -153,7 +153,7 @@ def test_rope_and_cache(ops, dtype, block_size):
 
 
 def cached(ops, lens, N, K, H, block_size, dtype):
-    """(the kernels' caches, the same in the reference's order, block tables) of random sequences in scattered blocks."""
+    """(the kernels' caches, the same in order, block tables) of random sequences in scattered blocks."""
     blocks = [-(-length // block_size) for length in lens]
     order = torch.randperm(sum(blocks) + 3).int()
     tables = torch.zeros(len(lens), max(blocks), dtype=torch.int32)
@@ -209,15 +209,8 @@ def test_attention_of_256_rows(ops, heads, dtype):
 def test_what_was_in_a_block_before_is_not_seen(ops):
     """A block may hold what a broken request left there: not a number, in an int8 cache as the scale of a token."""
     ours, _, tables = cached(ops, [40], 4, 2, 64, 16, torch.int8)
-    rest = (
-        torch.tensor([0, 1]),
-        torch.tensor([37]),
-        tables,
-        torch.tensor([36]),
-        np.array([0, 1]),
-        np.array([37]),
-        0.125,
-    )
+    starts, lens = torch.tensor([0, 1]), torch.tensor([37])
+    rest = (starts, lens, tables, lens - 1, starts.numpy(), lens.numpy(), 0.125)
     q = torch.randn(1, 4, 64)
     wanted = ops.paged_attention(q, *ours, *rest)
     for cache in ours:
