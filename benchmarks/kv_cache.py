@@ -1,13 +1,14 @@
 """What an int8 KV cache costs and saves in time, on a CPU: the same work with either cache, in turns.
 
-`scripts/bench kv-cache benchmarks/kv_cache.py [--build NAME] [--work W,W] [--rounds N]`. `8x4096` are decode steps of
-8 rows behind 4,096 tokens each, found in the prefix cache; other names are those of `octavo bench throughput`. Weights
+`scripts/bench kv-cache benchmarks/kv_cache.py [--build NAME] [--work W,W] [--rounds N]`. `8x4096` are 32 decode
+steps of 8 rows behind 4,096 tokens each, found in the prefix cache; other names are those of `octavo bench throughput`. Weights
 are as the file has them. Attention's seconds are thread 0's; all figures are medians.
 """
 
 import argparse
 import ctypes
 import functools
+import re
 import time
 from typing import Any
 
@@ -19,13 +20,15 @@ from octavo.cli.bench.workloads import fixed, workload
 from octavo.kernels import library
 
 CACHES = ("auto", "int8")
-LONG = {"1x8000": (1, 8000, 64), "8x4096": (8, 4096, 32), "32x1024": (32, 1024, 32)}
+STEPS = 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", help="of the kernels; the best by default")
-    parser.add_argument("--work", type=lambda text: text.split(","), default=[*LONG, "mixed64", "prefill8x1024"])
+    parser.add_argument(
+        "--work", type=lambda text: text.split(","), default=["1x8000", "8x4096", "mixed64", "prefill8x1024"]
+    )
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     library.load = functools.partial(library.load, asked.build)  # type: ignore[assignment]
@@ -33,14 +36,15 @@ def main() -> None:
     print(llms["int8"].engine.executor.layout, flush=True)
     rows = []
     for name in asked.work:
-        prompts, lengths = fixed(*LONG[name]) if name in LONG else workload(name)
+        shape = re.fullmatch(r"(\d+)x(\d+)", name)
+        prompts, lengths = fixed(int(shape[1]), int(shape[2]), STEPS) if shape else workload(name)
         turns: dict[str, list[tuple[float, float]]] = {cache: [] for cache in CACHES}
-        if name in LONG:
+        if shape:
             for llm in llms.values():
                 llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
         for _ in range(asked.rounds):
             for cache, llm in llms.items():
-                turns[cache].append(timed(llm, prompts, lengths, fresh=name not in LONG))
+                turns[cache].append(timed(llm, prompts, lengths, fresh=not shape))
         rows.append(row_of(name, sum(lengths), turns))
     print_table(rows)
     print_json({"benchmark": "kv-cache", "rows": rows})

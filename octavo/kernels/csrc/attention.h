@@ -8,23 +8,10 @@
 
 #include "attention_tiles.h"
 #include "attention_tiles8.h"
+#include "cached8.h"
 #include "elementwise.h"
 
 namespace octavo {
-
-// int8 numbers of the cache, widened, against fp32; their scales go into scores and weights.
-struct DotCached8 {
-  typedef vf Sum;
-  struct Columns { vf numbers[4]; };
-  static constexpr int per_lane = 4, a_lanes = 4;
-  OCTAVO_INLINE Columns columns(vi b) {
-    return {to_float(b << 24 >> 24), to_float(b << 16 >> 24), to_float(b << 8 >> 24), to_float(b >> 24)};
-  }
-  OCTAVO_INLINE vf dot(vf c, const int32_t* a, const Columns& b) {
-    for (int i = 0; i < 4; i++) c = fma(as_float(set_lanes(a[i])), b.numbers[i], c);
-    return c;
-  }
-};
 
 constexpr int64_t kKeys = 64;
 constexpr int64_t kQueryRows = kTiles ? 96 : 48;  // queries times heads of one piece of work, about
@@ -54,6 +41,7 @@ struct Piece { int32_t row, first, count, kv_head, segment, partial; };
 // One thread's room for a piece: rows are (query, head of the group).
 struct AttentionRoom {
   std::vector<int32_t> q, p;
+  TwoBytes q_bytes[kMostRows], p_bytes[kMostRows];
   std::vector<float> scores, out, total;
   SegmentRoom segment;
   float most[kMostRows], sum[kMostRows], total_most[kMostRows], total_sum[kMostRows], q_scale[kMostRows];
@@ -63,7 +51,7 @@ struct AttentionRoom {
     if (int64_t(total.size()) >= kMostRows * width) return;
     q.resize(size_t(kMostRows * (width + 16)));
     p.resize(size_t(kMostRows * kKeys));
-    scores.resize(size_t(kMostRows * kKeys));
+    scores.resize(size_t(2 * kMostRows * kKeys));
     out.resize(size_t(kMostRows * width));
     total.resize(size_t(kMostRows * width));
     if (kTiles) segment.reserve(width);
@@ -130,6 +118,8 @@ class Attender {
   static constexpr bool kRounded = p == 2 && kALanes == 1;  // these are bf16
   static constexpr bool kScaled = p == 4;  // K and V by a scale a token
   static constexpr bool kTiled = kTiles && p > 1;
+  static constexpr bool kBytes = std::is_same_v<typename Dot::Sum, vi>;  // queries and weights have two
+  static constexpr int kParts = kBytes ? 2 : 1;
 
   void take_queries() {
     if constexpr (kTiled) {
@@ -143,8 +133,10 @@ class Attender {
     const int64_t lanes = H() / p * kALanes;
     for (int64_t m = 0; m < rows; m++) {
       const float* x = q.row(start + m / G) + (head * G + m % G) * H();
-      int32_t* to = &room.q[m * lanes];
-      if constexpr (!kRounded) {
+      int32_t* to = &room.q[m * kParts * lanes];
+      if constexpr (kBytes) {
+        room.q_bytes[m] = TwoBytes(x, H(), (int8_t*)to);
+      } else if constexpr (!kRounded) {
         std::memcpy(to, x, size_t(H()) * 4);
       } else {
         int64_t i = 0;
@@ -202,27 +194,29 @@ class Attender {
     for (int64_t u = 0; u < units; u += kUnits) {
       const int32_t* b[kVectors];
       for (int v = 0; v < kVectors; v++) b[v] = keys_at(key + 16 * std::min(u + v * W / 16, units - 1)) + v * W % 16;
-      in_tiles<kTileRows>(rows, [&](int64_t first, auto height) {
+      in_tiles<kTileRows>(rows * kParts, [&](int64_t first, auto height) {
         constexpr int Rows = decltype(height)::value;
-        vf sum[Rows][kVectors] = {};
+        typename Dot::Sum sum[Rows][kVectors] = {};
         multiply<Dot>(sum, &room.q[first * lanes * kALanes], lanes * kALanes, b, shape.cache.block_size, lanes);
         for (int m = 0; m < Rows; m++)
           for (int v = 0; v < kVectors; v++)
-            if (u + v * W / 16 < units) store(&room.scores[(first + m) * kKeys + 16 * u + v * W], sum[m][v]);
+            if (u + v * W / 16 < units) store(&room.scores[(first + m) * kKeys + 16 * u + v * W], (vf)sum[m][v]);
       });
     }
   }
 
   // Scores of one row to weights (room.p), with the running largest and sum; what was computed so far is scaled down.
   void soften(int64_t m, int64_t key, int64_t units) {
-    float* s = &room.scores[m * kKeys];
+    float* s = &room.scores[m * kParts * kKeys];
     const int64_t place = position + m / G;  // of the query
     const int64_t oldest = shape.window > 0 ? place - shape.window + 1 : 0;
     const bool whole = key + 16 * units - 1 <= place && key >= oldest;
-    const vf scale = set(shape.scale * 1.44269504f), none = set(kNone);
+    const vf scale = set(shape.scale * 1.44269504f * (kBytes ? room.q_bytes[m].scale : 1.0f)), none = set(kNone);
     vf most = none;
     for (int64_t i = 0; i < 16 * units; i += W) {
-      vf x = load(s + i) * scale;
+      vf x = load(s + i);
+      if constexpr (kBytes) x = room.q_bytes[m].whole((vi)x, load_lanes(s + kKeys + i));
+      x = x * scale;
       if constexpr (kScaled) x = x * load(room.k_scales + i);
       if (shape.soft_cap > 0) x = capped(x, shape.soft_cap);
       if (!whole) {
@@ -251,12 +245,19 @@ class Attender {
         first = scaled(first, i);
         if (two) second = scaled(second, i + W);
       }
-      if constexpr (!kRounded) {
+      if constexpr (kBytes) {
+        store(s + i, first);
+        if (two) store(s + i + W, second);
+      } else if constexpr (!kRounded) {
         store((float*)&room.p[m * kKeys + i], first);
         if (two) store((float*)&room.p[m * kKeys + i + W], second);
       } else {
         store_bf16((uint16_t*)&room.p[m * kKeys / 2 + i / 2], first, second);
       }
+    }
+    if constexpr (kBytes) {  // behind the units nothing is multiplied
+      std::fill(s + 16 * units, s + kKeys, 0.0f);
+      room.p_bytes[m] = TwoBytes(s, kKeys, (int8_t*)&room.p[m * 2 * kKeys / p]);
     }
     room.sum[m] = room.sum[m] * shrink + sum(total);
     if (shrink != 1.0f) {
@@ -275,19 +276,27 @@ class Attender {
   template <int Vectors>
   void weigh_columns(int64_t key, int64_t units, int64_t h) {
     constexpr int64_t lanes_of_row = kKeys / p * kALanes;
-    in_tiles<kValueRows>(rows, [&](int64_t first, auto height) {
+    in_tiles<kValueRows / kParts>(rows, [&](int64_t first, auto height) {
       constexpr int Rows = decltype(height)::value;
-      vf sum[Rows][Vectors];
-      for (int m = 0; m < Rows; m++)
-        for (int v = 0; v < Vectors; v++) sum[m][v] = load(&room.out[(first + m) * H() + h + v * W]);
+      typename Dot::Sum sum[Rows * kParts][Vectors] = {};
+      auto out = [&](int m, int v) { return &room.out[(first + m) * H() + h + v * W]; };
+      for (int m = 0; m < Rows && !kBytes; m++)
+        for (int v = 0; v < Vectors; v++) sum[m][v] = (typename Dot::Sum)load(out(m, v));
       for (int64_t u = 0; u < units; u++) {
         const int32_t* values = values_at(key + 16 * u) + h;
         const int32_t* b[Vectors];
         for (int v = 0; v < Vectors; v++) b[v] = values + v * W;
-        multiply<Dot>(sum, &room.p[first * lanes_of_row + u * kLanes * kALanes], lanes_of_row, b, H(), kLanes);
+        multiply<Dot>(sum, &room.p[first * kParts * lanes_of_row + u * kLanes * kALanes], lanes_of_row, b, H(), kLanes);
       }
       for (int m = 0; m < Rows; m++)
-        for (int v = 0; v < Vectors; v++) store(&room.out[(first + m) * H() + h + v * W], sum[m][v]);
+        for (int v = 0; v < Vectors; v++) {
+          if constexpr (kBytes) {
+            const TwoBytes& bytes = room.p_bytes[first + m];
+            store(out(m, v), fma(bytes.whole(sum[2 * m][v], sum[2 * m + 1][v]), set(bytes.scale), load(out(m, v))));
+          } else {
+            store(out(m, v), sum[m][v]);
+          }
+        }
     });
   }
 
