@@ -1,7 +1,7 @@
 """What an int8 KV cache costs and saves in time, on a CPU: the same work with either cache, in turns.
 
-`scripts/bench kv-cache benchmarks/kv_cache.py [--build NAME] [--work W,W] [--rounds N]`. `8x4096` are 32 decode
-steps of 8 rows behind 4,096 tokens each, found in the prefix cache; other names are those of `octavo bench throughput`. Weights
+`scripts/bench kv-cache benchmarks/kv_cache.py [--build NAME] [--work W,W] [--rounds N]`. `8x4096` are 32 decode steps of
+8 rows behind 4,096 tokens each, found in the prefix cache; other names are those of `octavo bench throughput`. Weights
 are as the file has them. Attention's seconds are thread 0's; all figures are medians.
 """
 
@@ -21,14 +21,13 @@ from octavo.kernels import library
 
 CACHES = ("auto", "int8")
 STEPS = 32
+WORK = ("1x8000", "8x4096", "mixed64", "prefill8x1024")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", help="of the kernels; the best by default")
-    parser.add_argument(
-        "--work", type=lambda text: text.split(","), default=["1x8000", "8x4096", "mixed64", "prefill8x1024"]
-    )
+    parser.add_argument("--work", type=lambda text: text.split(","), default=list(WORK))
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     library.load = functools.partial(library.load, asked.build)  # type: ignore[assignment]
