@@ -1,8 +1,8 @@
 """What an int8 KV cache costs and saves in time, on a CPU: the same work with either cache, in turns.
 
-`scripts/bench kv-cache benchmarks/kv_cache.py [--build NAME] [--work W,W] [--rounds N]`. `8x4096` are 32 decode steps of
-8 rows behind 4,096 tokens each, found in the prefix cache; other names are those of `octavo bench throughput`. Weights
-are as the file has them. Attention's seconds are thread 0's; all figures are medians.
+`scripts/bench kv-cache benchmarks/kv_cache.py [--build NAME] [--work W,W] [--rounds N]`. `8x4096` are 32 decode steps
+of 8 rows behind 4,096 tokens each, found in the prefix cache; other names are those of `octavo bench throughput`.
+Weights are as the file has them. Attention's seconds are thread 0's; all figures are medians.
 """
 
 import argparse
