@@ -15,12 +15,13 @@ from octavo.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2:135m"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-KV_DTYPE_BYTES = {**DTYPE_BYTES, "fp8": 1}
+KV_DTYPE_BYTES = {**DTYPE_BYTES, "fp8": 1, "int8": 1}
+SCALE_BYTES = 4  # what an int8 cache has for each token and kv head, in K and in V, behind its elements
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Quantize = Literal["int8", "int4", "fp8"]
-KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8"]
+KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8", "int8"]
 # Matrices as plain tensors of the model's dtype, in fp8 for a GPU, or packed for the CPU's kernels: in one precision,
 # or as stored.
 Precision = Literal["plain", "fp8", "stored", "float32", "bfloat16", "int8", "int4"]
@@ -148,7 +149,8 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of K and V that one token keeps in the cache, over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * KV_DTYPE_BYTES[dtype]
+        head = self.head_dim * KV_DTYPE_BYTES[dtype] + (SCALE_BYTES if dtype == "int8" else 0)
+        return 2 * self.num_layers * self.num_kv_heads * head
 
 
 @dataclass(slots=True)
@@ -164,7 +166,9 @@ class EngineOptions:
     revision: str | None = option(None, "branch, tag or commit of the model on its hub")
     tokenizer: str | None = option(None, "folder or file to take the tokenizer from, if not from the model")
     dtype: Dtype = option("auto", "type of weights and KV cache; auto: 16 bits, or what a quantized file holds")
-    kv_cache_dtype: KVCacheDtype = option("auto", "type of the KV cache; auto: that of dtype; fp8 on a GPU alone")
+    kv_cache_dtype: KVCacheDtype = option(
+        "auto", "type of the KV cache; auto: that of dtype; int8 on a CPU, fp8 on a GPU: half the memory of 16 bits"
+    )
     device: Device = option("auto", "where to run; auto: a GPU if there is one")
     quantize: Quantize | None = option(
         None,

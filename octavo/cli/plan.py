@@ -79,6 +79,7 @@ def make_plan(options: EngineOptions) -> dict[str, Any]:
         "kernels": kernels.name if kernels else None,
         "why_not_kernels": why,
         "weight_memory": weights,
+        "kv_dtype": kv,
         "kv_bytes_per_token": model.kv_bytes_per_token(kv),
         "max_position": model.max_position,
         "device": device,
@@ -195,7 +196,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         ("model", f"{found['model']} ({found['architecture']}, {found['parameters']:,} parameters)"),
         ("source", found["source"]),
         ("weights", ", ".join(f"{format_size(size)} in {name}" for name, size in found["weights"].items())),
-        ("KV cache", f"{found['kv_bytes_per_token']:,} bytes a token in {found['dtype']}"),
+        ("KV cache", f"{found['kv_bytes_per_token']:,} bytes a token in {found['kv_dtype']}"),
         ("context", f"{found['max_position']:,} tokens at most"),
         ("memory", f"{format_size(found['free_memory'])} free of {found['memory']}"),
     ]

@@ -29,12 +29,13 @@ def settle(
         return _on_gpu(options, model, capability)
     if options.quantize == "fp8":
         raise ConfigError("quantize is fp8, which is for a GPU; on a CPU use int8 or int4")
-    why = None
     why = why_not(model, options.dtype, options.block_size, stored)
     if why is None:
         return _on_kernels(options, stored)
     if options.quantize:
         raise ConfigError(f"quantize is {options.quantize}, but the CPU's kernels cannot run here: {why}")
+    if options.kv_cache_dtype == "int8":
+        raise ConfigError(f"kv_cache_dtype is int8 (leave it out), but the CPU's kernels cannot run here: {why}")
     if options.deterministic:
         raise ConfigError(
             f"deterministic is on, which plain torch cannot promise, and the CPU's kernels cannot run here: {why}"
@@ -54,6 +55,8 @@ def _on_gpu(options: EngineOptions, model: ModelConfig, capability: tuple[int, i
                 f"{name} is fp8, which needs a GPU of compute capability {_E4M3[0]}.{_E4M3[1]} (Ada, Hopper) or newer,"
                 f" and this one has {mine}; leave it out"
             )
+    if options.kv_cache_dtype == "int8":
+        raise ConfigError("kv_cache_dtype is int8, which works on a CPU alone; on a GPU use fp8")
     if options.deterministic and find_spec("triton") is None:
         raise ConfigError("deterministic is on, which on a GPU needs Triton; pip install triton, or leave it out")
     if options.quantize is None:
@@ -68,8 +71,8 @@ def kv_dtype(options: EngineOptions, dtype: str, device: str) -> str:
     wanted = options.kv_cache_dtype
     if wanted in ("auto", dtype):
         return dtype
-    if device == "cpu":
-        raise ConfigError(f"kv_cache_dtype is {wanted}, but on a CPU the KV cache has dtype's, {dtype}; leave it out")
+    if device == "cpu" and wanted != "int8":
+        raise ConfigError(f"kv_cache_dtype is {wanted}, but on a CPU the KV cache has dtype's, {dtype}, or int8")
     return wanted
 
 

@@ -57,7 +57,9 @@ class Ops(Protocol):
     ) -> torch.Tensor:
         """Rotates q and k, writes k and v into their slots (block * B + offset); returns the q, [T, N, H].
 
-        Before that, each head of q and k passes `rms_norm` by `q_norm_H` and `k_norm_H`, if there are such weights.
+        An int8 cache is [P, B, K, H + 4]: each head has 127 for its largest element, and behind it its fp32 scale.
+
+        Before all that, each head of q and k passes `rms_norm` by `q_norm_H` and `k_norm_H`, if there are such weights.
 
         `cos_Tr` and `sin_Tr` are fp32 and hold r/2 angles: the first r elements of a head rotate, element i
         with element i + r/2; the rest pass unchanged. `q_scale_T`, in fp32, multiplies each token's whole q.

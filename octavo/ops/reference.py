@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo.batch import Ints
+from octavo.config import SCALE_BYTES
 from octavo.ops.weight import Fp8Weight, Table, Weight
 
 # Most fp32 elements of one intermediate alive at once: 64 MiB. Longer work is cut into tiles.
@@ -64,9 +65,25 @@ def rope_and_cache(
         if cache.dtype == torch.float8_e4m3fn:  # what is too large for it would become NaN; bytes are what torch moves
             new_TKH = new_TKH.clamp(-448, 448).to(cache.dtype).view(torch.uint8)
             cache = cache.view(torch.uint8)
+        elif cache.dtype == torch.int8:
+            new_TKH = _in_int8(new_TKH)
         cache.flatten(0, 1).index_copy_(0, index_T, new_TKH.to(cache.dtype))
     q_TNH = _rotate(q_TNH, cos_Tr, sin_Tr)
     return q_TNH if q_scale_T is None else (q_TNH.float() * q_scale_T[:, None, None]).to(q_TNH.dtype)
+
+
+def _in_int8(x_TKH: torch.Tensor) -> torch.Tensor:
+    """As an int8 cache has it: 127 for the largest of a head, and behind the head the four bytes of its fp32 scale."""
+    most_TK1 = x_TKH.float().abs().amax(-1, keepdim=True)
+    inverse_TK1 = torch.where(most_TK1 > 0, 127 / most_TK1, 0)
+    return torch.cat(((x_TKH.float() * inverse_TK1).round().to(torch.int8), (most_TK1 / 127).view(torch.int8)), dim=-1)
+
+
+def _in_fp32(cached: torch.Tensor) -> torch.Tensor:
+    """Keys or values out of a cache of any type, [..., H]."""
+    if cached.dtype != torch.int8:
+        return cached.float()
+    return cached[..., :-SCALE_BYTES].float() * cached[..., -SCALE_BYTES:].contiguous().view(torch.float32)
 
 
 def _rotate(x_TNH: torch.Tensor, cos_Tr: torch.Tensor, sin_Tr: torch.Tensor) -> torch.Tensor:
@@ -159,7 +176,7 @@ def _attend(
     L, K = k_RLKH.shape[1:3]
     # The N/K query heads of one kv head are stacked over its keys: [R, K, N/K * T, H] x [R, K, H, L].
     q_RKGH = q_RTNH.float().view(R, T, K, N // K, H).permute(0, 2, 3, 1, 4).reshape(R, K, -1, H)
-    scores = (q_RKGH * scale) @ k_RLKH.float().permute(0, 2, 3, 1)
+    scores = (q_RKGH * scale) @ _in_fp32(k_RLKH).permute(0, 2, 3, 1)
     if soft_cap > 0:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     keys_L = torch.arange(L, device=q_RTNH.device)
@@ -167,7 +184,7 @@ def _attend(
     if sliding_window > 0:
         hidden_RTL |= keys_L <= positions_RT[..., None] - sliding_window
     scores.view(R, K, N // K, T, L).masked_fill_(hidden_RTL[:, None, None], float("-inf"))
-    out = torch.softmax(scores, dim=-1) @ v_RLKH.float().transpose(1, 2)
+    out = torch.softmax(scores, dim=-1) @ _in_fp32(v_RLKH).transpose(1, 2)
     return out.view(R, K, N // K, T, H).permute(0, 3, 1, 2, 4).reshape(R, T, N, H).to(q_RTNH.dtype)
 
 

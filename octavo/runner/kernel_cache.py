@@ -1,26 +1,27 @@
 """The paged KV cache of the CPU's kernels, and its tier in host memory: what `kv_cache` is for a device of torch's.
 
 A block's bytes are the kernels' business (`csrc/cache.h`); here they are only moved. Numpy has no bfloat16, so
-elements of two bytes are integers.
+elements of two bytes are integers; those of one are bytes, as are the scales of an int8 cache among them.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octavo.batch import Batch, Ints
-from octavo.config import DTYPE_BYTES, ModelConfig
+from octavo.config import KV_DTYPE_BYTES, SCALE_BYTES, ModelConfig
 from octavo.layers.context import LayerCache
 from octavo.ops.cpu.memory import zeros
 
-_ELEMENT = {2: np.uint16, 4: np.float32}
+_ELEMENT = {1: np.uint8, 2: np.uint16, 4: np.float32}
 
 
 class KernelCache:
     """`num_blocks` blocks of `block_size` tokens for each layer, zeroed, and `num_host_blocks` beside them."""
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: str, *, num_host_blocks: int = 0):
-        element = _ELEMENT[DTYPE_BYTES[dtype]]
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        element = _ELEMENT[KV_DTYPE_BYTES[dtype]]
+        width = config.head_dim + (SCALE_BYTES if dtype == "int8" else 0)
+        shape = (num_blocks, block_size, config.num_kv_heads, width)
         self.layers = [LayerCache(zeros(shape, element), zeros(shape, element)) for _ in range(config.num_layers)]
         self._caches = [cache for layer in self.layers for cache in (layer.k_PBKH, layer.v_PBKH)]
         self._host_PCBKH = zeros((num_host_blocks, len(self._caches), *shape[1:]), element)

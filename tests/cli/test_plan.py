@@ -130,6 +130,13 @@ def test_text_is_for_reading(server: FakeHub, capsys: pytest.CaptureFixture[str]
     assert out.splitlines()[-1] == f"run: octavo serve {NAME} --dtype float32 --device cpu"
 
 
+@pytest.mark.skipif(not library.builds(), reason="the kernels were not built: no compiler")
+def test_a_cache_in_int8_counts_its_scales(server: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", NAME, "--device", "cpu", "--kv-cache-dtype", "int8"]) == 0
+    # K and V, two layers, two kv heads of 16 numbers and a scale.
+    assert f"KV cache  {2 * 2 * 2 * (16 + 4)} bytes a token in int8" in capsys.readouterr().out
+
+
 def test_a_gguf_file_on_a_hub(
     server: FakeHub, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

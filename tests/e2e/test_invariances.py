@@ -21,6 +21,7 @@ PRECISIONS = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
+    "int8 KV": {"kv_cache_dtype": "int8"},
 }
 
 
@@ -123,10 +124,9 @@ def test_a_second_time_from_the_cache(way):
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
 def test_forced_preemption(way, mode):
     block_size, num_blocks = (16, 24) if way.bits else (8, 48)
-    # Bytes of the model's K and V of a token: 2 layers, 2 kv heads of 16.
-    of_a_token = 2 * 2 * 2 * 16 * (4 if way.options.get("dtype") == "float32" or not way.bits else 2)
+    config = way.build().config
     engine = way.build(
-        kv_cache_memory=num_blocks * block_size * of_a_token,
+        kv_cache_memory=num_blocks * block_size * config.model.kv_bytes_per_token(config.kv_dtype),
         block_size=block_size,
         max_num_batched_tokens=128,
         swap_space="1MiB",

@@ -95,6 +95,8 @@ def test_what_bits_depend_on_keeps_blocks_apart(
     assert loaded(model, block_size=32) == 0
     if library.load() is not None:
         assert loaded(model, quantize="int8") == 0
+        assert loaded(model, kv_cache_dtype="int8") == 0
+        assert loaded(model, kv_cache_dtype="int8") > 0
         others = [name for name in library.builds() if name != library.load().name]  # type: ignore[union-attr]
         for name in others[:1]:
             other = library.load(name)

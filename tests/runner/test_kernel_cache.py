@@ -14,13 +14,13 @@ def pairs(*given: tuple[int, int]) -> np.ndarray:
     return np.array(given, np.int32).reshape(-1, 2)
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=["float32", "bfloat16", "int8"])
 def cache(request: pytest.FixtureRequest) -> KernelCache:
     made = KernelCache(MODEL, 8, 4, request.param, num_host_blocks=6)
     random = np.random.default_rng(1)
     for layer in made.layers:
         for array in (layer.k_PBKH, layer.v_PBKH):
-            array[:] = random.integers(0, 1000, array.shape)
+            array[:] = random.integers(0, 256, array.shape)
     return made
 
 
@@ -59,7 +59,7 @@ def test_bytes_of_blocks_come_back_elsewhere(cache: KernelCache) -> None:
 
 
 def test_a_block_has_the_bytes_that_are_planned_and_begins_on_a_cache_line(cache: KernelCache) -> None:
-    dtype = "float32" if cache.layers[0].k_PBKH.itemsize == 4 else "bfloat16"
+    dtype = {1: "int8", 2: "bfloat16", 4: "float32"}[cache.layers[0].k_PBKH.itemsize]
     assert cache.block_bytes == MODEL.kv_bytes_per_token(dtype) * 4
     assert all(array.ctypes.data % 64 == 0 for layer in cache.layers for array in (layer.k_PBKH, layer.v_PBKH))
 

@@ -73,10 +73,20 @@ def test_the_same_logits_as_op_by_op(folder, chunks):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("options", "most"), [({"dtype": "bfloat16"}, 0.05), ({"quantize": "int8"}, 0.1)])
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"dtype": "bfloat16"}, 0.05),
+        ({"quantize": "int8"}, 0.1),
+        ({"dtype": "float32", "kv_cache_dtype": "int8"}, 0.05),
+        ({"kv_cache_dtype": "int8"}, 0.1),
+    ],
+    ids=str,
+)
 def test_fewer_bits_stay_near(folder, options, most):
     runner, config = graph_runner(folder, **({"dtype": "auto"} | options))
-    assert (config.weights, config.kv_dtype) == (options.get("quantize", "bfloat16"), "bfloat16")
+    assert config.weights == options.get("quantize", options.get("dtype", "bfloat16"))
+    assert config.kv_dtype == options.get("kv_cache_dtype", "bfloat16")
     found, wanted = (logits_of(made, (40, 3, 90), 1) for made in (runner, plain_runner(folder)))
     seen = torch.isfinite(wanted)
     assert float((found - wanted)[seen].norm() / wanted[seen].norm()) < most

@@ -7,6 +7,8 @@
 #pragma once
 
 #include "attention_tiles.h"
+#include "attention_tiles8.h"
+#include "cached8.h"
 #include "elementwise.h"
 
 namespace octavo {
@@ -39,15 +41,17 @@ struct Piece { int32_t row, first, count, kv_head, segment, partial; };
 // One thread's room for a piece: rows are (query, head of the group).
 struct AttentionRoom {
   std::vector<int32_t> q, p;
+  TwoBytes q_bytes[kMostRows], p_bytes[kMostRows];
   std::vector<float> scores, out, total;
   SegmentRoom segment;
-  float most[kMostRows], sum[kMostRows], total_most[kMostRows], total_sum[kMostRows];
+  float most[kMostRows], sum[kMostRows], total_most[kMostRows], total_sum[kMostRows], q_scale[kMostRows];
+  float k_scales[kKeys], v_scales[kKeys];
 
   void reserve(int64_t width) {
     if (int64_t(total.size()) >= kMostRows * width) return;
     q.resize(size_t(kMostRows * (width + 16)));
     p.resize(size_t(kMostRows * kKeys));
-    scores.resize(size_t(kMostRows * kKeys));
+    scores.resize(size_t(2 * kMostRows * kKeys));
     out.resize(size_t(kMostRows * width));
     total.resize(size_t(kMostRows * width));
     if (kTiles) segment.reserve(width);
@@ -112,19 +116,27 @@ class Attender {
   static constexpr int64_t kLanes = 16 / p;         // of 16 keys, in the cache
   static constexpr int64_t kALanes = Dot::a_lanes;  // of queries and weights, for each of the cache's
   static constexpr bool kRounded = p == 2 && kALanes == 1;  // these are bf16
-  static constexpr bool kTiled = kTiles && p == 2;
+  static constexpr bool kScaled = p == 4;  // K and V by a scale a token
+  static constexpr bool kTiled = kTiles && p > 1;
+  static constexpr bool kBytes = std::is_same_v<typename Dot::Sum, vi>;  // queries and weights have two
+  static constexpr int kParts = kBytes ? 2 : 1;
 
   void take_queries() {
     if constexpr (kTiled) {
-      for (int64_t m = 0; m < rows; m++)
-        put_tile_row(q.row(start + m / G) + (head * G + m % G) * H(), H(), m, (uint8_t*)room.q.data());
+      for (int64_t m = 0; m < rows; m++) {
+        const float* x = q.row(start + m / G) + (head * G + m % G) * H();
+        if constexpr (kScaled) room.q_scale[m] = put_query8(x, H(), m, rows, (int8_t*)room.q.data());
+        else put_tile_row(x, H(), m, (uint8_t*)room.q.data());
+      }
       return;
     }
     const int64_t lanes = H() / p * kALanes;
     for (int64_t m = 0; m < rows; m++) {
       const float* x = q.row(start + m / G) + (head * G + m % G) * H();
-      int32_t* to = &room.q[m * lanes];
-      if constexpr (!kRounded) {
+      int32_t* to = &room.q[m * kParts * lanes];
+      if constexpr (kBytes) {
+        room.q_bytes[m] = TwoBytes(x, H(), (int8_t*)to);
+      } else if constexpr (!kRounded) {
         std::memcpy(to, x, size_t(H()) * 4);
       } else {
         int64_t i = 0;
@@ -143,20 +155,33 @@ class Attender {
     const CacheShape& c = shape.cache;
     return c.head(v_cache, table[key / c.block_size], head) + key % c.block_size / p * H();
   }
+  void take_scales(int64_t key, int64_t units) {
+    const CacheShape& c = shape.cache;
+    for (int64_t at = key; at < key + 16 * units; at += 16) {
+      const int64_t block = table[at / c.block_size], token = at % c.block_size;
+      std::memcpy(room.k_scales + at - key, c.scales(k_cache, block, head) + token, 64);
+      std::memcpy(room.v_scales + at - key, c.scales(v_cache, block, head) + token, 64);
+    }
+  }
 
   // The keys of a segment up to position `last`, from `begin` on, into room.out, most and sum.
   void one_segment(int64_t first, int64_t last, int64_t begin) {
     const int64_t from = std::max(first, begin / kKeys * kKeys), to = std::min(first + kSegment - 1, last);
     if constexpr (kTiled) {
       const SegmentTask task = {shape.cache, k_cache, v_cache, table, head, from, to, shape.scale, shape.soft_cap, shape.window};
-      return tiled_segment(task, rows, G, position, (const uint8_t*)room.q.data(), room.segment, room.out.data(),
-                           room.most, room.sum);
+      if constexpr (kScaled)
+        return tiled_segment8(task, rows, G, position, (const int8_t*)room.q.data(), room.q_scale, room.segment,
+                              room.out.data(), room.most, room.sum);
+      else
+        return tiled_segment(task, rows, G, position, (const uint8_t*)room.q.data(), room.segment, room.out.data(),
+                             room.most, room.sum);
     }
     std::fill(room.most, room.most + rows, kNone);
     std::fill(room.sum, room.sum + rows, 0.0f);
     std::fill(room.out.begin(), room.out.begin() + rows * H(), 0.0f);
     for (int64_t key = from; key <= to; key += kKeys) {
       const int64_t units = std::min<int64_t>(kKeys / 16, (to - key) / 16 + 1);
+      if constexpr (kScaled) take_scales(key, units);
       score(key, units);
       for (int64_t m = 0; m < rows; m++) soften(m, key, units);
       weigh(key, units);
@@ -169,27 +194,30 @@ class Attender {
     for (int64_t u = 0; u < units; u += kUnits) {
       const int32_t* b[kVectors];
       for (int v = 0; v < kVectors; v++) b[v] = keys_at(key + 16 * std::min(u + v * W / 16, units - 1)) + v * W % 16;
-      in_tiles<kTileRows>(rows, [&](int64_t first, auto height) {
+      in_tiles<kTileRows>(rows * kParts, [&](int64_t first, auto height) {
         constexpr int Rows = decltype(height)::value;
-        vf sum[Rows][kVectors] = {};
+        typename Dot::Sum sum[Rows][kVectors] = {};
         multiply<Dot>(sum, &room.q[first * lanes * kALanes], lanes * kALanes, b, shape.cache.block_size, lanes);
         for (int m = 0; m < Rows; m++)
           for (int v = 0; v < kVectors; v++)
-            if (u + v * W / 16 < units) store(&room.scores[(first + m) * kKeys + 16 * u + v * W], sum[m][v]);
+            if (u + v * W / 16 < units) store(&room.scores[(first + m) * kKeys + 16 * u + v * W], (vf)sum[m][v]);
       });
     }
   }
 
   // Scores of one row to weights (room.p), with the running largest and sum; what was computed so far is scaled down.
   void soften(int64_t m, int64_t key, int64_t units) {
-    float* s = &room.scores[m * kKeys];
+    float* s = &room.scores[m * kParts * kKeys];
     const int64_t place = position + m / G;  // of the query
     const int64_t oldest = shape.window > 0 ? place - shape.window + 1 : 0;
     const bool whole = key + 16 * units - 1 <= place && key >= oldest;
-    const vf scale = set(shape.scale * 1.44269504f), none = set(kNone);
+    const vf scale = set(shape.scale * 1.44269504f * (kBytes ? room.q_bytes[m].scale : 1.0f)), none = set(kNone);
     vf most = none;
     for (int64_t i = 0; i < 16 * units; i += W) {
-      vf x = load(s + i) * scale;
+      vf x = load(s + i);
+      if constexpr (kBytes) x = room.q_bytes[m].whole((vi)x, load_lanes(s + kKeys + i));
+      x = x * scale;
+      if constexpr (kScaled) x = x * load(room.k_scales + i);
       if (shape.soft_cap > 0) x = capped(x, shape.soft_cap);
       if (!whole) {
         const vi index = lane_numbers() + int32_t(key + i);
@@ -210,12 +238,26 @@ class Attender {
       second = second > none ? exp2(second - top) : vf{};
       total = total + first;
       total = total + second;
-      if constexpr (!kRounded) {
+      if constexpr (kScaled) {  // a stale scale behind the last key may be anything
+        auto scaled = [&](vf weight, int64_t j) {
+          return weight > vf{} ? weight * load(room.v_scales + j) : vf{};
+        };
+        first = scaled(first, i);
+        if (two) second = scaled(second, i + W);
+      }
+      if constexpr (kBytes) {
+        store(s + i, first);
+        if (two) store(s + i + W, second);
+      } else if constexpr (!kRounded) {
         store((float*)&room.p[m * kKeys + i], first);
         if (two) store((float*)&room.p[m * kKeys + i + W], second);
       } else {
         store_bf16((uint16_t*)&room.p[m * kKeys / 2 + i / 2], first, second);
       }
+    }
+    if constexpr (kBytes) {  // behind the units nothing is multiplied
+      std::fill(s + 16 * units, s + kKeys, 0.0f);
+      room.p_bytes[m] = TwoBytes(s, kKeys, (int8_t*)&room.p[m * 2 * kKeys / p]);
     }
     room.sum[m] = room.sum[m] * shrink + sum(total);
     if (shrink != 1.0f) {
@@ -234,19 +276,27 @@ class Attender {
   template <int Vectors>
   void weigh_columns(int64_t key, int64_t units, int64_t h) {
     constexpr int64_t lanes_of_row = kKeys / p * kALanes;
-    in_tiles<kValueRows>(rows, [&](int64_t first, auto height) {
+    in_tiles<kValueRows / kParts>(rows, [&](int64_t first, auto height) {
       constexpr int Rows = decltype(height)::value;
-      vf sum[Rows][Vectors];
-      for (int m = 0; m < Rows; m++)
-        for (int v = 0; v < Vectors; v++) sum[m][v] = load(&room.out[(first + m) * H() + h + v * W]);
+      typename Dot::Sum sum[Rows * kParts][Vectors] = {};
+      auto out = [&](int m, int v) { return &room.out[(first + m) * H() + h + v * W]; };
+      for (int m = 0; m < Rows && !kBytes; m++)
+        for (int v = 0; v < Vectors; v++) sum[m][v] = (typename Dot::Sum)load(out(m, v));
       for (int64_t u = 0; u < units; u++) {
         const int32_t* values = values_at(key + 16 * u) + h;
         const int32_t* b[Vectors];
         for (int v = 0; v < Vectors; v++) b[v] = values + v * W;
-        multiply<Dot>(sum, &room.p[first * lanes_of_row + u * kLanes * kALanes], lanes_of_row, b, H(), kLanes);
+        multiply<Dot>(sum, &room.p[first * kParts * lanes_of_row + u * kLanes * kALanes], lanes_of_row, b, H(), kLanes);
       }
       for (int m = 0; m < Rows; m++)
-        for (int v = 0; v < Vectors; v++) store(&room.out[(first + m) * H() + h + v * W], sum[m][v]);
+        for (int v = 0; v < Vectors; v++) {
+          if constexpr (kBytes) {
+            const TwoBytes& bytes = room.p_bytes[first + m];
+            store(out(m, v), fma(bytes.whole(sum[2 * m][v], sum[2 * m + 1][v]), set(bytes.scale), load(out(m, v))));
+          } else {
+            store(out(m, v), sum[m][v]);
+          }
+        }
     });
   }
 

@@ -1,4 +1,5 @@
-// Attention of a segment of keys by Intel's tiles (amx.h), for a bf16 cache; attention.h has the rest of it.
+// Attention of a segment of keys by Intel's tiles (amx.h), for a bf16 cache; attention_tiles8.h is for an
+// int8 cache, attention.h has the rest of it.
 //
 // Scores, weights and results of up to 32 rows, which are (query, head of the group), are products of tiles:
 //
@@ -32,6 +33,7 @@ struct SegmentRoom {
   static constexpr int64_t kScores = kSegment + 16;  // from row to row
   std::vector<float> scores;
   std::vector<uint8_t> weights, keys, values;
+  float k_scales[kSegment], v_scales[kSegment];  // of an int8 cache
   void reserve(int64_t width) {
     const int64_t padded_width = padded(width);
     scores.resize(size_t(32 * kScores));
@@ -51,6 +53,11 @@ struct SegmentTask {
   int64_t window;
 
   int64_t units() const { return (to - from) / 16 + 1; }
+  // Which keys a query at a position sees, counted from `from`: [first, last).
+  std::pair<int64_t, int64_t> seen_at(int64_t position) const {
+    const int64_t low = window > 0 ? std::max<int64_t>(0, position - window + 1 - from) : 0;
+    return {low, std::min(position, to) - from + 1};
+  }
   const int32_t* block(const void* of, int64_t key) const { return cache.head(of, table[key / cache.block_size], head); }
 };
 
@@ -151,6 +158,23 @@ inline void tiled_rows(const SegmentTask& task, SegmentRoom& room, const uint8_t
   }
 }
 
+// Calls work(first row, count, units of keys that the last of them sees) for up to `step` rows at a time, which are
+// (query, head of G), the first query at `position`; rows that see no keys get no sum.
+inline void by_rows(const SegmentTask& task, int64_t rows, int64_t step, int64_t G, int64_t position, float* most, float* sum,
+                    auto&& work) {
+  for (int64_t first = 0; first < rows; first += step) {
+    const int64_t count = std::min(step, rows - first);
+    // Later queries see more; keys behind the last one of these rows are not computed.
+    const int64_t place = position + (first + count - 1) / G;
+    if (place < task.from) {
+      std::fill(most + first, most + first + count, kNone);
+      std::fill(sum + first, sum + first + count, 0.0f);
+      continue;
+    }
+    work(first, count, std::min(task.units(), (place - task.from) / 16 + 1));
+  }
+}
+
 // The keys of `task` for `rows` rows, (query, head of G), the first query at `position`: out [rows][H], up to the next
 // multiple of 16 rows written, with each row's largest score and sum.
 inline void tiled_segment(const SegmentTask& task, int64_t rows, int64_t G, int64_t position, const uint8_t* q,
@@ -159,28 +183,17 @@ inline void tiled_segment(const SegmentTask& task, int64_t rows, int64_t G, int6
   const bool direct = H % 32 == 0;
   if (!direct) gather_keys(task, room);
   gather_values(task, room);
-  for (int64_t first = 0; first < rows; first += 32) {
-    const int64_t count = std::min<int64_t>(32, rows - first);
-    // Later queries see more; keys behind the last one of these rows are not computed.
-    const int64_t place = position + (first + count - 1) / G;
-    if (place < task.from) {
-      std::fill(most + first, most + first + count, kNone);
-      std::fill(sum + first, sum + first + count, 0.0f);
-      continue;
-    }
-    const int64_t units = std::min(task.units(), (place - task.from) / 16 + 1);
+  by_rows(task, rows, 32, G, position, most, sum, [&](int64_t first, int64_t count, int64_t units) {
     auto weigh = [&] {
       for (int64_t m = 0; m < count; m++) {
-        const int64_t at = position + (first + m) / G;
-        const int64_t low = task.window > 0 ? std::max<int64_t>(0, at - task.window + 1 - task.from) : 0;
-        const int64_t high = std::min(at, task.to) - task.from + 1;
+        const auto [low, high] = task.seen_at(position + (first + m) / G);
         std::tie(most[first + m], sum[first + m]) = weigh_row(task, room, m, low, high, (units + 1) / 2 * 32);
       }
     };
     const uint8_t* x = q + first / 16 * q_step;
     float* to = out + first * H;
     count > 16 ? tiled_rows<2>(task, room, x, direct, units, to, weigh) : tiled_rows<1>(task, room, x, direct, units, to, weigh);
-  }
+  });
 }
 
 #else

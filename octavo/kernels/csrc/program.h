@@ -143,10 +143,10 @@ class Engine {
         const AttentionShape shape = shape_of(i);
         const size_t n = size_t(std::find(planned.begin(), planned.end(), i.window) - planned.begin());
         AttentionRoom& room = rooms[size_t(team.thread)];
-        if (i.cache.bytes == 2)
-          attention<DotBF16>(team, shape, step.rows, *pieces[n], at(i.in[0]), at(i.out[0]), i.k_cache, i.v_cache, room);
-        else
-          attention<DotF32>(team, shape, step.rows, *pieces[n], at(i.in[0]), at(i.out[0]), i.k_cache, i.v_cache, room);
+        auto attend = [&](auto dot) {
+          attention<decltype(dot)>(team, shape, step.rows, *pieces[n], at(i.in[0]), at(i.out[0]), i.k_cache, i.v_cache, room);
+        };
+        i.cache.bytes == 4 ? attend(DotF32{}) : i.cache.bytes == 2 ? attend(DotBF16{}) : attend(DotCached8{});
       }
     }
   }
@@ -159,13 +159,13 @@ class Engine {
     const float scale = step.q_scale ? step.q_scale[place] : 1.0f;
     for (int64_t n = 0; n < i.heads; n++)
       rotate_head(q.row(t) + n * i.width, cos, sin, i.half, i.width, scale, out.row(t) + n * i.width);
-    float turned[1024];
+    float turned[kMostWidth];
     for (int64_t n = 0; n < i.cache.kv_heads; n++) {
       rotate_head(k.row(t) + n * i.width, cos, sin, i.half, i.width, 1.0f, turned);
-      if (i.cache.bytes == 2)
-        write_token<uint16_t>(i.cache, i.k_cache, i.v_cache, step.slots[t], n, turned, v.row(t) + n * i.width);
-      else
-        write_token<float>(i.cache, i.k_cache, i.v_cache, step.slots[t], n, turned, v.row(t) + n * i.width);
+      auto write = [&](auto element) {
+        write_token<decltype(element)>(i.cache, i.k_cache, i.v_cache, step.slots[t], n, turned, v.row(t) + n * i.width);
+      };
+      i.cache.bytes == 4 ? write(float{}) : i.cache.bytes == 2 ? write(uint16_t{}) : write(int8_t{});
     }
   }
 

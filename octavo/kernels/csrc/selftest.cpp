@@ -145,8 +145,9 @@ struct Sequences {
   float element(const std::vector<uint8_t>& cache, bool of_v, int64_t slot, int64_t head, int64_t h) const {
     const int64_t B = shape.block_size, p = shape.per_lane(), token = slot % B;
     const int64_t place = of_v ? (token / p * shape.width + h) * p + token % p : (h / p * B + token) * p + h % p;
-    const int64_t at = (slot / B * shape.kv_heads + head) * B * shape.width + place;
-    return p == 2 ? from_bf16(((const uint16_t*)cache.data())[at]) : ((const float*)cache.data())[at];
+    const int32_t* lanes = shape.head(cache.data(), slot / B, head);
+    if (p == 4) return float(((const int8_t*)lanes)[place]) * shape.scales(cache.data(), slot / B, head)[token];
+    return p == 2 ? from_bf16(((const uint16_t*)lanes)[place]) : ((const float*)lanes)[place];
   }
 
   Step step() const {
@@ -170,7 +171,8 @@ Instruction cached(Sequences& s, Code code, int32_t heads) {
 }
 
 void test_rope(Engine& engine, int32_t bytes) {
-  Check check(bytes == 2 ? "rope, bfloat16 cache" : "rope, float32 cache", bytes == 2 ? 0x1p-8 : 1e-6);
+  const std::string type = bytes == 4 ? "float32" : bytes == 2 ? "bfloat16" : "int8", name = "rope, " + type + " cache";
+  Check check(name.c_str(), bytes == 4 ? 1e-6 : bytes == 2 ? 0x1p-8 : 1 / 253.0);
   constexpr int64_t N = 4, K = 2, H = 80, half = 24;  // 48 of 80 elements turn
   for (int64_t B : {16, 48}) {
     Sequences s({B, K, H, bytes}, {70, 9}, {11, 9});
@@ -239,17 +241,25 @@ std::vector<double> attended(const Sequences& s, const Instruction& i, const Flo
 
 void test_attention(Engine& engine, int32_t bytes) {
   const bool rounds = bytes == 2 && DotBF16::a_lanes == 1;  // scores' weights too, to bf16
-  Check check(bytes == 2 ? "attention, bfloat16 cache" : "attention, float32 cache", rounds ? 1e-2 : 1e-5);
+  const bool in_bytes = bytes == 1 && (kTiles || DotCached8::a_lanes == 1);  // queries and weights, to two bytes
+  const std::string type = bytes == 4 ? "float32" : bytes == 2 ? "bfloat16" : "int8", name = "attention, " + type + " cache";
+  Check check(name.c_str(), rounds ? 1e-2 : in_bytes ? 5e-4 : 1e-5);
   Engine alone(1);
   const struct { int64_t N, K, H, B, window; float soft_cap; } shapes[] = {
       {9, 3, 64, 16, 0, 0}, {4, 4, 80, 32, 0, 0}, {8, 1, 96, 16, 100, 0}, {2, 1, 128, 48, 0, 5}, {2, 1, 256, 16, 0, 0}};
   for (const auto& at : shapes) {
     Sequences s({at.B, at.K, at.H, bytes}, {1101, 5, 33, 64, 560}, {1, 5, 17, 1, 3});
     for (auto* cache : {&s.k, &s.v})
-      for (size_t n = 0; n < cache->size(); n += size_t(bytes)) {
-        const float value = uniform() * 2;
-        const uint16_t half = to_bf16(value);
-        bytes == 2 ? std::memcpy(&(*cache)[n], &half, 2) : std::memcpy(&(*cache)[n], &value, 4);
+      for (int64_t head = 0; head < s.blocks * at.K; head++) {
+        int32_t* lanes = (int32_t*)s.shape.head(cache->data(), 0, head);
+        for (int64_t n = 0; n < s.shape.number_lanes() * s.shape.per_lane(); n++) {
+          const float value = uniform() * 2;
+          if (bytes == 1) ((int8_t*)lanes)[n] = int8_t(value * 63.5f);
+          else if (bytes == 2) ((uint16_t*)lanes)[n] = to_bf16(value);
+          else ((float*)lanes)[n] = value;
+        }
+        for (int64_t token = 0; bytes == 1 && token < at.B; token++)
+          ((float*)lanes)[s.shape.number_lanes() + token] = (uniform() + 1.5f) / 80;
       }
     Instruction i = cached(s, kAttend, int32_t(at.N));
     i.number = 1 / std::sqrt(float(at.H));
@@ -334,8 +344,8 @@ int main() {
   test_norms(engine);
   test_silu_mul(engine);
   test_embedding(engine);
-  for (int32_t bytes : {4, 2}) test_rope(engine, bytes);
-  for (int32_t bytes : {4, 2}) test_attention(engine, bytes);
+  for (int32_t bytes : {4, 2, 1}) test_rope(engine, bytes);
+  for (int32_t bytes : {4, 2, 1}) test_attention(engine, bytes);
   test_draw(engine);
   std::printf(Check::failed ? "%d kernels are wrong\n" : "all kernels are right\n", Check::failed);
   return Check::failed ? 1 : 0;

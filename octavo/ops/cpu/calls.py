@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from octavo.batch import Ints
+from octavo.config import SCALE_BYTES
 from octavo.kernels import library
 from octavo.kernels.library import CacheShape, Instruction, KernelThreads, Operand
 from octavo.kernels.weights import PackedWeight, Packer, StoredRows, packed_bytes
@@ -193,6 +194,8 @@ def stored_rows(weight: torch.Tensor | StoredRows) -> StoredRows:
 
 def _caches(k_cache_PBKH: Any, v_cache_PBKH: Any) -> dict[str, Any]:
     _, block_size, kv_heads, width = k_cache_PBKH.shape
+    if k_cache_PBKH.itemsize == 1:
+        width -= SCALE_BYTES
     shape = CacheShape(block_size, kv_heads, width, k_cache_PBKH.itemsize)
     return {"k_cache": address_of(k_cache_PBKH), "v_cache": address_of(v_cache_PBKH), "cache": shape}
 
