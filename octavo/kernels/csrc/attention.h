@@ -38,8 +38,8 @@ struct Piece { int32_t row, first, count, kv_head, segment, partial; };
 
 // One thread's room for a piece: rows are (query, head of the group).
 struct AttentionRoom {
-  std::vector<int32_t> q, p;
-  std::vector<float> scores, out, total;
+  Lines<int32_t> q, p;
+  Lines<float> scores, out, total;
   SegmentRoom segment;
   float most[kMostRows], sum[kMostRows], total_most[kMostRows], total_sum[kMostRows];
 

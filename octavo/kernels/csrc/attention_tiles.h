@@ -30,8 +30,8 @@ OCTAVO_INLINE vf capped(vf x, float soft_cap) {
 // One thread's room for a segment.
 struct SegmentRoom {
   static constexpr int64_t kScores = kSegment + 16;  // from row to row
-  std::vector<float> scores;
-  std::vector<uint8_t> weights, keys, values;
+  Lines<float> scores;
+  Lines<uint8_t> weights, keys, values;
   void reserve(int64_t width) {
     const int64_t padded_width = padded(width);
     scores.resize(size_t(32 * kScores));

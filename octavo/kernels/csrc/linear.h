@@ -6,13 +6,14 @@
 #pragma once
 
 #include "amx.h"
+#include "lines.h"
 #include "team.h"
 
 namespace octavo {
 
 // Room for one matrix of activations in a kernel's precision.
 struct Activations {
-  std::vector<int32_t> lanes;
+  Lines<int32_t> lanes;
   std::vector<float> scale;
   std::vector<int32_t> sums;
   std::vector<uint8_t> uppers;  // of int8: whether there are any, for a row, or with tiles for a block of rows and tile
