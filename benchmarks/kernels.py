@@ -42,7 +42,7 @@ def main() -> None:
             recorder = Recorder(threads)
             input_TI: Any = recorder.tape.new(2, INPUTS)
             output_TO: Any = recorder.linear(input_TI, Packer(threads, precision, 2**24).pack([rows]))
-            recording = Recording(recorder.tape, [input_TI], output_TO, TOKENS)
+            recording = Recording(recorder.tape, [input_TI], output_TO, TOKENS, kernels)
             recording.inputs[0][:] = x_TI.numpy()
             cases.append((name, precision, threads, recording, []))
     for _ in range(ROUNDS):
