@@ -82,11 +82,11 @@ def _can_make(maker: Instruction) -> bool:
     """Whether it computes whole rows, which can be prepared."""
     if maker.code == library.LINEAR:
         return bool(maker.gated)
-    return maker.code != library.NORM or maker.heads == 1
+    return bool(maker.code != library.NORM or maker.heads == 1)
 
 
 def _takes(reader: Instruction, operand: Operand, width: int) -> bool:
     """Whether it reads rows of `width` numbers at `operand`, as a linear layer or silu_mul does."""
     place = reader.inputs[0]
-    rows = (place.buffer, place.offset, reader.width) == (operand.buffer, operand.offset, width)
-    return bool(rows and operand.offset == 0 and reader.code in (library.LINEAR, library.SILU_MUL))
+    rows: bool = (place.buffer, place.offset, operand.offset, reader.width) == (operand.buffer, 0, 0, width)
+    return rows and reader.code in (library.LINEAR, library.SILU_MUL)
