@@ -23,11 +23,30 @@ inline int64_t rows_at_once(const Weight& w) {
   return by_tiles(w) ? std::max<int64_t>(32, (1 << 20) / (tiles_of(w) * 64) / 32 * 32) : 192;
 }
 
+// A piece of a product: columns from `n` on of rows from `first` on, and the column that this thread will do next, or -1.
+struct Part { int64_t first, rows, n, coming; };
+
+// Memory that is fetched piece by piece while something else is computed.
+struct Ahead {
+  const uint8_t *at = nullptr, *end = nullptr;
+  int64_t lines = 0;  // at a time
+
+  Ahead() = default;
+  // The two panels from `panel` on, in `times` times.
+  Ahead(const Weight& w, int64_t panel, int64_t times)
+      : at(w.panel(panel)), end(at + w.panel_bytes * std::min<int64_t>(2, w.panels() - panel)),
+        lines((w.panel_bytes / 32 + times - 1) / times) {}
+
+  void operator()() {
+    for (int64_t i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 #if defined(__AMX_TILE__)
 // Sums of `Blocks` blocks of 16 rows and two panels, in tiles 0 to 3: of int8 the upper bytes first, where there are any.
 template <class Dot, int Blocks>
 OCTAVO_INLINE void multiply_blocks(const uint8_t* x, int64_t a_step, const uint8_t* b0, const uint8_t* b1, int64_t count,
-                                   const uint8_t* uppers, int32_t (&sums)[4][16][16]) {
+                                   const uint8_t* uppers, int32_t (&sums)[4][16][16], Ahead& ahead) {
   zero_tiles<Blocks>();
   if constexpr (Dot::per_lane == 4) {
     bool any = false;
@@ -49,7 +68,7 @@ OCTAVO_INLINE void multiply_blocks(const uint8_t* x, int64_t a_step, const uint8
       }
     }
   }
-  add_tiles<Dot, Blocks>(x, a_step, b0, b1, count);
+  add_tiles<Dot, Blocks>(x, a_step, b0, b1, count, 64, ahead);
 }
 
 // The outputs of 16 sums, without the bias.
@@ -61,18 +80,19 @@ OCTAVO_INLINE vf outputs_of(const Weight& w, const Activations& a, int64_t row, 
 
 // As plain_columns, by tiles: 32 outputs, 32 rows at a time.
 template <class Dot>
-inline void tiled_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
-                          const float* bias, Matrix out) {
+inline void tiled_columns(const Weight& w, const Activations& a, const Part& part, const float* bias, Matrix out) {
+  const auto [first, rows, n, coming] = part;
   const int64_t count = tiles_of(w), a_step = count * (Dot::per_lane == 4 ? 2048 : 1024);
   const uint8_t* const b0 = w.panel(n / 16);
   const uint8_t* const b1 = w.panel(std::min(n / 16 + 1, w.panels() - 1));
+  Ahead ahead = coming < 0 ? Ahead() : Ahead(w, coming / 16, (rows + 31) / 32 * count);
   alignas(64) int32_t sums[4][16][16];  // as [block of rows][16][32]
   for (int64_t start = 0; start < rows; start += 32) {
     const int64_t here = std::min<int64_t>(32, rows - start), block = (first + start) / 16;
     const uint8_t* x = (const uint8_t*)a.lanes.data() + block * a_step;
     const uint8_t* uppers = a.uppers.data() + block * count;
-    here > 16 ? multiply_blocks<Dot, 2>(x, a_step, b0, b1, count, uppers, sums)
-              : multiply_blocks<Dot, 1>(x, a_step, b0, b1, count, uppers, sums);
+    here > 16 ? multiply_blocks<Dot, 2>(x, a_step, b0, b1, count, uppers, sums, ahead)
+              : multiply_blocks<Dot, 1>(x, a_step, b0, b1, count, uppers, sums, ahead);
     if (Dot::per_lane == 2 && !bias && here == 32 && n + 32 <= w.outputs) {
       store_tiles<2>(out.row(first + start) + n, out.row(first + start + 16) + n, out.stride, true);
       continue;
@@ -93,9 +113,13 @@ inline void tiled_columns(const Weight& w, const Activations& a, int64_t first, 
 // silu(gate) * up for 32 columns from `n` on, where the outputs are first all gates, then as many ups; the sums of both
 // never leave the first-level cache. To `out`, or as bf16 activations to `next`.
 template <class Dot>
-inline void gated_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
-                          const float* bias, Matrix out, Activations* next) {
+inline void gated_columns(const Weight& w, const Activations& a, const Part& part, const float* bias, Matrix out,
+                          Activations* next) {
+  const auto [first, rows, n, coming] = part;
   const int64_t count = tiles_of(w), a_step = count * (Dot::per_lane == 4 ? 2048 : 1024), width = w.outputs / 2;
+  const int64_t times = (rows + 31) / 32 * count;
+  Ahead ahead[2];
+  if (coming >= 0) ahead[0] = Ahead(w, coming / 16, times), ahead[1] = Ahead(w, (width + coming) / 16, times);
   alignas(64) int32_t sums[2][4][16][16];  // of 16 columns each, as [block of rows][16][gate, up][16]
   for (int64_t start = 0; start < rows; start += 32) {
     const int64_t here = std::min<int64_t>(32, rows - start), block = (first + start) / 16;
@@ -105,10 +129,10 @@ inline void gated_columns(const Weight& w, const Activations& a, int64_t first, 
       const uint8_t* const gate = w.panel(n / 16 + half);
       const uint8_t* const up = w.panel((width + n) / 16 + half);
       if (here > 16) {
-        multiply_blocks<Dot, 2>(x, a_step, gate, up, count, uppers, sums[half]);
+        multiply_blocks<Dot, 2>(x, a_step, gate, up, count, uppers, sums[half], ahead[half]);
         store_tiles<2>((float*)sums[half][0], (float*)sums[half][2], 32, true);
       } else {
-        multiply_blocks<Dot, 1>(x, a_step, gate, up, count, uppers, sums[half]);
+        multiply_blocks<Dot, 1>(x, a_step, gate, up, count, uppers, sums[half], ahead[half]);
         store_tiles<1>((float*)sums[half][0], nullptr, 32, true);
       }
     }
@@ -135,8 +159,8 @@ inline void gated_columns(const Weight& w, const Activations& a, int64_t first, 
 #endif
 
 template <class Dot>
-inline void plain_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
-                          const float* bias, Matrix out) {
+inline void plain_columns(const Weight& w, const Activations& a, const Part& part, const float* bias, Matrix out) {
+  const int64_t first = part.first, rows = part.rows, n = part.n;
   const int64_t stride = lanes_of(w);
   const int32_t* b[kTileVectors];
   for (int v = 0; v < kTileVectors; v++) {
@@ -176,8 +200,8 @@ inline void plain_columns(const Weight& w, const Activations& a, int64_t first, 
 }
 
 template <int Bits, int Lanes, bool Minima, bool Wide, int Halves = 2>
-inline void grouped_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
-                            const float* bias, Matrix out) {
+inline void grouped_columns(const Weight& w, const Activations& a, const Part& part, const float* bias, Matrix out) {
+  const int64_t first = part.first, rows = part.rows, n = part.n;
   constexpr int Vectors = kGroupVectors, kRows = Halves == 2 ? kGroupRows * 2 / 3 : kGroupRows;
   const int64_t lanes = lanes_of(w), groups = w.inputs / w.group;
   const uint8_t* panel[Vectors];
@@ -189,10 +213,10 @@ inline void grouped_columns(const Weight& w, const Activations& a, int64_t first
   in_tiles<kRows>(rows, [&](int64_t start, auto height) {
     constexpr int Rows = decltype(height)::value;
     const int64_t row = first + start;
-    const GroupedRows part = {a.lanes.data() + row * lanes, lanes, w.inputs / 4, a.scale.data() + row * groups,
+    const GroupedRows of_rows = {a.lanes.data() + row * lanes, lanes, w.inputs / 4, a.scale.data() + row * groups,
                               a.sums.data() + row * groups, groups};
     vf sum[Rows][Vectors];
-    multiply_groups<Bits, Lanes, Minima, Wide, Halves>(sum, part, w, panel, column);
+    multiply_groups<Bits, Lanes, Minima, Wide, Halves>(sum, of_rows, w, panel, column);
     for (int m = 0; m < Rows; m++)
       for (int v = 0; v < Vectors; v++) {
         const int64_t at = n + v * W;
@@ -202,7 +226,7 @@ inline void grouped_columns(const Weight& w, const Activations& a, int64_t first
   });
 }
 
-typedef void (*Columns)(const Weight&, const Activations&, int64_t, int64_t, int64_t, const float*, Matrix);
+typedef void (*Columns)(const Weight&, const Activations&, const Part&, const float*, Matrix);
 
 inline Columns columns_of(const Weight& w) {
   switch (w.format) {
@@ -237,30 +261,32 @@ inline std::pair<int64_t, int64_t> share_rows(Team& team, const Weight& w, int64
   return by_tiles(w) && w.format == kInt8 ? team.share_blocks(rows) : team.share(rows);
 }
 
-// Draws pieces of the product, columns(first row, rows, first column) for each, until there are none.
+// Draws pieces of the product, columns(part) for each, until there are none; one ahead, so that its weights can be fetched.
 template <class Columns>
-inline void draw_pieces(Team& team, const Weight& w, int64_t rows, int64_t width, Columns&& columns) {
+inline void draw_parts(Team& team, const Weight& w, int64_t rows, int64_t width, Columns&& columns) {
   const int64_t most = rows_at_once(w);
   const int64_t across = (width + kColumns - 1) / kColumns, down = (rows + most - 1) / most;
-  for (int64_t i = team.next(); i < across * down; i = team.next()) {
+  for (int64_t i = team.next(), coming; i < across * down; i = coming) {
+    coming = team.next();
     const int64_t first = i / across * most;
-    columns(first, std::min(most, rows - first), i % across * kColumns);
+    columns(Part{first, std::min(most, rows - first), i % across * kColumns,
+                 coming < across * down ? coming % across * kColumns : -1});
   }
 }
 
 // The product of activations that are prepared. Every thread calls it; the result can be read after the next barrier.
 inline void multiply_rows(Team& team, const Weight& w, const Activations& a, int64_t rows, const float* bias, Matrix out) {
   const Columns work = columns_of(w);
-  draw_pieces(team, w, rows, w.outputs, [&](int64_t first, int64_t count, int64_t n) { work(w, a, first, count, n, bias, out); });
+  draw_parts(team, w, rows, w.outputs, [&](const Part& part) { work(w, a, part, bias, out); });
 }
 
 // The same of a weight that can_gate, through silu(gate) * up, to `out` or `next`.
 inline void multiply_gated(Team& team, const Weight& w, const Activations& a, int64_t rows, const float* bias, Matrix out,
                            Activations* next) {
 #if defined(__AMX_TILE__)
-  draw_pieces(team, w, rows, w.outputs / 2, [&](int64_t first, int64_t count, int64_t n) {
-    w.format == kInt8 ? gated_columns<DotInt8>(w, a, first, count, n, bias, out, next)
-                      : gated_columns<DotBF16>(w, a, first, count, n, bias, out, next);
+  draw_parts(team, w, rows, w.outputs / 2, [&](const Part& part) {
+    w.format == kInt8 ? gated_columns<DotInt8>(w, a, part, bias, out, next)
+                      : gated_columns<DotBF16>(w, a, part, bias, out, next);
   });
 #endif
 }
