@@ -1,13 +1,15 @@
-"""Matrix products on one core, each build that this processor can run against the others, in turns.
+"""Matrix products on one core, each build that this processor can run against the others, in turns; where there are
+tiles, the layers' products on two cores against what these do at most.
 
-`scripts/bench kernels benchmarks/kernels.py`. Counted is the thread's own time; what else runs on the machine
-still slows it, so compare the best turns. Decision 0090 reads from it.
+`scripts/bench kernels benchmarks/kernels.py`. Of one core the thread's own time is counted; what else runs on the
+machine still slows it, so compare the best turns. Decisions 0090 and 0104 read from it.
 """
 
 import time
 from pathlib import Path
 from typing import Any
 
+import limits
 import numpy as np
 import torch
 
@@ -63,7 +65,13 @@ def main() -> None:
     ]
     print(f"{TOKENS} tokens, {INPUTS} inputs, {OUTPUTS} outputs, one thread, {ROUNDS} rounds\n")
     print_table(table)
-    print_json({"benchmark": "kernels", "rows": table})
+    shares: list[dict[str, Any]] = []
+    if "amx" in {name for name, *_ in cases}:
+        print()
+        shares = limits.measure(Kernels(found["amx"], "amx"), ROUNDS)
+        print("the layers of SmolLM2-135M without attention, bfloat16; shares are of the limits in the same round\n")
+        print_table(shares)
+    print_json({"benchmark": "kernels", "rows": table, "shares": shares})
 
 
 if __name__ == "__main__":
