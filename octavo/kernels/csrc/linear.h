@@ -261,7 +261,8 @@ inline std::pair<int64_t, int64_t> share_rows(Team& team, const Weight& w, int64
   return by_tiles(w) && w.format == kInt8 ? team.share_blocks(rows) : team.share(rows);
 }
 
-// Draws pieces of the product, columns(part) for each, until there are none; one ahead, so that its weights can be fetched.
+// Draws pieces of the product, columns(part) for each, until there are none; one ahead, so that its weights can be
+// fetched.
 template <class Columns>
 inline void draw_parts(Team& team, const Weight& w, int64_t rows, int64_t width, Columns&& columns) {
   const int64_t most = rows_at_once(w);

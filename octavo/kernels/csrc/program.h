@@ -5,7 +5,6 @@
 #pragma once
 
 #include <chrono>
-#include <functional>
 #include <memory>
 
 #include "attention.h"
@@ -71,7 +70,7 @@ class Engine {
   explicit Engine(int threads) : pool(threads), own(size_t(threads)), rooms(size_t(threads)), made(size_t(threads)) {}
 
   void run(const Program& program, const Step& step) {
-    for (Activations& a : {std::ref(shared), std::ref(handed[0]), std::ref(handed[1])}) a.reserve(step.tokens, program.most_inputs);
+    for (Activations* a : {&shared, &handed[0], &handed[1]}) a->reserve(step.tokens, program.most_inputs);
     for (Lines<float>& row : made) row.resize(std::max(row.size(), size_t(program.most_inputs)));
     for (Activations& a : own) a.reserve(pool.size() == 1 ? step.tokens : 2, program.most_inputs);
     row_of_token.resize(size_t(step.tokens));
@@ -147,12 +146,15 @@ class Engine {
       }
       case kLinear: {
         const Weight& w = *(const Weight*)i.weight;
-        const Activations& a = i.from ? handed[i.from - 1] : prepare(team, w, at(i.in[0]), step.tokens, i.width, shared, own[size_t(team.thread)]);
+        const Activations& a = i.from ? handed[i.from - 1]
+                                      : prepare(team, w, at(i.in[0]), step.tokens, i.width, shared, own[size_t(team.thread)]);
         if (!i.gated) return multiply_rows(team, w, a, step.tokens, i.bias, at(i.out[0]));
         return multiply_gated(team, w, a, step.tokens, i.bias, at(i.out[0]), i.to ? &handed[i.to - 1] : nullptr);
       }
       case kSiluMul:
-        if (i.to) return hand_over(team, i, step.tokens, [&](int64_t t, float* made) { silu_mul_row(at(i.in[0]).row(t), i.width, made); });
+        if (i.to) return hand_over(team, i, step.tokens, [&](int64_t t, float* made) {
+          silu_mul_row(at(i.in[0]).row(t), i.width, made);
+        });
         for (int64_t t = begin; t < end; t++) silu_mul_row(at(i.in[0]).row(t), i.width, at(i.out[0]).row(t));
         return;
       case kRope:
