@@ -1,13 +1,15 @@
-"""Matrix products on one core, each build that this processor can run against the others, in turns.
+"""Matrix products on one core, each build that this processor can run against the others, in turns; where there are
+tiles, the layers' products on two cores against what these do at most.
 
-`scripts/bench kernels benchmarks/kernels.py`. Counted is the thread's own time; what else runs on the machine
-still slows it, so compare the best turns. Decision 0090 reads from it.
+`scripts/bench kernels benchmarks/kernels.py`. Of one core the thread's own time is counted; what else runs on the
+machine still slows it, so compare the best turns. Decisions 0090 and 0104 read from it.
 """
 
 import time
 from pathlib import Path
 from typing import Any
 
+import limits
 import numpy as np
 import torch
 
@@ -42,7 +44,7 @@ def main() -> None:
             recorder = Recorder(threads)
             input_TI: Any = recorder.tape.new(2, INPUTS)
             output_TO: Any = recorder.linear(input_TI, Packer(threads, precision, 2**24).pack([rows]))
-            recording = Recording(recorder.tape, [input_TI], output_TO, TOKENS)
+            recording = Recording(recorder.tape, [input_TI], output_TO, TOKENS, kernels)
             recording.inputs[0][:] = x_TI.numpy()
             cases.append((name, precision, threads, recording, []))
     for _ in range(ROUNDS):
@@ -63,7 +65,13 @@ def main() -> None:
     ]
     print(f"{TOKENS} tokens, {INPUTS} inputs, {OUTPUTS} outputs, one thread, {ROUNDS} rounds\n")
     print_table(table)
-    print_json({"benchmark": "kernels", "rows": table})
+    shares: list[dict[str, Any]] = []
+    if "amx" in {name for name, *_ in cases}:
+        print()
+        shares = limits.measure(Kernels(found["amx"], "amx"), ROUNDS)
+        print("the layers of SmolLM2-135M without attention, bfloat16; shares are of the limits in the same round\n")
+        print_table(shares)
+    print_json({"benchmark": "kernels", "rows": table, "shares": shares})
 
 
 if __name__ == "__main__":

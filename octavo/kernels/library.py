@@ -71,6 +71,10 @@ class Instruction(Structure):
         ("k_cache", c_void_p),
         ("v_cache", c_void_p),
         ("cache", CacheShape),
+        ("from_room", c_int32),
+        ("to_room", c_int32),
+        ("next", c_void_p),
+        ("gated", c_int32),
     )
 
 
@@ -121,6 +125,8 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "octavo_close": (None, (c_void_p,)),
     "octavo_lay_out": (c_int64, (POINTER(Weight),)),
     "octavo_lay_out_exact": (c_int64, (POINTER(Weight), c_int32)),
+    "octavo_can_gate": (ctypes.c_bool, (c_void_p,)),
+    "octavo_can_gate_into": (ctypes.c_bool, (c_void_p,)),
     "octavo_pack": (None, (c_void_p, POINTER(Weight), c_int64, c_int64, c_int32, c_void_p, c_int64)),
     "octavo_read_rows": (None, (c_int32, c_void_p, c_int64, c_int64, c_void_p)),
     "octavo_run": (None, (c_void_p, POINTER(Program), POINTER(Step))),

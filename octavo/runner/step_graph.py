@@ -101,14 +101,14 @@ class _Angles:
 def _record_step(model: Decoder, kv_cache: KernelCache, threads: KernelThreads, max_tokens: int) -> Recording:
     recorder = Recorder(threads)
     hidden_TD: Any = model.forward(_two_tokens(model, kv_cache, recorder))
-    return Recording(recorder.tape, [], hidden_TD, max_tokens)
+    return Recording(recorder.tape, [], hidden_TD, max_tokens, threads.kernels)
 
 
 def _record_head(model: Decoder, threads: KernelThreads) -> Recording:
     recorder = Recorder(threads)
     hidden_TD: Any = recorder.tape.new(TOKENS, model.config.hidden_size)
     logits_TV: Any = model.lm_head(hidden_TD, _two_tokens(model, None, recorder))
-    return Recording(recorder.tape, [hidden_TD], logits_TV, _MOST_LOGITS)
+    return Recording(recorder.tape, [hidden_TD], logits_TV, _MOST_LOGITS, threads.kernels)
 
 
 def _two_tokens(model: Decoder, kv_cache: KernelCache | None, recorder: Recorder) -> ForwardContext:

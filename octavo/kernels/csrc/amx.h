@@ -75,13 +75,21 @@ OCTAVO_INLINE void add_tile(const uint8_t* a, int64_t a_step, const uint8_t* b0,
   }
 }
 
-// All of `count` tiles along the inputs.
+// All of `count` tiles along the inputs; between() is called after each.
+template <class Dot, int Blocks, class Between>
+OCTAVO_INLINE void add_tiles(const uint8_t* a, int64_t a_step, const void* b0, const void* b1, int64_t count, int64_t lane,
+                             Between&& between) {
+  written(a);
+  for (int64_t t = 0; t < count; t++) {
+    add_tile<Dot, Blocks>(a + t * 1024, a_step, (const uint8_t*)b0 + t * 16 * lane, (const uint8_t*)b1 + t * 16 * lane, lane);
+    between();
+  }
+}
+
 template <class Dot, int Blocks>
 OCTAVO_INLINE void add_tiles(const uint8_t* a, int64_t a_step, const void* b0, const void* b1, int64_t count,
                              int64_t lane = 64) {
-  written(a);
-  for (int64_t t = 0; t < count; t++)
-    add_tile<Dot, Blocks>(a + t * 1024, a_step, (const uint8_t*)b0 + t * 16 * lane, (const uint8_t*)b1 + t * 16 * lane, lane);
+  add_tiles<Dot, Blocks>(a, a_step, b0, b1, count, lane, [] {});
 }
 
 // Stores tiles 0 to 3 as fp32: block 0 of rows to `to`, block 1 to `below` if there are two, rows `stride` floats apart;

@@ -40,9 +40,9 @@ struct Piece { int32_t row, first, count, kv_head, segment, partial; };
 
 // One thread's room for a piece: rows are (query, head of the group).
 struct AttentionRoom {
-  std::vector<int32_t> q, p;
+  Lines<int32_t> q, p;
   TwoBytes q_bytes[kMostRows], p_bytes[kMostRows];
-  std::vector<float> scores, out, total;
+  Lines<float> scores, out, total;
   SegmentRoom segment;
   float most[kMostRows], sum[kMostRows], total_most[kMostRows], total_sum[kMostRows], q_scale[kMostRows];
   float k_scales[kKeys], v_scales[kKeys];

@@ -31,8 +31,8 @@ OCTAVO_INLINE vf capped(vf x, float soft_cap) {
 // One thread's room for a segment.
 struct SegmentRoom {
   static constexpr int64_t kScores = kSegment + 16;  // from row to row
-  std::vector<float> scores;
-  std::vector<uint8_t> weights, keys, values;
+  Lines<float> scores;
+  Lines<uint8_t> weights, keys, values;
   float k_scales[kSegment], v_scales[kSegment];  // of an int8 cache
   void reserve(int64_t width) {
     const int64_t padded_width = padded(width);

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "linear.h"
+#include "simd.h"
 
 namespace octavo {
 
@@ -22,13 +22,12 @@ inline void add_rms_norm_row(const float* x, const float* residual, const float*
   rms_norm_row(total, weight, width, eps, out);
 }
 
-// out = silu(gate) * up, with gate and up side by side in `gate_up`.
+// silu(gate) * up.
+OCTAVO_INLINE vf gated(vf gate, vf up) { return gate / (set(1.0f) + exp2(gate * set(-1.44269504f))) * up; }
+
+// The same of a row, with gate and up side by side in `gate_up`.
 inline void silu_mul_row(const float* gate_up, int64_t width, float* out) {
-  const vf one = set(1.0f), minus_log2e = set(-1.44269504f);
-  for (int64_t i = 0; i < width; i += W) {
-    const vf gate = load(gate_up + i), up = load(gate_up + width + i);
-    store(out + i, gate / (one + exp2(gate * minus_log2e)) * up);
-  }
+  for (int64_t i = 0; i < width; i += W) store(out + i, gated(load(gate_up + i), load(gate_up + width + i)));
 }
 
 // Element i of a head turns with element i + half; what lies behind 2 * half passes unchanged.

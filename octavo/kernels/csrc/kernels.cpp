@@ -55,6 +55,10 @@ int64_t octavo_lay_out_exact(Weight* weight, int32_t stored) {
   return lay_out(*weight);
 }
 
+// Whether a linear layer may be `gated`, and whether it may hand over what it makes to the linear layer of `next`.
+bool octavo_can_gate(const Weight* weight) { return can_gate(*weight); }
+bool octavo_can_gate_into(const Weight* next) { return can_gate_into(*next); }
+
 // Packs `count` stored rows of `width` inputs as the weight's outputs from `first` on.
 void octavo_pack(Engine* engine, Weight* weight, int64_t first, int64_t count, int32_t stored, const uint8_t* data,
                  int64_t width) {

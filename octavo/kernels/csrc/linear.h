@@ -1,176 +1,12 @@
-// y = x W^T + b for packed weights: activations are brought to the weights' precision, then multiplied in tiles.
-//
-// bf16 weights take bf16 activations (or fp32 ones, see DotBF16). int8 weights take int8 activations with a scale a token,
-// and a second byte of those that stand out (quantize_token). Grouped weights take integers with a scale a token and group: int8 where weights were rounded to 4 bits here,
-// and 16 bits, as two int8 halves, for a file's own precision, so that nothing but that precision is lost.
+// y = x W^T + b for packed weights: activations are brought to the weights' precision (activations.h), then multiplied in
+// tiles.
 #pragma once
 
-#include "amx.h"
+#include "activations.h"
+#include "elementwise.h"
 #include "team.h"
 
 namespace octavo {
-
-// Room for one matrix of activations in a kernel's precision.
-struct Activations {
-  std::vector<int32_t> lanes;
-  std::vector<float> scale;
-  std::vector<int32_t> sums;
-  std::vector<uint8_t> uppers;  // of int8: whether there are any, for a row, or with tiles for a block of rows and tile
-
-  void reserve(int64_t rows, int64_t inputs) {
-    if (kTiles) rows = (rows + 15) / 16 * 16, inputs += 32;
-    if (int64_t(lanes.size()) >= rows * inputs) return;
-    lanes.resize(size_t(rows * inputs));
-    scale.resize(size_t(rows * (inputs / 16 + 1)));
-    sums.resize(scale.size());
-    uppers.resize(scale.size());
-  }
-};
-
-// fp32 numbers [rows][width], the rows `stride` apart.
-struct Matrix {
-  float* data;
-  int64_t stride;
-  float* row(int64_t i) const { return data + i * stride; }
-};
-
-inline int64_t padded(int64_t width) { return (width + 31) / 32 * 32; }
-
-// Whether a weight is multiplied by tiles (amx.h), which have a layout of activations of their own.
-inline bool by_tiles(const Weight& w) { return kTiles && (w.format == kPlainBF16 || w.format == kInt8); }
-
-// Tiles along the inputs.
-inline int64_t tiles_of(const Weight& w) { return (w.inputs * (w.format == kInt8 ? 1 : 2) + 63) / 64; }
-
-// Lanes of a row of activations.
-inline int64_t lanes_of(const Weight& w) {
-  switch (w.format) {
-    case kPlainF32: return w.inputs;
-    case kPlainBF16: return w.inputs / 2 * DotBF16::a_lanes;
-    case kInt8: return w.inputs / 2;  // two bytes each
-    case kGrouped: return w.inputs / 4 * w.halves;
-  }
-  __builtin_unreachable();
-}
-
-OCTAVO_INLINE void store_int8(int8_t* out, vi v) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8((__m512i)v));
-#else
-  for (int i = 0; i < W; i++) out[i] = int8_t(v[i]);
-#endif
-}
-
-// Rounds `count` floats to integers with one scale: int8 to `out`, or with `lower` two halves, the upper ones to `out`.
-// Returns (scale, sum of the integers). `count` is a multiple of 16.
-inline std::pair<float, int32_t> quantize(const float* x, int64_t count, int8_t* out, int8_t* lower = nullptr) {
-  vf most{};
-  for (int64_t k = 0; k < count; k += W) most = max(most, max(load(x + k), -load(x + k)));
-  const float scale = largest(most) / (lower ? 127.0f * kHalf + 126.0f : 127.0f);
-  const vf inverse = set(scale > 0 ? 1.0f / scale : 0.0f), magic = set(12582912.0f);
-  vi total{};
-  for (int64_t k = 0; k < count; k += W) {
-    const vf rounded = load(x + k) * inverse + magic;
-    const vi q = as_lanes(rounded) - as_lanes(magic);
-    total += q;
-    if (!lower) {
-      store_int8(out + k, q);
-      continue;
-    }
-    const vi upper = as_lanes((rounded - magic) * set(1.0f / kHalf) + magic) - as_lanes(magic);
-    store_int8(out + k, upper);
-    store_int8(lower + k, q - upper * kHalf);
-  }
-  int32_t sum = 0;
-  for (int i = 0; i < W; i++) sum += total[i];
-  return {scale, sum};
-}
-
-// Rounds a token's `count` floats to integers with one scale, kHalf * upper + lower. The scale is for the many: numbers up
-// to eight times the mean magnitude fit the lower byte, and whatever stands out has an upper one (decision 0100). From 64
-// numbers to the next are `step` bytes; `found` is told for each 64 whether there are upper bytes, or with no `step` for
-// all. Returns (scale, sum of the integers).
-inline std::pair<float, int32_t> quantize_token(const float* x, int64_t count, int8_t* lower, int8_t* upper, int64_t step,
-                                                uint8_t* found) {
-  vf most{}, magnitude{};
-  for (int64_t k = 0; k < count; k += W) {
-    const vf size = max(load(x + k), -load(x + k));
-    most = max(most, size);
-    magnitude = magnitude + size;
-  }
-  const float top = largest(most), common = 8.0f * sum(magnitude) / float(count);
-  const float scale = std::max(std::min(top, common) / 127.0f, top / (127.0f * kHalf + 126.0f));
-  const vf inverse = set(scale > 0 ? 1.0f / scale : 0.0f), magic = set(12582912.0f);
-  const vf share = set(0.999999f / kHalf);  // so that 127 is all lower byte
-  vi total{}, any{};
-  for (int64_t k = 0; k < count; k += W) {
-    const vf rounded = load(x + k) * inverse + magic;
-    const vi q = as_lanes(rounded) - as_lanes(magic);
-    const vi high = as_lanes((rounded - magic) * share + magic) - as_lanes(magic);
-    const int64_t at = step ? k / 64 * step + k % 64 : k;
-    total += q;
-    any |= high;
-    store_int8(upper + at, high);
-    store_int8(lower + at, q - high * kHalf);
-    if (k + W == count || (step && (k + W) % 64 == 0)) {
-      found[step ? k / 64 : 0] |= largest(to_float(any & set_lanes(0xff))) > 0;
-      any = vi{};
-    }
-  }
-  int32_t sum = 0;
-  for (int i = 0; i < W; i++) sum += total[i];
-  return {scale, sum};
-}
-
-// Row `m` of activations, from `width` floats, zeros behind them up to the weight's inputs.
-inline void prepare_row(const Weight& w, const float* x, int64_t width, int64_t m, Activations& out) {
-  const bool tiles = by_tiles(w);
-  const int64_t lanes = tiles ? tiles_of(w) * (w.format == kInt8 ? 32 : 16) : lanes_of(w), step = tiles ? 1024 : 64;
-  int32_t* row = out.lanes.data() + (tiles ? m / 16 * 16 * lanes + m % 16 * 16 : m * lanes);
-  float tail[32] = {};
-  const int64_t whole = width / 32 * 32;
-  std::memcpy(tail, x + whole, size_t(width - whole) * 4);
-  auto part = [&](int64_t k) { return k < whole ? x + k : tail; };  // 32 floats from input k on
-  if (lanes == w.inputs && !tiles) {
-    std::memcpy(row, x, size_t(whole) * 4);
-    if (whole < w.inputs) std::memcpy(row + whole, tail, 128);
-    return;
-  }
-  switch (w.format) {
-    case kPlainF32: return;  // done above
-    case kPlainBF16:
-      for (int64_t k = 0; k < w.inputs; k += 32)
-        for (int i = 0; i < 32; i += 2 * W)
-          store_bf16((uint16_t*)((uint8_t*)row + k / 32 * step) + i, load(part(k) + i), load(part(k) + i + W));
-      return;
-    case kInt8: {
-      std::vector<float> filled;
-      if (whole < w.inputs) {
-        filled.assign(size_t(w.inputs), 0.0f);
-        std::memcpy(filled.data(), x, size_t(width) * 4);
-        x = filled.data();
-      }
-      const int64_t count = tiles_of(w);
-      int8_t *lower = (int8_t*)row, *upper = lower + (tiles ? count * 1024 : w.inputs);
-      uint8_t* found = out.uppers.data() + (tiles ? m / 16 * count : m);
-      if (!tiles || m % 16 == 0) std::memset(found, 0, size_t(tiles ? count : 1));
-      if (tiles && w.inputs % 64)
-        for (int8_t* half : {lower, upper}) std::memset(half + (count - 1) * step + 32, 0, 32);
-      std::tie(out.scale[m], out.sums[m]) = quantize_token(x, w.inputs, lower, upper, tiles ? step : 0, found);
-      return;
-    }
-    case kGrouped: {
-      const int64_t groups = w.inputs / w.group;
-      for (int64_t g = 0; g < groups; g++) {
-        const int64_t k = g * w.group;
-        const float* from = part(k / 32 * 32) + k % 32;
-        int8_t* lower = w.halves == 2 ? (int8_t*)(row + w.inputs / 4) + k : nullptr;
-        std::tie(out.scale[m * groups + g], out.sums[m * groups + g]) =
-            quantize(from, w.group, (int8_t*)row + k, lower);
-      }
-    }
-  }
-}
 
 // Writes a tile's vector, adding the bias; only the outputs that exist.
 OCTAVO_INLINE void store_outputs(float* out, vf value, const float* bias, int64_t left) {
@@ -187,11 +23,30 @@ inline int64_t rows_at_once(const Weight& w) {
   return by_tiles(w) ? std::max<int64_t>(32, (1 << 20) / (tiles_of(w) * 64) / 32 * 32) : 192;
 }
 
+// A piece of a product: columns from `n` on of rows from `first` on, and the column that this thread will do next, or -1.
+struct Part { int64_t first, rows, n, coming; };
+
+// Memory that is fetched piece by piece while something else is computed.
+struct Ahead {
+  const uint8_t *at = nullptr, *end = nullptr;
+  int64_t lines = 0;  // at a time
+
+  Ahead() = default;
+  // The two panels from `panel` on, in `times` times.
+  Ahead(const Weight& w, int64_t panel, int64_t times)
+      : at(w.panel(panel)), end(at + w.panel_bytes * std::min<int64_t>(2, w.panels() - panel)),
+        lines((w.panel_bytes / 32 + times - 1) / times) {}
+
+  void operator()() {
+    for (int64_t i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 #if defined(__AMX_TILE__)
 // Sums of `Blocks` blocks of 16 rows and two panels, in tiles 0 to 3: of int8 the upper bytes first, where there are any.
 template <class Dot, int Blocks>
 OCTAVO_INLINE void multiply_blocks(const uint8_t* x, int64_t a_step, const uint8_t* b0, const uint8_t* b1, int64_t count,
-                                   const uint8_t* uppers, int32_t (&sums)[4][16][16]) {
+                                   const uint8_t* uppers, int32_t (&sums)[4][16][16], Ahead& ahead) {
   zero_tiles<Blocks>();
   if constexpr (Dot::per_lane == 4) {
     bool any = false;
@@ -213,23 +68,31 @@ OCTAVO_INLINE void multiply_blocks(const uint8_t* x, int64_t a_step, const uint8
       }
     }
   }
-  add_tiles<Dot, Blocks>(x, a_step, b0, b1, count);
+  add_tiles<Dot, Blocks>(x, a_step, b0, b1, count, 64, ahead);
+}
+
+// The outputs of 16 sums, without the bias.
+template <class Dot>
+OCTAVO_INLINE vf outputs_of(const Weight& w, const Activations& a, int64_t row, int64_t column, vi sum) {
+  if constexpr (Dot::per_lane == 2) return as_float(sum);
+  return to_float(sum - set_lanes(kBias8 * a.sums[size_t(row)])) * (load(w.scale + column) * set(a.scale[size_t(row)]));
 }
 
 // As plain_columns, by tiles: 32 outputs, 32 rows at a time.
 template <class Dot>
-inline void tiled_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
-                          const float* bias, Matrix out) {
+inline void tiled_columns(const Weight& w, const Activations& a, const Part& part, const float* bias, Matrix out) {
+  const auto [first, rows, n, coming] = part;
   const int64_t count = tiles_of(w), a_step = count * (Dot::per_lane == 4 ? 2048 : 1024);
   const uint8_t* const b0 = w.panel(n / 16);
   const uint8_t* const b1 = w.panel(std::min(n / 16 + 1, w.panels() - 1));
+  Ahead ahead = coming < 0 ? Ahead() : Ahead(w, coming / 16, (rows + 31) / 32 * count);
   alignas(64) int32_t sums[4][16][16];  // as [block of rows][16][32]
   for (int64_t start = 0; start < rows; start += 32) {
     const int64_t here = std::min<int64_t>(32, rows - start), block = (first + start) / 16;
     const uint8_t* x = (const uint8_t*)a.lanes.data() + block * a_step;
     const uint8_t* uppers = a.uppers.data() + block * count;
-    here > 16 ? multiply_blocks<Dot, 2>(x, a_step, b0, b1, count, uppers, sums)
-              : multiply_blocks<Dot, 1>(x, a_step, b0, b1, count, uppers, sums);
+    here > 16 ? multiply_blocks<Dot, 2>(x, a_step, b0, b1, count, uppers, sums, ahead)
+              : multiply_blocks<Dot, 1>(x, a_step, b0, b1, count, uppers, sums, ahead);
     if (Dot::per_lane == 2 && !bias && here == 32 && n + 32 <= w.outputs) {
       store_tiles<2>(out.row(first + start) + n, out.row(first + start + 16) + n, out.stride, true);
       continue;
@@ -240,11 +103,55 @@ inline void tiled_columns(const Weight& w, const Activations& a, int64_t first, 
       for (int v = 0; v < 2; v++) {
         const int64_t column = n + v * 16;
         if (column >= w.outputs) break;
-        const vi sum = load_lanes((const int32_t*)sums + m * 32 + v * 16);
-        vf value = as_float(sum);
-        if constexpr (Dot::per_lane == 4)
-          value = to_float(sum - set_lanes(kBias8 * a.sums[row])) * (load(w.scale + column) * set(a.scale[row]));
+        const vf value = outputs_of<Dot>(w, a, row, column, load_lanes((const int32_t*)sums + m * 32 + v * 16));
         store_outputs(out.row(row) + column, value, bias ? bias + column : nullptr, w.outputs - column);
+      }
+    }
+  }
+}
+
+// silu(gate) * up for 32 columns from `n` on, where the outputs are first all gates, then as many ups; the sums of both
+// never leave the first-level cache. To `out`, or as bf16 activations to `next`.
+template <class Dot>
+inline void gated_columns(const Weight& w, const Activations& a, const Part& part, const float* bias, Matrix out,
+                          Activations* next) {
+  const auto [first, rows, n, coming] = part;
+  const int64_t count = tiles_of(w), a_step = count * (Dot::per_lane == 4 ? 2048 : 1024), width = w.outputs / 2;
+  const int64_t times = (rows + 31) / 32 * count;
+  Ahead ahead[2];
+  if (coming >= 0) ahead[0] = Ahead(w, coming / 16, times), ahead[1] = Ahead(w, (width + coming) / 16, times);
+  alignas(64) int32_t sums[2][4][16][16];  // of 16 columns each, as [block of rows][16][gate, up][16]
+  for (int64_t start = 0; start < rows; start += 32) {
+    const int64_t here = std::min<int64_t>(32, rows - start), block = (first + start) / 16;
+    const uint8_t* x = (const uint8_t*)a.lanes.data() + block * a_step;
+    const uint8_t* uppers = a.uppers.data() + block * count;
+    for (int half = 0; half < 2; half++) {
+      const uint8_t* const gate = w.panel(n / 16 + half);
+      const uint8_t* const up = w.panel((width + n) / 16 + half);
+      if (here > 16) {
+        multiply_blocks<Dot, 2>(x, a_step, gate, up, count, uppers, sums[half], ahead[half]);
+        store_tiles<2>((float*)sums[half][0], (float*)sums[half][2], 32, true);
+      } else {
+        multiply_blocks<Dot, 1>(x, a_step, gate, up, count, uppers, sums[half], ahead[half]);
+        store_tiles<1>((float*)sums[half][0], nullptr, 32, true);
+      }
+    }
+    for (int64_t m = 0; m < here; m++) {
+      const int64_t row = first + start + m;
+      vf value[2];
+      for (int half = 0; half < 2; half++) {
+        const int32_t* sum = (const int32_t*)sums[half] + m * 32;
+        const int64_t column = n + half * 16;
+        vf gate = outputs_of<Dot>(w, a, row, column, load_lanes(sum));
+        vf up = outputs_of<Dot>(w, a, row, width + column, load_lanes(sum + 16));
+        if (bias) gate = gate + load(bias + column), up = up + load(bias + width + column);
+        value[half] = gated(gate, up);
+      }
+      if (next) {
+        store_bf16((uint16_t*)next->tile_row(width / 32, row, n / 32), value[0], value[1]);
+      } else {
+        store(out.row(row) + n, value[0]);
+        store(out.row(row) + n + 16, value[1]);
       }
     }
   }
@@ -252,8 +159,8 @@ inline void tiled_columns(const Weight& w, const Activations& a, int64_t first, 
 #endif
 
 template <class Dot>
-inline void plain_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
-                          const float* bias, Matrix out) {
+inline void plain_columns(const Weight& w, const Activations& a, const Part& part, const float* bias, Matrix out) {
+  const int64_t first = part.first, rows = part.rows, n = part.n;
   const int64_t stride = lanes_of(w);
   const int32_t* b[kTileVectors];
   for (int v = 0; v < kTileVectors; v++) {
@@ -293,8 +200,8 @@ inline void plain_columns(const Weight& w, const Activations& a, int64_t first, 
 }
 
 template <int Bits, int Lanes, bool Minima, bool Wide, int Halves = 2>
-inline void grouped_columns(const Weight& w, const Activations& a, int64_t first, int64_t rows, int64_t n,
-                            const float* bias, Matrix out) {
+inline void grouped_columns(const Weight& w, const Activations& a, const Part& part, const float* bias, Matrix out) {
+  const int64_t first = part.first, rows = part.rows, n = part.n;
   constexpr int Vectors = kGroupVectors, kRows = Halves == 2 ? kGroupRows * 2 / 3 : kGroupRows;
   const int64_t lanes = lanes_of(w), groups = w.inputs / w.group;
   const uint8_t* panel[Vectors];
@@ -306,10 +213,10 @@ inline void grouped_columns(const Weight& w, const Activations& a, int64_t first
   in_tiles<kRows>(rows, [&](int64_t start, auto height) {
     constexpr int Rows = decltype(height)::value;
     const int64_t row = first + start;
-    const GroupedRows part = {a.lanes.data() + row * lanes, lanes, w.inputs / 4, a.scale.data() + row * groups,
+    const GroupedRows of_rows = {a.lanes.data() + row * lanes, lanes, w.inputs / 4, a.scale.data() + row * groups,
                               a.sums.data() + row * groups, groups};
     vf sum[Rows][Vectors];
-    multiply_groups<Bits, Lanes, Minima, Wide, Halves>(sum, part, w, panel, column);
+    multiply_groups<Bits, Lanes, Minima, Wide, Halves>(sum, of_rows, w, panel, column);
     for (int m = 0; m < Rows; m++)
       for (int v = 0; v < Vectors; v++) {
         const int64_t at = n + v * W;
@@ -319,7 +226,7 @@ inline void grouped_columns(const Weight& w, const Activations& a, int64_t first
   });
 }
 
-typedef void (*Columns)(const Weight&, const Activations&, int64_t, int64_t, int64_t, const float*, Matrix);
+typedef void (*Columns)(const Weight&, const Activations&, const Part&, const float*, Matrix);
 
 inline Columns columns_of(const Weight& w) {
   switch (w.format) {
@@ -345,22 +252,57 @@ inline Columns columns_of(const Weight& w) {
   return w.wide ? grouped_columns<8, 8, true, true> : grouped_columns<8, 8, true, false>;
 }
 
-// Every thread calls it; the result can be read after the next barrier. `shared` is one for all threads, `own` is the
-// thread's: a handful of rows is prepared by every thread for itself, which is cheaper than waiting for one another.
-inline void linear(Team& team, const Weight& w, Matrix x, int64_t rows, int64_t width, const float* bias, Matrix out,
-                   Activations& shared, Activations& own) {
-  const bool alone = rows <= 2 || team.size() == 1, tiles = by_tiles(w);
+// Whether silu(gate) * up of a weight's outputs can be had in one go (gated_columns), and as activations of `next`.
+inline bool can_gate(const Weight& w) { return by_tiles(w) && w.outputs % 64 == 0; }
+inline bool can_gate_into(const Weight& next) { return by_tiles(next) && next.format == kPlainBF16; }
+
+// This thread's share of rows to prepare: what is known of a block of tiles (Activations::uppers) is written by one.
+inline std::pair<int64_t, int64_t> share_rows(Team& team, const Weight& w, int64_t rows) {
+  return by_tiles(w) && w.format == kInt8 ? team.share_blocks(rows) : team.share(rows);
+}
+
+// Draws pieces of the product, columns(part) for each, until there are none; one ahead, so that its weights can be
+// fetched.
+template <class Columns>
+inline void draw_parts(Team& team, const Weight& w, int64_t rows, int64_t width, Columns&& columns) {
+  const int64_t most = rows_at_once(w);
+  const int64_t across = (width + kColumns - 1) / kColumns, down = (rows + most - 1) / most;
+  for (int64_t i = team.next(), coming; i < across * down; i = coming) {
+    coming = team.next();
+    const int64_t first = i / across * most;
+    columns(Part{first, std::min(most, rows - first), i % across * kColumns,
+                 coming < across * down ? coming % across * kColumns : -1});
+  }
+}
+
+// The product of activations that are prepared. Every thread calls it; the result can be read after the next barrier.
+inline void multiply_rows(Team& team, const Weight& w, const Activations& a, int64_t rows, const float* bias, Matrix out) {
+  const Columns work = columns_of(w);
+  draw_parts(team, w, rows, w.outputs, [&](const Part& part) { work(w, a, part, bias, out); });
+}
+
+// The same of a weight that can_gate, through silu(gate) * up, to `out` or `next`.
+inline void multiply_gated(Team& team, const Weight& w, const Activations& a, int64_t rows, const float* bias, Matrix out,
+                           Activations* next) {
+#if defined(__AMX_TILE__)
+  draw_parts(team, w, rows, w.outputs / 2, [&](const Part& part) {
+    w.format == kInt8 ? gated_columns<DotInt8>(w, a, part, bias, out, next)
+                      : gated_columns<DotBF16>(w, a, part, bias, out, next);
+  });
+#endif
+}
+
+// Prepares the rows of `x`, all threads together; each gets the activations to multiply. `shared` is one for all threads,
+// `own` is the thread's: a handful of rows is prepared by every thread for itself, which is cheaper than waiting for one
+// another.
+inline const Activations& prepare(Team& team, const Weight& w, Matrix x, int64_t rows, int64_t width, Activations& shared,
+                                  Activations& own) {
+  const bool alone = rows <= 2 || team.size() == 1;
   Activations& a = alone ? own : shared;
-  const auto [begin, end] = alone ? std::pair<int64_t, int64_t>{0, rows} : tiles ? team.share_blocks(rows) : team.share(rows);
+  const auto [begin, end] = alone ? std::pair<int64_t, int64_t>{0, rows} : share_rows(team, w, rows);
   for (int64_t m = begin; m < end; m++) prepare_row(w, x.row(m), width, m, a);
   if (!alone) team.barrier();
-  const Columns work = columns_of(w);
-  const int64_t most = rows_at_once(w);
-  const int64_t across = (w.outputs + kColumns - 1) / kColumns, down = (rows + most - 1) / most;
-  for (int64_t i = team.next(); i < across * down; i = team.next()) {
-    const int64_t first = i / across * most;
-    work(w, a, first, std::min(most, rows - first), i % across * kColumns, bias, out);
-  }
+  return a;
 }
 
 }  // namespace octavo

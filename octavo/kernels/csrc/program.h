@@ -34,6 +34,12 @@ struct Instruction {
   void* k_cache;
   void* v_cache;
   CacheShape cache;
+  // Between a linear layer and what comes before it: the row stays in the precision that the weight takes. `from` and `to`
+  // are 1 or 2, a room of activations that stands in the place of in[0] or out[0], or 0.
+  int32_t from;      // kLinear
+  int32_t to;        // kNorm with one head, kAddNorm, kSiluMul, and kLinear if `gated`
+  const void* next;  // the Weight that takes what is in `to`
+  int32_t gated;     // kLinear: silu(gate) * up of the outputs is the result
 };
 
 struct Buffer {
@@ -61,10 +67,11 @@ struct Step {
 
 class Engine {
  public:
-  explicit Engine(int threads) : pool(threads), own(size_t(threads)), rooms(size_t(threads)) {}
+  explicit Engine(int threads) : pool(threads), own(size_t(threads)), rooms(size_t(threads)), made(size_t(threads)) {}
 
   void run(const Program& program, const Step& step) {
-    shared.reserve(step.tokens, program.most_inputs);
+    for (Activations* a : {&shared, &handed[0], &handed[1]}) a->reserve(step.tokens, program.most_inputs);
+    for (Lines<float>& row : made) row.resize(std::max(row.size(), size_t(program.most_inputs)));
     for (Activations& a : own) a.reserve(pool.size() == 1 ? step.tokens : 2, program.most_inputs);
     row_of_token.resize(size_t(step.tokens));
     for (int32_t r = 0; r < step.rows.rows; r++)
@@ -120,20 +127,34 @@ class Engine {
                    i.width, at(i.out[0]).row(t));
         return;
       case kNorm:
+        if (i.to) return hand_over(team, i, step.tokens, [&](int64_t t, float* made) {
+          rms_norm_row(at(i.in[0]).row(t), (const float*)i.weight, i.width, i.number, made);
+        });
         for (int64_t t = begin; t < end; t++)
           for (int64_t h = 0; h < i.heads; h++)
             rms_norm_row(at(i.in[0]).row(t) + h * i.width, (const float*)i.weight, i.width, i.number,
                          at(i.out[0]).row(t) + h * i.width);
         return;
-      case kAddNorm:
-        for (int64_t t = begin; t < end; t++)
-          add_rms_norm_row(at(i.in[0]).row(t), at(i.in[1]).row(t), (const float*)i.weight, i.width, i.number,
-                           at(i.out[0]).row(t), at(i.out[1]).row(t));
+      case kAddNorm: {
+        auto row = [&](int64_t t, float* made) {
+          add_rms_norm_row(at(i.in[0]).row(t), at(i.in[1]).row(t), (const float*)i.weight, i.width, i.number, made,
+                           at(i.out[1]).row(t));
+        };
+        if (i.to) return hand_over(team, i, step.tokens, row);
+        for (int64_t t = begin; t < end; t++) row(t, at(i.out[0]).row(t));
         return;
-      case kLinear:
-        return linear(team, *(const Weight*)i.weight, at(i.in[0]), step.tokens, i.width, i.bias, at(i.out[0]), shared,
-                      own[size_t(team.thread)]);
+      }
+      case kLinear: {
+        const Weight& w = *(const Weight*)i.weight;
+        const Activations& a = i.from ? handed[i.from - 1]
+                                      : prepare(team, w, at(i.in[0]), step.tokens, i.width, shared, own[size_t(team.thread)]);
+        if (!i.gated) return multiply_rows(team, w, a, step.tokens, i.bias, at(i.out[0]));
+        return multiply_gated(team, w, a, step.tokens, i.bias, at(i.out[0]), i.to ? &handed[i.to - 1] : nullptr);
+      }
       case kSiluMul:
+        if (i.to) return hand_over(team, i, step.tokens, [&](int64_t t, float* made) {
+          silu_mul_row(at(i.in[0]).row(t), i.width, made);
+        });
         for (int64_t t = begin; t < end; t++) silu_mul_row(at(i.in[0]).row(t), i.width, at(i.out[0]).row(t));
         return;
       case kRope:
@@ -148,6 +169,18 @@ class Engine {
         };
         i.cache.bytes == 4 ? attend(DotF32{}) : i.cache.bytes == 2 ? attend(DotBF16{}) : attend(DotCached8{});
       }
+    }
+  }
+
+  // Rows of i.width numbers, make(token, numbers) for each, to the activations that `i` hands over to the next product.
+  template <class Make>
+  void hand_over(Team& team, const Instruction& i, int64_t tokens, Make&& make) {
+    const Weight& next = *(const Weight*)i.next;
+    float* row = made[size_t(team.thread)].data();
+    const auto [begin, end] = share_rows(team, next, tokens);
+    for (int64_t t = begin; t < end; t++) {
+      make(t, row);
+      prepare_row(next, row, i.width, t, handed[i.to - 1]);
     }
   }
 
@@ -170,9 +203,10 @@ class Engine {
   }
 
   Counters counters;
-  Activations shared;
+  Activations shared, handed[2];
   std::vector<Activations> own;
   std::vector<AttentionRoom> rooms;
+  std::vector<Lines<float>> made;  // a row, by thread
   std::vector<int32_t> row_of_token;
   std::vector<int64_t> planned;  // windows
   std::vector<std::unique_ptr<Pieces>> pieces;

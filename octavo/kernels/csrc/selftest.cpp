@@ -340,6 +340,7 @@ int main() {
   Engine engine(2);
   test_numbers();
   test_plain_linear(engine);
+  test_handing_over(engine);
   test_quantized_linear(engine);
   test_norms(engine);
   test_silu_mul(engine);

@@ -82,6 +82,53 @@ void test_plain_linear(Engine& engine) {
   }
 }
 
+// A norm, a product through silu(gate) * up and another one, joined as a tape joins them and each on its own.
+void test_handing_over(Engine& engine) {
+  constexpr int64_t width = 80, gated = 96, tokens = 37;
+  const struct { const char* name; Format format; } kinds[] = {
+      {"handed over float32", kPlainF32}, {"handed over bfloat16", kPlainBF16},
+      {"handed over int8", kInt8}, {"handed over int4", kGrouped},
+  };
+  for (const auto& kind : kinds) {
+    Check check(kind.name, 0);
+    Matrix8 up = sized(kind.format, 2 * gated, width), down = sized(kind.format, width, gated);
+    pack(engine, up, kF32, stored_as(kF32, uniforms(2 * gated * width)), 2 * gated, width);
+    pack(engine, down, kF32, stored_as(kF32, uniforms(width * gated)), width, gated);
+    const Floats norm = uniforms(width);
+    Floats x = uniforms(tokens * width), normed(x.size()), both(size_t(tokens * 2 * gated)), made(size_t(tokens * gated));
+    Floats apart(x.size(), NAN), joined(x.size(), NAN);
+    Buffer buffers[] = {{x.data(), width}, {normed.data(), width}, {both.data(), 2 * gated}, {made.data(), gated},
+                        {apart.data(), width}};
+    Instruction list[4] = {};
+    const Code codes[] = {kNorm, kLinear, kSiluMul, kLinear};
+    const int64_t widths[] = {width, width, gated, gated};
+    for (int i = 0; i < 4; i++) {
+      list[i].code = codes[i], list[i].width = widths[i], list[i].heads = 1;
+      list[i].in[0] = {i, 0}, list[i].out[0] = {i + 1, 0};
+    }
+    list[0].weight = norm.data();
+    list[1].weight = &up.weight;
+    list[3].weight = &down.weight;
+    engine.run({list, 4, buffers, 96}, tokens_only(tokens));
+    buffers[1].data = nullptr;
+    buffers[4].data = joined.data();
+    list[0].to = list[1].from = 1, list[0].next = &up.weight;
+    if (can_gate(up.weight)) {
+      list[1].gated = 1;
+      list[1].out[0] = {3, 0};
+      list[2] = list[3];
+      if (can_gate_into(down.weight)) {
+        buffers[3].data = nullptr;
+        list[1].to = list[2].from = 2, list[1].next = &down.weight;
+      }
+    } else {
+      list[2].to = list[3].from = 2, list[2].next = &down.weight;
+    }
+    engine.run({list, can_gate(up.weight) ? 3 : 4, buffers, 96}, tokens_only(tokens));
+    check.holds(!std::isnan(apart[0]) && !std::memcmp(apart.data(), joined.data(), apart.size() * 4));
+  }
+}
+
 // GGUF's types: rows of random bytes with small fp16 numbers where the type has them. What is read of them must be, bit
 // for bit, what the digest says: that of values which tests/kernels/test_weights.py holds against the gguf package.
 struct Quantized { const char* name; Stored type; int halves[2]; uint32_t digest; };

@@ -41,7 +41,7 @@ class TensorTape(Tape[torch.Tensor]):
 
     def run(self, threads: KernelThreads, step: Step) -> None:
         """Runs it on the tensors it was written with."""
-        program = self.program([(tensor.data_ptr(), tensor.stride(0)) for tensor in self.tensors])
+        program = self.program([(tensor.data_ptr(), tensor.stride(0)) for tensor in self.tensors], self.instructions)
         threads.kernels.run(threads.address, ctypes.byref(program), ctypes.byref(step))
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.batch import Floats
-from octavo.kernels import library
-from octavo.kernels.library import Buffer, Instruction, KernelThreads, Operand, Program, Step
+from octavo.kernels.library import Buffer, Instruction, Kernels, KernelThreads, Operand, Program, Step
+from octavo.ops.cpu.fuse import fuse, read, written
 from octavo.ops.cpu.memory import zeros
 
 TOKENS = 2  # of a symbol: enough to see what lies in each token's row
@@ -117,11 +117,11 @@ class Tape(Generic[Result]):
         address: int = numbers.ctypes.data
         return address
 
-    def program(self, buffers: Sequence[tuple[int, int]]) -> Program:
-        """The tape over `buffers`, (address, stride in floats) each."""
+    def program(self, buffers: Sequence[tuple[int, int]], instructions: list[Instruction]) -> Program:
+        """The instructions over `buffers`, (address, stride in floats) each."""
         return Program(
-            (Instruction * len(self.instructions))(*self.instructions),
-            len(self.instructions),
+            (Instruction * len(instructions))(*instructions),
+            len(instructions),
             (Buffer * len(buffers))(*[Buffer(*buffer) for buffer in buffers]),
             self.most_inputs,
         )
@@ -151,10 +151,11 @@ class SymbolTape(Tape[Symbol]):
 class Recording:
     """A tape that runs on memory of its own, for up to `max_tokens` tokens."""
 
-    def __init__(self, tape: SymbolTape, inputs: Sequence[Symbol], output: Symbol, max_tokens: int):
+    def __init__(self, tape: SymbolTape, inputs: Sequence[Symbol], output: Symbol, max_tokens: int, kernels: Kernels):
         self._tape = tape
         number = tape.operand(output).buffer
-        places = _places(tape, [symbol.buffer for symbol in inputs], number)
+        instructions = fuse(tape.instructions, tape.widths, [number], kernels)
+        places = _places(instructions, tape.widths, [symbol.buffer for symbol in inputs], number)
         memory: dict[int, Floats] = {}
         for buffer, place in enumerate(places):
             if place not in memory:
@@ -162,52 +163,34 @@ class Recording:
         self.inputs = [memory[places[symbol.buffer]] for symbol in inputs]
         self.output = memory[places[number]]
         self._memory = [memory[place] for place in places]
-        self._program = tape.program([(array.ctypes.data, array.shape[1]) for array in self._memory])
+        buffers = [(array.ctypes.data, array.shape[1]) for array in self._memory]
+        self._program = tape.program(buffers, instructions)
 
     def run(self, threads: KernelThreads, step: Step) -> None:
         """Computes the step's tokens; what comes out lies in the first rows of `output`."""
         threads.kernels.run(threads.address, ctypes.byref(self._program), ctypes.byref(step))
 
 
-def _places(tape: SymbolTape, inputs: Sequence[int], output: int) -> list[int]:
+def _places(instructions: list[Instruction], widths: list[int], inputs: Sequence[int], output: int) -> list[int]:
     """For each buffer the first buffer whose memory it takes over: one as wide that nobody reads any more.
 
     Fewer buffers stay in the processor's caches, and a step of many tokens needs less memory.
     """
-    last_use = dict.fromkeys(range(len(tape.widths)), -1)
-    for index, instruction in enumerate(tape.instructions):
-        for buffer in (*_read(instruction), *_written(instruction)):
+    last_use = dict.fromkeys(range(len(widths)), -1)
+    for index, instruction in enumerate(instructions):
+        for buffer in (*read(instruction), *written(instruction)):
             last_use[buffer] = index
-    last_use[output] = len(tape.instructions)
-    places = list(range(len(tape.widths)))
+    last_use[output] = len(instructions)
+    places = list(range(len(widths)))
     free: dict[int, list[int]] = {}
     seen = set(inputs)
-    for index, instruction in enumerate(tape.instructions):
-        for buffer in _written(instruction):
-            idle = free.get(tape.widths[buffer])
+    for index, instruction in enumerate(instructions):
+        for buffer in written(instruction):
+            idle = free.get(widths[buffer])
             if buffer not in seen and idle:
                 places[buffer] = idle.pop()
             seen.add(buffer)
-        for buffer in {*_read(instruction), *_written(instruction)}:
+        for buffer in {*read(instruction), *written(instruction)}:
             if last_use[buffer] == index:
-                free.setdefault(tape.widths[buffer], []).append(places[buffer])
+                free.setdefault(widths[buffer], []).append(places[buffer])
     return places
-
-
-_NUM_INPUTS = {
-    library.EMBED: 0,
-    library.NORM: 1,
-    library.ADD_NORM: 2,
-    library.LINEAR: 1,
-    library.SILU_MUL: 1,
-    library.ROPE: 3,
-    library.ATTEND: 1,
-}
-
-
-def _read(instruction: Instruction) -> list[int]:
-    return [operand.buffer for operand in instruction.inputs[: _NUM_INPUTS[instruction.code]]]
-
-
-def _written(instruction: Instruction) -> list[int]:
-    return [operand.buffer for operand in instruction.outputs[: 2 if instruction.code == library.ADD_NORM else 1]]
