@@ -91,10 +91,9 @@ class DecodeGraphs:
         """Whether each row computes one token and none has a rotary stretch of its own."""
         return batch.num_tokens == batch.num_rows and bool((batch.ntk_alpha == 1.0).all())
 
-    @property
-    def holding(self) -> bool:
-        """Whether the last step on the device was one that can be continued."""
-        return self._held is not None
+    def holds(self, batch: Batch) -> bool:
+        """Whether the last step on the device was a graph that drew, and `batch` is that step once more."""
+        return batch.continues and self._held is not None
 
     def forget(self) -> None:
         """Another step's arrays take the place of what is held."""
@@ -107,7 +106,7 @@ class DecodeGraphs:
         in another order than the batch's, which the samples know: groups side by side, else the longest first, since
         what starts last should not take longest.
         """
-        if draws and batch.continues and self._held is not None:
+        if draws and self._held is not None and self.holds(batch):
             return self._run_on(self._held, batch)
         groups = None
         order: Ints | slice = slice(None)

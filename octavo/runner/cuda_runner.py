@@ -87,8 +87,8 @@ class CudaForward:
             self._draw(ctx, hidden_TD, len(batch.sample_index))
 
     def holds(self, batch: Batch) -> bool:
-        """Whether the step before was a graph that drew, and `batch` is that step once more."""
-        return batch.continues and self._graphs.holding
+        """As `DecodeGraphs.holds`: nothing is to be looked at or moved before `draw`."""
+        return self._graphs.holds(batch)
 
     def _draw(self, ctx: ForwardContext, hidden_TD: torch.Tensor, count: int) -> None:
         index_S, temperature_S, keys_S2 = self.inputs.sampling(count)

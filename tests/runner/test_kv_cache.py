@@ -6,7 +6,7 @@ import torch
 
 from octavo import ops
 from octavo.runner import kv_cache
-from octavo.runner.kv_cache import KVCache
+from octavo.runner.kv_cache import HostBlocks, KVCache
 from tests.tiny_config import model_config
 
 CPU = torch.device("cpu")
@@ -67,3 +67,20 @@ def test_bytes_of_blocks_come_back_elsewhere(dtype: torch.dtype) -> None:
     for block, source in ((0, 5), (5, 2), (1, 1), (2, 2), (3, 3)):
         torch.testing.assert_close(contents(cache, block), was[source], rtol=0, atol=0)
     cache.write_blocks(np.empty(0, np.int32), np.empty((0, 0), np.uint8))
+
+
+def test_memory_that_cannot_be_pinned_is_taken_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty = torch.empty
+
+    def scarce(*shape: object, pin_memory: bool = False, **more: object) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("no more can be locked")
+        return empty(*shape, **more)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    blocks = HostBlocks(3, (2, 4), torch.float32, torch.device("cuda"))
+    blocks[2].fill_(7)
+    assert blocks[2].tolist() == [[7] * 4] * 2
+    assert "no more can be locked" in caplog.text
