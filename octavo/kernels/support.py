@@ -73,7 +73,8 @@ def kv_dtype(options: EngineOptions, dtype: str, device: str) -> str:
         return dtype
     if device == "cpu" and wanted != "int8":
         raise ConfigError(
-            f"kv_cache_dtype is {wanted}, but on a CPU the KV cache has dtype's, {dtype}, or int8; leave it out or use int8"
+            f"kv_cache_dtype is {wanted}, but on a CPU the KV cache has dtype's, {dtype}, or int8;"
+            " leave it out or use int8"
         )
     return wanted
 
