@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,15 @@ def simulate(rule: type[Scheduler], load: str, num_blocks: int, seed: int) -> di
         lengths[str(i)] = rng.randint(*answers)
         scheduler.add(Request(str(i), prompt, SamplingParams(max_tokens=asked or lengths[str(i)])))
     steps = tokens = rows = 0
-    while (batch := scheduler.schedule()) is not None:
+    answered: Counter[str] = Counter()
+    while (step := scheduler.schedule()) is not None:
+        batch = step.whole()
         steps, tokens, rows = steps + 1, tokens + batch.num_tokens, rows + batch.num_rows
-        drawn = [
-            EOS if seq.num_output + 1 >= lengths[seq.request.request_id] else 0
-            for seq, _ in scheduler._steps[0].samples
-        ]
+        plan = scheduler._steps[0]
+        drawing = [*(plan.advance.members.sequences if plan.advance else []), *(seq for seq, _ in plan.samples)]
+        names = [seq.request.request_id for seq in drawing]
+        answered.update(names)
+        drawn = [EOS if answered[name] >= lengths[name] else 0 for name in names]
         scheduler.update(StepResult(np.array(drawn, np.int32)))
     stats = scheduler.stats()
     useful = tokens - stats.wasted_tokens

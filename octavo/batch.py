@@ -9,7 +9,7 @@ sequences; tokens of all rows lie one after another, so a prompt's chunk and a s
     seq_lens     4 (a prompt)  90   18 (16 cached tokens and a chunk of 2)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -118,9 +118,6 @@ class Batch:
     sampling: SamplingColumns
     block_copies: Ints  # [C, 2] blocks to copy, source to destination, before the step (copy-on-write)
     prompt_logprobs: PromptLogprobs | None = None
-    # Whether this is the step before once more: the same rows, samples and parameters, each row one token further, with
-    # at most one block more in its table, and nothing to move. A device may go on from what it has.
-    continues: bool = False
     # Blocks to copy to host memory, and then others back from it, before `block_copies`: (device block, host block).
     swap_out: Ints = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [O, 2]
     swap_in: Ints = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [I, 2]
@@ -135,6 +132,22 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return len(self.seq_lens)
+
+    def whole(self) -> "Batch":
+        return self
+
+
+@dataclass(slots=True)
+class NextStep:
+    """The step before once more: the same rows, samples and parameters, each row one token further, nothing to move.
+
+    A device that still has that step need only know who gets a block for its token, N rows. To any other it is
+    `whole()`, which holds until the step after is scheduled.
+    """
+
+    rows: Ints  # [N] of the step
+    blocks: Ints  # [N]
+    whole: Callable[[], Batch]
 
 
 @dataclass(slots=True)

@@ -95,8 +95,8 @@ class Engine:
         Empty if there is no work.
         """
         began = time.perf_counter()
-        while self.scheduler.steps_under_way < self.executor.depth and (batch := self.scheduler.schedule()):
-            self.executor.submit(batch)
+        while self.scheduler.steps_under_way < self.executor.depth and (step := self.scheduler.schedule()):
+            self.executor.submit(step)
         if not self.scheduler.steps_under_way:
             return StepOutput(tokens=[])
         output = self.scheduler.update(self.executor.result())

@@ -5,13 +5,14 @@ is a handful of array look-ups instead of a walk over Python objects. Knows noth
 """
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.batch import Batch, Ints, PromptLogprobs, SamplingColumns
+from octavo.batch import Batch, Ints, NextStep, PromptLogprobs, SamplingColumns
 from octavo.engine.beam_search import num_candidates
-from octavo.engine.decoding import NOBODY, Advance, Members
+from octavo.engine.decoding import Advance, Members
 from octavo.engine.state import Plan
 from octavo.request import Request, Sequence
 
@@ -74,9 +75,9 @@ class RowTable:
         """Copies `seq.block_table` from entry `start` on."""
         self._blocks[seq.row, start : len(seq.block_table)] = seq.block_table[start:]
 
-    def append_blocks(self, members: Members, at: NDArray[np.intp], places: Ints, blocks: list[int]) -> None:
+    def append_blocks(self, members: Members, at: NDArray[np.intp], places: Ints, blocks: Ints) -> None:
         """Writes one new block of each of the `members` numbered `at` to its place in the table."""
-        self._blocks[members.rows[at], places] = blocks
+        self._blocks[members.start.row[at], places] = blocks
         if members is self._gathered_for and int(places.max()) < self._gathered.shape[1]:
             self._gathered[at, places] = blocks
         else:
@@ -86,14 +87,21 @@ class RowTable:
         self._free.append(seq.row)
         seq.row = -1
 
-    def batch(self, plan: Plan) -> Batch:
-        """The Batch of `plan`: who only decodes, then each (sequence, n) of `entries` with the last n of its
-        `num_computed` tokens. Notes the samples' rows in `plan`."""
-        if not plan.entries:
-            assert plan.advance is not None, "a step in which nobody computes anything"
-            return self._decode_batch(plan, plan.advance)
-        advance = plan.advance or NOBODY
-        first_rows, ahead = advance.members.rows, len(advance.positions)
+    def step(self, plan: Plan) -> Batch | NextStep:
+        """What `plan` says, for a device: who only decodes, then each (sequence, n) of `entries` with the last n of
+        its `num_computed` tokens. Notes the samples' rows in `plan`."""
+        if plan.entries:
+            return self._batch(plan)
+        advance = plan.advance
+        assert advance is not None, "a step in which nobody computes anything"
+        plan.sample_rows = advance.members.start.row
+        if advance.continues and not plan.swap_out:
+            return NextStep(advance.grown, advance.blocks, partial(self._decode_batch, plan, advance))
+        return self._decode_batch(plan, advance)
+
+    def _batch(self, plan: Plan) -> Batch:
+        advance = plan.advance or Advance(Members())
+        first_rows, ahead = advance.members.start.row, len(advance.members.sequences)
         entries, samples = plan.entries, plan.samples
         rows = np.concatenate((first_rows, np.array([seq.row for seq, _ in entries], np.int32)))
         counts = np.concatenate((np.ones(ahead, np.int32), np.array([n for _, n in entries], np.int32)))
@@ -132,16 +140,16 @@ class RowTable:
     def _decode_batch(self, plan: Plan, advance: Advance) -> Batch:
         """A step of nobody but those who only decode."""
         members, positions = advance.members, advance.positions
-        rows = plan.sample_rows = members.rows
+        rows = members.start.row
         if members.sampling is None:
             members.sampling = self._sampling(rows, advance.counter, [])
-        seq_lens = positions + 1
+        seq_lens = positions + np.int32(1)
         tables = self._tables_of(members, int(seq_lens.max()))
         every_row = self._every_row[: len(rows)]
         return Batch(
             token_ids=advance.token_ids,
             positions=positions,
-            slots=advance.slots,
+            slots=self._slots(tables, every_row, positions),
             query_start=self._every_row[: len(rows) + 1],
             seq_lens=seq_lens,
             block_tables=tables,
@@ -150,13 +158,12 @@ class RowTable:
             sampling=replace(members.sampling, counter=advance.counter),
             block_copies=_pairs(plan.copies),
             swap_out=_pairs(plan.swap_out),
-            continues=advance.continues and not plan.swap_out,
         )
 
     def _tables_of(self, members: Members, longest: int) -> Ints:
         """As `_tables`, but kept while the members are the same."""
         if members is not self._gathered_for:
-            self._gathered = self._tables(members.rows, longest + _SPARE_BLOCKS * self._block_size)
+            self._gathered = self._tables(members.start.row, longest + _SPARE_BLOCKS * self._block_size)
             self._gathered_for = members
         return self._gathered[:, : -(-longest // self._block_size)]
 

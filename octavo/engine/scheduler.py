@@ -10,7 +10,7 @@ import itertools
 import time
 from collections import deque
 
-from octavo.batch import Batch, StepResult
+from octavo.batch import Batch, NextStep, StepResult
 from octavo.config import EngineConfig
 from octavo.engine.admission import Admission
 from octavo.engine.beam_search import BeamSearch
@@ -126,7 +126,7 @@ class Scheduler:
 
     # ---- a step is made ---------------------------------------------------------------------------------------
 
-    def schedule(self) -> Batch | None:
+    def schedule(self) -> Batch | NextStep | None:
         """The next step, or None if nobody has anything to compute before the steps under way are done."""
         for seq in self._requests.decoding.complete():
             self._requests.stop_decoding(self._requests.of(seq))
@@ -154,11 +154,11 @@ class Scheduler:
             return None
         plan.number = next(self._step_numbers)
         self._steps.append(plan)
-        batch = self._requests.rows.batch(plan)
+        step = self._requests.rows.step(plan)
         if plan.entries:
             self._requests.decoding.interrupted()
             self._place_drawn(plan)
-        return batch
+        return step
 
     def _place_drawn(self, plan: Plan) -> None:
         """Appends a placeholder for every token that may be computed before it is seen; who now only decodes joins."""

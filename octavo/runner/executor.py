@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.batch import Batch, Ints, StepResult
+from octavo.batch import Batch, Ints, NextStep, StepResult
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
 
@@ -37,7 +37,7 @@ class Executor(Protocol):
 
     depth: int
 
-    def submit(self, batch: Batch) -> None: ...
+    def submit(self, step: Batch | NextStep) -> None: ...
 
     def result(self) -> StepResult: ...
 
@@ -74,8 +74,8 @@ class LocalExecutor:
 
         return cls(ModelRunner(_load_model(checkpoint, config, load_format), _make_cache(config)))
 
-    def submit(self, batch: Batch) -> None:
-        self._results.append(self.runner.run(batch))
+    def submit(self, step: Batch | NextStep) -> None:
+        self._results.append(self.runner.run(step.whole()))
 
     def result(self) -> StepResult:
         assert self._results, "result() without a submit()"
@@ -126,8 +126,8 @@ class CudaExecutor:
         runner.submit(largest_decode(config)).result()
         return cls(runner)
 
-    def submit(self, batch: Batch) -> None:
-        self._steps.append(self._cuda.submit(batch))
+    def submit(self, step: Batch | NextStep) -> None:
+        self._steps.append(self._cuda.submit(step))
 
     def result(self) -> StepResult:
         assert self._steps, "result() without a submit()"

@@ -37,7 +37,8 @@ class Bench:
         return request
 
     def step(self):
-        while self.scheduler.steps_under_way < self.depth and (batch := self.scheduler.schedule()):
+        while self.scheduler.steps_under_way < self.depth and (step := self.scheduler.schedule()):
+            batch = step.whole()
             assert batch.num_tokens <= self.config.max_num_batched_tokens
             assert batch.num_rows <= self.config.max_num_seqs
             self.scheduler.check()

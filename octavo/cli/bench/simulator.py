@@ -101,8 +101,9 @@ class Simulation:
             watch(self.scheduler.stats())
 
     def _step(self) -> None:
-        batch = self.scheduler.schedule()
-        assert batch is not None, "there is work, but no step"
+        step = self.scheduler.schedule()
+        assert step is not None, "there is work, but no step"
+        batch = step.whole()
         self.now += self._seconds(batch)
         drawn = np.zeros(len(batch.sample_index), np.int32)
         for name, _, _, reason, *_ in self.scheduler.update(StepResult(drawn)).tokens:
