@@ -27,6 +27,14 @@ BAR, GAP, LEFT, WIDTH = 24, 12, 90, 520
 FONT = 'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" fill="#1f2933"'
 
 
+def idle_loop() -> float:
+    """Microseconds of a thousand turns of nothing."""
+    began = time.perf_counter()
+    for _ in range(1000):
+        pass
+    return 1e6 * (time.perf_counter() - began)
+
+
 def measure(engine: Engine, rows: int) -> dict[str, float]:
     for i, prompt in enumerate(fixed(rows, 300, 1)[0]):
         params = SamplingParams(temperature=0.8, ignore_eos=True, max_tokens=2000)
@@ -38,12 +46,15 @@ def measure(engine: Engine, rows: int) -> dict[str, float]:
     rounds = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
+        loops = []
         with HostClock(engine) as clock:
             for _ in range(STEPS):
                 engine.step()
+                loops.append(idle_loop())
         found = clock.medians()
         host = sum(found[part] for part in PARTS)
-        rounds.append({"rows": rows, **found, "host": host, "step": 1e6 * (time.perf_counter() - began) / STEPS})
+        step = 1e6 * (time.perf_counter() - began) / STEPS
+        rounds.append({"rows": rows, **found, "host": host, "step": step, "loop": median(loops)})
     for i in range(rows):
         engine.abort(f"{rows}-{i}")
     while engine.has_work():
@@ -85,7 +96,8 @@ def main() -> None:
         options = {"load_format": "dummy", "device": "cuda", "max_model_len": 8192, "max_num_seqs": 512}
         engine = Engine.build(EngineOptions(model=folder, **options))
     results = []
-    columns = ("rows", *PARTS, "host", "usual", "wait", "step")
+    print(f"the loop alone: {median(idle_loop() for _ in range(1000)):.0f} us")
+    columns = ("rows", *PARTS, "host", "usual", "wait", "step", "loop")
     print("".join(f"{name:>10}" for name in columns))
     for rows in map(int, given.rows.split(",")):
         results.append(measure(engine, rows))

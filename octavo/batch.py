@@ -145,7 +145,7 @@ class NextStep:
     `whole()`, which holds until the step after is scheduled.
     """
 
-    rows: Ints  # [N] of the step
+    rows: NDArray[np.intp]  # [N] of the step
     blocks: Ints  # [N]
     whole: Callable[[], Batch]
 

@@ -135,7 +135,7 @@ class Decoding:
             next_token=np.array([seq.token_ids[-1] for seq in sequences], np.int32),
             heeds_eos=np.array([not seq.request.params.ignore_eos for seq in sequences], np.bool_),
         )
-        columns = Columns(*map(np.concatenate, zip(self._now(), new, strict=True)))
+        columns = Columns._make(map(np.concatenate, zip(self._now(), new, strict=True)))
         self._settle(Members.of(self._members.sequences + sequences, columns))
 
     def leave(self, leaving: list[Sequence]) -> None:
@@ -147,19 +147,20 @@ class Decoding:
             self._first_step[seq.row] = _NEVER
             self._blocks.commit(seq)
         kept = np.flatnonzero(stays)
-        self._settle(self._members.only(kept.tolist(), Columns(*(column[kept] for column in self._now()))))
+        self._settle(self._members.only(kept.tolist(), Columns._make(column[kept] for column in self._now())))
 
     def _settle(self, members: Members) -> None:
         """From now on these are the members: `length` and `known` are counted from their `start`."""
         self._members, start = members, members.start
         self._member[start.row] = np.arange(len(start.row), dtype=np.int32)
         self._made = self._taken = 0  # steps since: that were made; whose results all members have taken in
-        self._known, self._tokens = start.known.copy(), start.next_token
+        self._known = start.known.copy()
+        self._tokens: Ints | None = start.next_token
         self._first_complete = int((start.max_len - start.length).min()) if len(start.row) else 0
         # A member needs a block in every `block_size`-th step: in those whose number leaves this remainder.
         size = self._blocks.block_size
         self._turn = (1 - start.length) % size
-        self._num_in_turn = np.bincount(self._turn, minlength=size).tolist()
+        self._num_in_turn: list[int] = np.bincount(self._turn, minlength=size).tolist()
 
     def _now(self) -> Columns:
         return self._members.start._replace(
@@ -249,7 +250,7 @@ class Decoding:
             if seen.any():  # else the next token to compute is one that is drawn later
                 self._tokens = self._now().next_token.copy()
                 self._tokens[at] = np.where(seen, tokens, self._tokens[at])
-            drawing = drawing.only(at.tolist(), Columns(*(column[at] for column in start)))
+            drawing = drawing.only(at.tolist(), Columns._make(column[at] for column in start))
         self._log[step - self._log_start, drawing.start.row] = tokens
         completes = self._known[at] + self._taken >= drawing.start.max_len
         for eos in self._eos:

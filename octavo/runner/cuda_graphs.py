@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.batch import Batch, Ints
+from octavo.batch import Batch, Ints, NextStep
 from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.fused import FusedOps
-from octavo.ops.triton.prepare import prepare
+from octavo.ops.triton.prepare import Arrived, prepare, publish
 from octavo.ops.triton.shared import fits, rows_of_tile
 from octavo.runner import noise
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
-from octavo.runner.step_inputs import StepInputs
+from octavo.runner.step_buffers import StepBuffers
 
 # Rows up to which their order does not matter, since all start at once.
 _UNSORTED = 32
@@ -45,12 +45,11 @@ class RecordedStep:
 
 @dataclass(slots=True)
 class HeldStep:
-    """What a step with draws has left on the device for one that continues it. S samples, one a row."""
+    """What a step with draws has left on the device for one that goes on from it."""
 
-    recorded: RecordedStep
-    places: list[slice]  # of its arrays, see `DecodeGraphs._places`
-    order: Ints | slice  # of the batch's rows, as they stand there
-    mixed_seed_S: NDArray[np.uint64]
+    graph: torch.cuda.CUDAGraph
+    count: int  # rows, and samples
+    place: Ints | None  # on the device of each row; None: they stand in the batch's order
 
 
 class DecodeGraphs:
@@ -64,7 +63,7 @@ class DecodeGraphs:
         model: Decoder,
         kv_cache: KVCache,
         ops: TritonOps,
-        inputs: StepInputs,
+        buffers: StepBuffers,
         drawn_S: torch.Tensor,
         max_blocks: int,
         draw: Callable[[ForwardContext, torch.Tensor, int], None],
@@ -73,7 +72,7 @@ class DecodeGraphs:
         self._model = model
         self._kv_cache = kv_cache
         self._ops = ops
-        self._inputs = inputs
+        self._buffers = buffers
         self._drawn_S = drawn_S
         rows = bucket_of(len(drawn_S))
         half = model.config.rope.rotary_dim // 2
@@ -91,80 +90,80 @@ class DecodeGraphs:
         """Whether each row computes one token and none has a rotary stretch of its own."""
         return batch.num_tokens == batch.num_rows and bool((batch.ntk_alpha == 1.0).all())
 
-    def holds(self, batch: Batch) -> bool:
-        """Whether the last step on the device was a graph that drew, and `batch` is that step once more."""
-        return batch.continues and self._held is not None
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the last step on the device was a graph that drew, a sample a row."""
+        return self._held is not None
 
     def forget(self) -> None:
         """Another step's arrays take the place of what is held."""
         self._held = None
 
-    def run(self, batch: Batch, *, draws: bool) -> tuple[ForwardContext, torch.Tensor]:
-        """The context, and hidden states, [R, D], in memory that the next step writes to.
+    def go_on(self, step: NextStep) -> Ints:
+        """The step before once more: all of it is on the device but the blocks that rows get. As `draw`."""
+        held = self._held
+        assert held is not None, "there is no step to go on from"
+        self._buffers.go_on(step.rows if held.place is None else held.place[step.rows], step.blocks)
+        held.graph.replay()
+        return self._buffers.tokens(held.count)
 
-        With `draws` the samples are drawn too, and rows with a common beginning read it together. Rows may then stand
-        in another order than the batch's, which the samples know: groups side by side, else the longest first, since
-        what starts last should not take longest.
+    def draw(self, batch: Batch) -> Ints:
+        """Computes the step and draws its samples: where these will be, as `StepBuffers.tokens`.
+
+        Rows with a common beginning read it together. They stand in another order than the batch's, which the samples
+        know: groups side by side, else the longest first, since what starts last should not take longest.
         """
-        if draws and self._held is not None and self.holds(batch):
-            return self._run_on(self._held, batch)
         groups = None
-        order: Ints | slice = slice(None)
+        order = None
         rows = batch.num_rows
-        if draws:
-            if self._shares:
-                block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
-                groups = find_groups(batch.block_tables, batch.seq_lens, block_size, self._rows_of_tile)
-            if groups is not None:
-                order = groups.order
-            elif rows > _UNSORTED:
-                order = np.argsort(-batch.seq_lens, kind="stable").astype(np.int32)
-            if isinstance(order, np.ndarray):
-                batch = _in_order(batch, order)
-        key = (bucket_of(rows), groups is not None, draws)
-        self._send(batch, groups, key[0])
+        if self._shares:
+            block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
+            groups = find_groups(batch.block_tables, batch.seq_lens, block_size, self._rows_of_tile)
+        if groups is not None:
+            order = groups.order
+        elif rows > _UNSORTED:
+            order = np.argsort(-batch.seq_lens, kind="stable").astype(np.int32)
+        place = None
+        if order is not None:
+            place = np.empty_like(order)
+            place[order] = np.arange(rows, dtype=np.int32)
+            batch = _in_order(batch, order, place)
+        recorded = self._replay(batch, groups, order, draws=True)
+        if len(batch.sample_index) == rows:
+            self._held = HeldStep(recorded.graph, rows, place)
+        return self._buffers.tokens(len(batch.sample_index))
+
+    def hidden(self, batch: Batch) -> tuple[ForwardContext, torch.Tensor]:
+        """The context, and hidden states, [R, D], in memory that the next step writes to."""
+        recorded = self._replay(batch, None, None, draws=False)
+        return recorded.ctx, recorded.hidden_RD[: batch.num_rows]
+
+    def _replay(self, batch: Batch, groups: PrefixGroups | None, order: Ints | None, *, draws: bool) -> RecordedStep:
+        self.forget()
+        key = (bucket_of(batch.num_rows), groups is not None, draws)
+        self._send(batch, groups, order, key[0])
         recorded = self._recorded.get(key)
         if recorded is None:
             recorded = self._recorded[key] = self._record(*key)
         recorded.graph.replay()
-        self._held = (
-            HeldStep(recorded, self._places(key[0]), order, noise.splitmix64(batch.sampling.seed))
-            if draws and len(batch.sample_index) == rows
-            else None
-        )
-        return recorded.ctx, recorded.hidden_RD[:rows]
+        return recorded
 
-    def _run_on(self, held: HeldStep, batch: Batch) -> tuple[ForwardContext, torch.Tensor]:
-        """A step that continues the one before: order, groups and tables are on the device, and what was drawn."""
-        rows, order = batch.num_rows, held.order
-        width, token_ids, positions, slots, seq_lens, *_ = held.places
-        numbers = self._inputs.again(seq_lens.stop)
-        keys = noise.keys_from(held.mixed_seed_S, batch.sampling.counter)
-        numbers[self._inputs.keys][: keys.size] = keys.reshape(-1)
-        numbers[width] = 0  # the tables are there
-        numbers[token_ids][:rows] = batch.token_ids[order]
-        numbers[positions][:rows] += 1
-        numbers[slots][:rows] = batch.slots[order]
-        numbers[seq_lens][:rows] += 1
-        self._inputs.push(seq_lens.stop)
-        held.recorded.graph.replay()
-        return held.recorded.ctx, held.recorded.hidden_RD[:rows]
-
-    def _send(self, batch: Batch, groups: PrefixGroups | None, bucket: int) -> None:
+    def _send(self, batch: Batch, groups: PrefixGroups | None, order: Ints | None, bucket: int) -> None:
         places = self._places(bucket)
         lengths = tile_start = tile_rows = np.zeros(0, np.int32)
         if groups is not None:
             lengths = _padded(groups.lengths, bucket, 0)
             tile_start, tile_rows = (
-                _padded(array, places[7].stop - places[7].start, 0) for array in (groups.tile_start, groups.tile_rows)
+                _padded(array, places[8].stop - places[8].start, 0) for array in (groups.tile_start, groups.tile_rows)
             )
-        self._inputs.send(
+        self._buffers.send(
             sampling_arrays(batch),
             [
                 np.array([batch.block_tables.shape[1]], np.int32),
                 *(_padded(array, bucket, 0) for array in (batch.token_ids, batch.positions)),
                 _padded(batch.slots, bucket, -1),
                 _padded(batch.seq_lens, bucket, 0),
+                np.arange(bucket, dtype=np.int32) if order is None else _padded(order, bucket, 0),
                 lengths,
                 tile_start,
                 tile_rows,
@@ -174,16 +173,18 @@ class DecodeGraphs:
         )
 
     def _places(self, bucket: int) -> list[slice]:
-        """Of the tables' width, token ids, positions, slots, lengths, shared lengths, tiles and their rows, tables."""
+        """Of the tables' width, token ids, positions, slots, lengths, samples, shared lengths, tiles and their rows,
+        tables."""
         tiles = most_tiles(bucket, self._rows_of_tile)
-        return self._inputs.places((1, *(bucket,) * 5, tiles, tiles, bucket * self._tables.shape[1]))
+        return self._buffers.places((1, *(bucket,) * 6, tiles, tiles, bucket * self._tables.shape[1]))
 
     def _record(self, bucket: int, shared: bool, draws: bool) -> RecordedStep:
         # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording. What
-        # it draws must not stand where the replay looks up the tokens of the step before.
-        drawn_S = self._drawn_S.clone()
+        # it draws must not stand where the replay looks up the tokens of the step before, which is still to run.
+        kept = [(tensor, tensor.clone()) for tensor in (self._drawn_S, self._buffers.control)]
         self._compute(bucket, shared, draws)
-        self._drawn_S.copy_(drawn_S)
+        for tensor, content in kept:
+            tensor.copy_(content)
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         ctx, hidden_RD = self._compute(bucket, shared, draws)
@@ -197,29 +198,29 @@ class DecodeGraphs:
             ctx.ops.finish()
         if draws:
             self._draw(ctx, hidden_RD, bucket)
+            publish(self._drawn_S, self._buffers.control, self._buffers.drawn)
         return ctx, hidden_RD
 
     def _context(self, ops: TritonOps, bucket: int, shared: bool) -> ForwardContext:
-        width, given, positions, slots, seq_lens, lengths, tile_start, tile_rows, packed = map(
-            self._inputs.at, self._places(bucket)
+        width, given, positions, slots, seq_lens, samples, lengths, tile_start, tile_rows, packed = map(
+            self._buffers.at, self._places(bucket)
         )
         token_ids, tables, (cos, sin) = self._token_ids[:bucket], self._tables[:bucket], self._angles[:, :bucket]
-        rope = self._model.rope
-        prepare(
-            given,
-            self._drawn_S,
-            positions,
-            slots,
-            self._kv_cache.layers[0].k_PBKH.shape[1],
-            rope.inv_freq,
-            rope.magnitude,
-            width,
-            packed,
-            token_ids,
-            cos,
-            sin,
-            tables,
+        rope, buffers = self._model.rope, self._buffers
+        arrived = Arrived(
+            control_2=buffers.control,
+            blocks_TR=buffers.blocks,
+            states_S=buffers.sampling(bucket)[2],
+            given_R=given,
+            positions_R=positions,
+            slots_R=slots,
+            seq_lens_R=seq_lens,
+            sample_of_row_R=samples,
+            width_1=width,
+            packed=packed,
         )
+        block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
+        prepare(arrived, self._drawn_S, block_size, rope.inv_freq, rope.magnitude, token_ids, cos, sin, tables)
         if self._ops.invariant:  # the same functions as in steps that are no graph
             cos, sin = rope.cos_sin(positions)
         every_row = np.arange(bucket + 1, dtype=np.int32)
@@ -241,15 +242,13 @@ class DecodeGraphs:
 
 
 def sampling_arrays(batch: Batch) -> tuple[NDArray[np.generic], ...]:
-    """What `StepInputs` sends of a step's samples."""
+    """What `StepBuffers` sends of a step's samples."""
     columns = batch.sampling
-    return batch.sample_index, columns.temperature, noise.keys(columns.seed, columns.counter)
+    return batch.sample_index, columns.temperature, noise.states(columns.seed, columns.counter)
 
 
-def _in_order(batch: Batch, order: Ints) -> Batch:
-    """The step with its rows, a token each, in another order."""
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order))
+def _in_order(batch: Batch, order: Ints, place: Ints) -> Batch:
+    """The step with its rows, a token each, in another order: `place` is that of each."""
     return replace(
         batch,
         token_ids=batch.token_ids[order],
@@ -257,7 +256,7 @@ def _in_order(batch: Batch, order: Ints) -> Batch:
         slots=batch.slots[order],
         seq_lens=batch.seq_lens[order],
         block_tables=batch.block_tables[order],
-        sample_index=inverse[batch.sample_index].astype(np.int32),
+        sample_index=place[batch.sample_index],
     )
 
 

@@ -7,40 +7,38 @@ next step may name them (`Batch.token_ids`), and are copied to the host on the s
 Shapes: T tokens, R rows, S samples, M blocks of the longest row, V vocabulary.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.batch import Batch, Ints, SamplingColumns, StepResult
+from octavo.batch import Batch, Ints, NextStep, SamplingColumns, StepResult
 from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext, on_device
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import TritonOps
 from octavo.ops.triton.invariant import segment_for
-from octavo.ops.triton.prepare import look_up
+from octavo.ops.triton.prepare import look_up, publish
 from octavo.ops.triton.sampling import MIN_TEMPERATURE, draw
 from octavo.runner import noise, sampler
 from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of, sampling_arrays
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
-from octavo.runner.step_inputs import StepInputs
-
-# Results on their way to the host: those of two steps under way, and one that is being read.
-_RING = 3
+from octavo.runner.step_buffers import TURNS, StepBuffers
 
 
 @dataclass(slots=True)
 class SubmittedStep:
-    """A step whose tokens will lie in `tokens_S`, in pinned memory, once `done` has happened."""
+    """A step whose tokens will be in `token_ids`, until a later step writes there, once `done` has happened."""
 
-    tokens_S: torch.Tensor
+    token_ids: Ints
     done: torch.cuda.Event
 
     def result(self) -> StepResult:
         self.done.synchronize()
-        return StepResult(token_ids=self.tokens_S.numpy().copy())
+        return StepResult(self.token_ids.copy())
 
 
 @dataclass(slots=True)
@@ -63,37 +61,45 @@ class CudaForward:
         self._num_tokens = config.model.num_tokens or config.model.vocab_size
         rows, tokens = bucket_of(config.max_num_seqs), config.max_num_batched_tokens
         self.drawn_S = torch.zeros(rows, dtype=torch.int32, device=model.device)
-        self.inputs = StepInputs(4 * tokens + rows * (config.max_blocks_per_seq + 8) + 256, rows, model.device)
+        self._buffers = StepBuffers(4 * tokens + rows * (config.max_blocks_per_seq + 8) + 256, rows, model.device)
         self._graphs = DecodeGraphs(
-            model, kv_cache, self._ops, self.inputs, self.drawn_S, config.max_blocks_per_seq, self._draw
+            model, kv_cache, self._ops, self._buffers, self.drawn_S, config.max_blocks_per_seq, self._draw
         )
         self._ctx: ForwardContext | None = None
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         if self._graphs.fits(batch):
-            self._ctx, hidden_TD = self._graphs.run(batch, draws=False)
+            self._ctx, hidden_TD = self._graphs.hidden(batch)
             return hidden_TD
         self._ctx = self._context(batch)
         return self._model.forward(self._ctx)
 
-    def draw(self, batch: Batch) -> None:
-        """The whole step: the batch's samples, all of them `plain`, are drawn into the beginning of `drawn_S`."""
-        if self.holds(batch) or self._graphs.fits(batch):
-            self._graphs.run(batch, draws=True)
-            return
+    def draw(self, batch: Batch) -> Ints:
+        """The whole step: its samples, all of them `plain`, are drawn into the beginning of `drawn_S`, and into memory
+        that the host reads when the step is over."""
+        if self._graphs.fits(batch):
+            return self._graphs.draw(batch)
         ctx = self._context(batch)
         hidden_TD = self._model.forward(ctx)
-        if len(batch.sample_index):
-            self._draw(ctx, hidden_TD, len(batch.sample_index))
+        count = len(batch.sample_index)
+        if count:
+            self._draw(ctx, hidden_TD, count)
+            publish(self.drawn_S, self._buffers.control, self._buffers.drawn)
+        return self._buffers.tokens(count)
 
-    def holds(self, batch: Batch) -> bool:
-        """As `DecodeGraphs.holds`: nothing is to be looked at or moved before `draw`."""
-        return self._graphs.holds(batch)
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the step before was drawn by a graph that can run once more."""
+        return self._graphs.can_go_on
+
+    def go_on(self, step: NextStep) -> Ints:
+        """As `draw`, for the step after the one before."""
+        return self._graphs.go_on(step)
 
     def _draw(self, ctx: ForwardContext, hidden_TD: torch.Tensor, count: int) -> None:
-        index_S, temperature_S, keys_S2 = self.inputs.sampling(count)
+        index_S, temperature_S, states_S = self._buffers.sampling(count)
         logits_SV = self._model.lm_head(hidden_TD[index_S], ctx)
-        draw(logits_SV, keys_S2, temperature_S, self._num_tokens, self.drawn_S)
+        draw(logits_SV, states_S, temperature_S, self._num_tokens, self.drawn_S)
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         assert self._ctx is not None, "logits are those of a step's hidden states"
@@ -105,11 +111,11 @@ class CudaForward:
         stretched = bool((batch.ntk_alpha != 1.0).any())
         if stretched:
             arrays.append(np.repeat(batch.ntk_alpha, np.diff(batch.query_start)).view(np.int32))
-        places = self.inputs.places([array.size for array in arrays])
-        self.inputs.send(sampling_arrays(batch), arrays, places)
-        given_T, positions_T, slots_T, query_start_R1, seq_lens_R, tables = map(self.inputs.at, places[:6])
+        places = self._buffers.places([array.size for array in arrays])
+        self._buffers.send(sampling_arrays(batch), arrays, places)
+        given_T, positions_T, slots_T, query_start_R1, seq_lens_R, tables = map(self._buffers.at, places[:6])
         rope = self._model.rope
-        cos_Tr, sin_Tr = rope.cos_sin(positions_T, self.inputs.at(places[6], torch.float32) if stretched else None)
+        cos_Tr, sin_Tr = rope.cos_sin(positions_T, self._buffers.at(places[6], torch.float32) if stretched else None)
         return ForwardContext(
             ops=self._ops,
             caches=self._kv_cache.layers,
@@ -133,9 +139,7 @@ class CudaRunner:
     def __init__(self, model: Decoder, kv_cache: KVCache, config: EngineConfig):
         self._device = model.device
         self._kv_cache = kv_cache
-        self._results = [torch.zeros(config.max_num_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
-        self._done = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
-        self._turn = 0
+        self._done = itertools.cycle([torch.cuda.Event() for _ in range(TURNS)])  # type: ignore[no-untyped-call]
         # Graphs cannot be recorded on the default stream, and steps keep their order by being on one.
         self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(model.device))
@@ -144,34 +148,41 @@ class CudaRunner:
         draw_tokens = draw_by_row if config.deterministic else sampler.draw
         self.waiting = ModelRunner(model, kv_cache, self._forward, draw_tokens)
 
-    @torch.inference_mode()
-    def submit(self, batch: Batch) -> SubmittedStep | FinishedStep:
+    def submit(self, step: Batch | NextStep) -> SubmittedStep | FinishedStep:
         """Starts a step. A token id below 0 stands for sample ~id of the step before."""
+        if isinstance(step, NextStep) and self._forward.can_go_on:
+            return self._go_on(step)
+        return self._start(step.whole())
+
+    def _go_on(self, step: NextStep) -> SubmittedStep:
+        # What `torch.cuda.stream` does, in a third of the time: this runs once in every step.
+        before = torch.cuda.current_stream(self._device)
+        torch.cuda.set_stream(self._stream)
+        try:
+            return self._submitted(self._forward.go_on(step))
+        finally:
+            torch.cuda.set_stream(before)
+
+    @torch.inference_mode()
+    def _start(self, batch: Batch) -> SubmittedStep | FinishedStep:
         with torch.cuda.stream(self._stream):
-            if self._forward.holds(batch):
-                return self._start(batch)
             if batch.prompt_logprobs is None and plain(batch.sampling):
                 self._kv_cache.move_blocks(batch, self.waiting.ops)
-                return self._start(batch)
+                return self._submitted(self._forward.draw(batch))
             result = self.waiting.run(batch)
             self._forward.drawn_S[: len(result.token_ids)] = on_device(result.token_ids, self._device)
             return FinishedStep(result)
+
+    def _submitted(self, token_ids: Ints) -> SubmittedStep:
+        done = next(self._done)
+        done.record(self._stream)
+        return SubmittedStep(token_ids, done)
 
     @torch.inference_mode()
     def read_blocks(self, blocks_L: Ints) -> NDArray[np.uint8]:
         """As `KVCache.read_blocks`, after the steps that were submitted: one of them may be writing these blocks."""
         with torch.cuda.stream(self._stream):
             return self._kv_cache.read_blocks(blocks_L)
-
-    def _start(self, batch: Batch) -> SubmittedStep:
-        self._forward.draw(batch)
-        self._turn = (self._turn + 1) % _RING
-        S = len(batch.sample_index)
-        tokens_S = self._results[self._turn][:S]
-        tokens_S.copy_(self._forward.drawn_S[:S], non_blocking=True)
-        done = self._done[self._turn]
-        done.record(self._stream)
-        return SubmittedStep(tokens_S, done)
 
 
 def draw_by_row(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
@@ -183,8 +194,8 @@ def draw_by_row(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tens
         return tokens_S
     device = logits_SV.device
     out_S = torch.empty(len(logits_SV), dtype=torch.int32, device=device)
-    keys_S2 = on_device(noise.keys(columns.seed, columns.counter), device)
-    draw(logits_SV, keys_S2, on_device(columns.temperature, device), logits_SV.shape[1], out_S)
+    states_S = on_device(noise.states(columns.seed, columns.counter).view(np.int64), device)
+    draw(logits_SV, states_S, on_device(columns.temperature, device), logits_SV.shape[1], out_S)
     return out_S.long() if tokens_S is None else torch.where(on_device(plain_S, device), out_S.long(), tokens_S)
 
 

@@ -1,6 +1,7 @@
 """Gumbel noise from a counter: a number for each (seed, counter, token id), the same in any batch.
 
-    key   = splitmix64(splitmix64(seed) + counter)            64 bits, on the host; low and high word k0, k1
+    state = splitmix64(seed) + counter                         64 bits; the sequence's next token has the next state
+    key   = splitmix64(state)                                  64 bits; low and high word k0, k1
     x     = mix32(mix32(token ^ k0) ^ k1)                      32 bits, wrapping
     v     = min((float(x) + 0.5) * 2^-32, 1 - 2^-24)           fp32, x rounded to nearest
     noise = -log(-log1p(-v))                                   fp32
@@ -34,14 +35,14 @@ def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
+def states(seed: NDArray[np.uint64], counter: Ints) -> NDArray[np.uint64]:
+    """The state of each sample, [S]."""
+    return splitmix64(seed) + counter.astype(np.uint64)
+
+
 def keys(seed: NDArray[np.uint64], counter: Ints) -> NDArray[np.int32]:
     """The words (k0, k1) of each sample, [S, 2], as int32 with the same bits."""
-    return keys_from(splitmix64(seed), counter)
-
-
-def keys_from(mixed_seed: NDArray[np.uint64], counter: Ints) -> NDArray[np.int32]:
-    """As `keys`, from splitmix64(seed)."""
-    return splitmix64(mixed_seed + counter.astype(np.uint64)).astype("<u8").view("<i4").reshape(-1, 2)
+    return splitmix64(states(seed, counter)).astype("<u8").view("<i4").reshape(-1, 2)
 
 
 def hash32(keys_S2: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from octavo.ops.triton import TritonOps
-from octavo.ops.triton.prepare import look_up, prepare
 from octavo.ops.triton.sampling import draw
 from octavo.runner import noise
 from tests.ops import kernel_cases as cases
@@ -37,20 +36,11 @@ def main() -> None:
     cases.check_linear(ops, CUDA, torch.bfloat16, 70, 64, 48, in_fp8=True)
     cases.check_fp8_cache(CUDA, torch.bfloat16, heads, bound=0.0)
     cases.check_attention(ops, CUDA, torch.bfloat16, heads, ROWS, 9, 3.0, kv=e4m3)
-    ints = {"dtype": torch.int32, "device": CUDA}
-    keys = torch.from_numpy(noise.keys(np.arange(3, dtype=np.uint64), np.arange(3, dtype=np.int32))).to(CUDA)
-    drawn = torch.empty(3, **ints)
-    draw(torch.randn(3, 9000, device=CUDA), keys, torch.tensor([0.8, 1.0, 0.0], device=CUDA), 8990, drawn)
-    given = torch.tensor([4, -1, -3], **ints)
-    assert look_up(given, drawn).tolist() == [4, int(drawn[0]), int(drawn[2])]
-    made = [torch.zeros(3, **ints), *torch.zeros(2, 3, 8, device=CUDA), torch.zeros(3, 7, **ints)]
-    packed = torch.arange(15, **ints)
-    positions, slots = torch.tensor([0, 3, 69], **ints), torch.tensor([-1, 9 * 16 + 3, 4 * 16 + 5], **ints)
-    prepare(
-        given, drawn, positions, slots, 16, torch.rand(8, device=CUDA), 1.0, torch.tensor([5], **ints), packed, *made
-    )
-    # The second row's first block is the one of its slot, and so is the third's fifth.
-    assert made[3][:, :5].reshape(-1).tolist() == [0, 1, 2, 3, 4, 9, 6, 7, 8, 9, 10, 11, 12, 13, 4]
+    states = torch.from_numpy(noise.states(np.arange(3, dtype=np.uint64), np.arange(3, dtype=np.int32)).view(np.int64))
+    drawn = torch.empty(3, dtype=torch.int32, device=CUDA)
+    heat = torch.tensor([0.8, 1.0, 0.0], device=CUDA)
+    draw(torch.randn(3, 9000, device=CUDA), states.to(CUDA), heat, 8990, drawn)
+    cases.check_steps(CUDA)
     torch.cuda.synchronize()
     print("every kernel ran")
 

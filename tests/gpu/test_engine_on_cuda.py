@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from octavo.batch import NextStep
 from octavo.config import EngineOptions
 from octavo.engine.engine import Engine
 from octavo.layers.quant import fp8
@@ -71,7 +72,7 @@ def test_steps_go_on_from_what_the_one_before_left_on_the_device(tmp_path):
         memory = {"kv_cache_memory": "16MiB", "max_model_len": 128, "max_num_seqs": 40}
         engine = Engine.build(EngineOptions(model=model, device=device, dtype="float32", **memory))
         continued, submit = [], engine.executor.submit
-        engine.executor.submit = lambda batch: (continued.append(batch.continues), submit(batch))
+        engine.executor.submit = lambda step: (continued.append(isinstance(step, NextStep)), submit(step))
         found = {}
 
         def step():

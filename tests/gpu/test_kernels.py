@@ -145,8 +145,12 @@ def test_draws_are_the_sampler_s():
     logits = (torch.randn(S, V, device=CUDA) * 3).bfloat16()
     seeds, counters = np.arange(S, dtype=np.uint64) * 977, np.arange(S, dtype=np.int32)
     heat = np.where(np.arange(S) % 4, 0.8, 0.0).astype(np.float32)
-    keys = torch.from_numpy(noise.keys(seeds, counters)).to(CUDA)
+    states = torch.from_numpy(noise.states(seeds, counters).view(np.int64)).to(CUDA)
     out = torch.empty(S, dtype=torch.int32, device=CUDA)
-    draw(logits, keys, torch.from_numpy(heat).to(CUDA), V, out)
+    draw(logits, states, torch.from_numpy(heat).to(CUDA), V, out)
     expected, _ = sampler.sample(logits.float(), columns(S, temperature=heat, seed=seeds, counter=counters))
     assert out.tolist() == expected.tolist()
+
+
+def test_a_step_that_goes_on_counts_for_itself():
+    cases.check_steps(CUDA)

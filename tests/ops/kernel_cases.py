@@ -9,6 +9,7 @@ from octavo.layers.quant import fp8
 from octavo.ops import Ops, reference
 from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.fused import FusedOps
+from octavo.ops.triton.prepare import Arrived, look_up, prepare, publish
 from octavo.ops.triton.rope import rope_and_cache
 from octavo.ops.triton.shared import rows_of_tile
 
@@ -302,3 +303,48 @@ def check_fused(
 def each_dtype(check: Callable[[torch.dtype], None]) -> None:
     for dtype in TOLERANCE:
         check(dtype)
+
+
+def check_steps(device: torch.device) -> None:
+    """A step that is sent, three that go on from it, and another that is sent: four rows, the last of them padding."""
+    ints = {"dtype": torch.int32, "device": device}
+    arrived = Arrived(
+        control_2=torch.tensor([1, 1], **ints),
+        blocks_TR=torch.tensor([[50, 51, 52, 53], [60, 61, 62, 63], [70, 71, 72, 73]], **ints),
+        states_S=torch.tensor([2**40, -1, 5, 0], dtype=torch.int64, device=device),
+        given_R=torch.tensor([7, -1, -3, 0], **ints),
+        positions_R=torch.tensor([14, 3, 79, 0], **ints),
+        slots_R=torch.tensor([9 * 16 + 14, 5 * 16 + 3, 4 * 16 + 15, -1], **ints),
+        seq_lens_R=torch.tensor([15, 4, 80, 0], **ints),
+        sample_of_row_R=torch.tensor([2, 0, 1, 0], **ints),
+        width_1=torch.tensor([5], **ints),
+        packed=torch.tensor([9, 0, 0, 0, 0, 5, 0, 0, 0, 0, 8, 7, 6, 3, 4], **ints),
+    )
+    drawn, out = torch.tensor([11, 12, 13, 14], **ints), torch.zeros(3, 8, **ints)
+    token_ids, tables = torch.zeros(4, **ints), torch.zeros(4, 7, **ints)
+    cos, sin = torch.zeros(2, 4, 8, device=device)
+    inv_freq = torch.rand(8, device=device)
+
+    def step(tokens: list[int], positions: list[int], slots: list[int], turn: int) -> None:
+        prepare(arrived, drawn, 16, inv_freq, 0.5, token_ids, cos, sin, tables)
+        assert token_ids[:3].tolist() == tokens
+        assert arrived.positions_R.tolist() == [*positions, 0]
+        assert arrived.seq_lens_R.tolist() == [*(position + 1 for position in positions), 0]
+        assert arrived.slots_R.tolist() == [*slots, -1]
+        angle = arrived.positions_R[:, None].float() * inv_freq
+        torch.testing.assert_close((cos, sin), (angle.cos() / 2, angle.sin() / 2), atol=1e-5, rtol=0)
+        drawn.copy_(torch.tensor([20, 21, 22, 23], **ints) + 10 * turn)
+        publish(drawn, arrived.control_2, out)
+        assert arrived.control_2.tolist() == [turn, 0]
+        assert out[turn, :4].tolist() == drawn.tolist()
+
+    step([7, 11, 13], [14, 3, 79], [158, 83, 79], turn=1)
+    assert arrived.states_S.tolist() == [2**40, -1, 5, 0]
+    step([32, 30, 31], [15, 4, 80], [159, 84, 72 * 16], turn=2)
+    step([42, 40, 41], [16, 5, 81], [50 * 16, 85, 72 * 16 + 1], turn=0)
+    step([22, 20, 21], [17, 6, 82], [50 * 16 + 1, 86, 72 * 16 + 2], turn=1)
+    assert arrived.states_S.tolist()[:3] == [2**40 + 3, 2, 8]
+    assert tables[:3].tolist() == [[9, 50, 0, 0, 0, 0, 0], [5, 0, 0, 0, 0, 0, 0], [8, 7, 6, 3, 4, 72, 0]]
+    arrived.control_2.copy_(torch.tensor([2, 1], **ints))
+    step([7, 30, 32], [17, 6, 82], [50 * 16 + 1, 86, 72 * 16 + 2], turn=2)
+    assert look_up(torch.tensor([4, -1, -3], **ints), drawn).tolist() == [4, 40, 42]

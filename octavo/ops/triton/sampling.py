@@ -14,15 +14,18 @@ MIN_TEMPERATURE = 1e-4
 
 
 def draw(
-    logits_SV: torch.Tensor, keys_S2: torch.Tensor, temperature_S: torch.Tensor, num_tokens: int, out_S: torch.Tensor
+    logits_SV: torch.Tensor, states_S: torch.Tensor, temperature_S: torch.Tensor, num_tokens: int, out_S: torch.Tensor
 ) -> None:
-    """Writes a token for each sample into `out_S` (int32), from the first `num_tokens` of the vocabulary."""
+    """Writes a token for each sample into `out_S` (int32), from the first `num_tokens` of the vocabulary.
+
+    `states_S` are those of the noise, int64 with the same bits.
+    """
     S, V = logits_SV.shape
     chunks = triton.cdiv(num_tokens, _CHUNK)
     best_SC = torch.empty((2, S, chunks), dtype=torch.float32, device=logits_SV.device)
     _best_of_chunk[(chunks, S)](
         logits_SV,
-        keys_S2,
+        states_S,
         temperature_S,
         best_SC,
         best_SC[1].view(torch.int32),
@@ -37,7 +40,7 @@ def draw(
 
 
 @triton.jit
-def _best_of_chunk(logits, keys, temperature, best, token_of_best, num_tokens, stride, BLOCK: tl.constexpr):
+def _best_of_chunk(logits, states, temperature, best, token_of_best, num_tokens, stride, BLOCK: tl.constexpr):
     chunk = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     token = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -45,9 +48,8 @@ def _best_of_chunk(logits, keys, temperature, best, token_of_best, num_tokens, s
     value = tl.load(logits + sample * stride + token, mask=inside, other=float("-inf")).to(tl.float32)
     heat = tl.load(temperature + sample)
     if heat > 0:
-        low = tl.load(keys + 2 * sample).to(tl.uint32, bitcast=True)
-        high = tl.load(keys + 2 * sample + 1).to(tl.uint32, bitcast=True)
-        value = value / heat + _gumbel(token.to(tl.uint32), low, high)
+        key = _splitmix64(tl.load(states + sample).to(tl.uint64, bitcast=True))
+        value = value / heat + _gumbel(token.to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32))
         value = tl.where(inside, value, float("-inf"))
     top = tl.max(value, 0)
     place = sample * tl.num_programs(0) + chunk
@@ -62,6 +64,14 @@ def _best_of_row(best, token_of_best, out, chunks, BLOCK: tl.constexpr):
     value = tl.load(best + sample * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
     token = tl.load(token_of_best + sample * chunks + chunk, mask=chunk < chunks, other=0x7FFFFFFF)
     tl.store(out + sample, tl.min(tl.where(value == tl.max(value, 0), token, 0x7FFFFFFF), 0))
+
+
+@triton.jit
+def _splitmix64(state):
+    z = state + 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
 
 
 @triton.jit
