@@ -7,10 +7,10 @@ their keys written nowhere. The draws may be part of it. Shapes: R rows, D model
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from octavo.batch import Batch, Ints, NextStep
 from octavo.layers.context import ForwardContext
@@ -19,10 +19,9 @@ from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.fused import FusedOps
 from octavo.ops.triton.prepare import Arrived, prepare, publish
 from octavo.ops.triton.shared import fits, rows_of_tile
-from octavo.runner import noise
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
-from octavo.runner.step_buffers import StepBuffers
+from octavo.runner.step_buffers import StepBuffers, padded
 
 # Rows up to which their order does not matter, since all start at once.
 _UNSORTED = 32
@@ -65,7 +64,9 @@ class DecodeGraphs:
         ops: TritonOps,
         buffers: StepBuffers,
         drawn_S: torch.Tensor,
+        max_rows: int,
         max_blocks: int,
+        pool: Any,
         draw: Callable[[ForwardContext, torch.Tensor, int], None],
     ):
         self._draw = draw
@@ -74,14 +75,14 @@ class DecodeGraphs:
         self._ops = ops
         self._buffers = buffers
         self._drawn_S = drawn_S
-        rows = bucket_of(len(drawn_S))
+        rows = bucket_of(max_rows)
         half = model.config.rope.rotary_dim // 2
         self._token_ids = torch.zeros(rows, dtype=torch.int32, device=model.device)
         self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=model.device)
         self._angles = torch.zeros(2, rows, half, device=model.device)
         self._rows_of_tile = rows_of_tile(model.config.num_heads // model.config.num_kv_heads)
         self._shares = not ops.invariant and fits(model.config.head_dim, model.norm.weight.dtype, model.device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = pool
         self._recorded: dict[tuple[int, bool, bool], RecordedStep] = {}
         self._held: HeldStep | None = None
 
@@ -152,18 +153,19 @@ class DecodeGraphs:
         places = self._places(bucket)
         lengths = tile_start = tile_rows = np.zeros(0, np.int32)
         if groups is not None:
-            lengths = _padded(groups.lengths, bucket, 0)
+            lengths = padded(groups.lengths, bucket, 0)
             tile_start, tile_rows = (
-                _padded(array, places[8].stop - places[8].start, 0) for array in (groups.tile_start, groups.tile_rows)
+                padded(array, places[8].stop - places[8].start, 0) for array in (groups.tile_start, groups.tile_rows)
             )
         self._buffers.send(
-            sampling_arrays(batch),
+            batch.sample_index,
+            batch.sampling,
             [
                 np.array([batch.block_tables.shape[1]], np.int32),
-                *(_padded(array, bucket, 0) for array in (batch.token_ids, batch.positions)),
-                _padded(batch.slots, bucket, -1),
-                _padded(batch.seq_lens, bucket, 0),
-                np.arange(bucket, dtype=np.int32) if order is None else _padded(order, bucket, 0),
+                *(padded(array, bucket, 0) for array in (batch.token_ids, batch.positions)),
+                padded(batch.slots, bucket, -1),
+                padded(batch.seq_lens, bucket, 0),
+                np.arange(bucket, dtype=np.int32) if order is None else padded(order, bucket, 0),
                 lengths,
                 tile_start,
                 tile_rows,
@@ -241,12 +243,6 @@ class DecodeGraphs:
         )
 
 
-def sampling_arrays(batch: Batch) -> tuple[NDArray[np.generic], ...]:
-    """What `StepBuffers` sends of a step's samples."""
-    columns = batch.sampling
-    return batch.sample_index, columns.temperature, noise.states(columns.seed, columns.counter)
-
-
 def _in_order(batch: Batch, order: Ints, place: Ints) -> Batch:
     """The step with its rows, a token each, in another order: `place` is that of each."""
     return replace(
@@ -258,11 +254,3 @@ def _in_order(batch: Batch, order: Ints, place: Ints) -> Batch:
         block_tables=batch.block_tables[order],
         sample_index=place[batch.sample_index],
     )
-
-
-def _padded(array: Ints, length: int, value: int) -> Ints:
-    if len(array) == length:
-        return array
-    whole = np.full(length, value, np.int32)
-    whole[: len(array)] = array
-    return whole

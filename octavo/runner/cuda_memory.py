@@ -17,13 +17,14 @@ from octavo.errors import CapacityError
 from octavo.models.decoder import Decoder
 from octavo.runner.cuda_runner import CudaRunner
 from octavo.runner.kv_cache import KVCache, kv_torch_dtype
+from octavo.runner.prompt_graphs import MOST_TOKENS
 
 # For blocks gathered on their way to or from the host, and pieces of memory that happen not to fit each other.
 _MARGIN = 256 * 1024**2
 # Of a recorded step, for each layer, and the steps that may be recorded: each number of rows with beginnings in common
-# and without, drawn and not.
+# and without, drawn and not, and those with prompts.
 _GRAPH_BYTES_PER_LAYER = 64 * 1024
-_GRAPHS = 100
+_GRAPHS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,13 @@ def _run_largest_steps(model: Decoder, config: EngineConfig) -> None:
     cache = KVCache(config.model, 1, config.block_size, kv_torch_dtype(config.kv_dtype), model.device)
     runner = CudaRunner(model, cache, config)
     runner.submit(largest_chunks(config)).result()
+    record_largest(runner, config)
+
+
+def record_largest(runner: CudaRunner, config: EngineConfig) -> None:
+    """Has the graphs recorded that take most memory: what they leave is enough for any other."""
+    for _ in range(2):  # a step with prompts is recorded when it comes again
+        runner.submit(largest_prompt(config)).result()
     runner.submit(largest_decode(config)).result()
 
 
@@ -79,6 +87,13 @@ def largest_decode(config: EngineConfig) -> Batch:
     rows = config.max_num_seqs
     keys = min(config.max_model_len, 2 * 256 + 1)
     return _batch(config, np.full(rows, keys, np.int32), np.ones(rows, np.int32), _columns(rows))
+
+
+def largest_prompt(config: EngineConfig) -> Batch:
+    """A token for each of the most rows but one, which computes as much of a prompt as a graph takes."""
+    counts = np.ones(config.max_num_seqs, np.int32)
+    counts[-1] = max(1, min(MOST_TOKENS, config.max_num_batched_tokens - len(counts) + 1, config.max_model_len))
+    return _batch(config, counts, counts, _columns(len(counts)))
 
 
 def largest_chunks(config: EngineConfig) -> Batch:

@@ -22,10 +22,11 @@ from octavo.ops.triton import TritonOps
 from octavo.ops.triton.invariant import segment_for
 from octavo.ops.triton.prepare import look_up, publish
 from octavo.ops.triton.sampling import MIN_TEMPERATURE, draw
-from octavo.runner import noise, sampler
-from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of, sampling_arrays
+from octavo.runner import noise, prompt_graphs, sampler
+from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
+from octavo.runner.prompt_graphs import PromptGraphs
 from octavo.runner.step_buffers import TURNS, StepBuffers
 
 
@@ -59,12 +60,15 @@ class CudaForward:
         self._kv_cache = kv_cache
         self._ops = TritonOps(model.device, segment_for(config.max_model_len) if config.deterministic else 0)
         self._num_tokens = config.model.num_tokens or config.model.vocab_size
-        rows, tokens = bucket_of(config.max_num_seqs), config.max_num_batched_tokens
+        blocks = config.max_blocks_per_seq
+        rows = prompt_graphs.most_rows(bucket_of(config.max_num_seqs))
+        tokens = max(config.max_num_batched_tokens, prompt_graphs.MOST_TOKENS + rows)
         self.drawn_S = torch.zeros(rows, dtype=torch.int32, device=model.device)
-        self._buffers = StepBuffers(4 * tokens + rows * (config.max_blocks_per_seq + 8) + 256, rows, model.device)
-        self._graphs = DecodeGraphs(
-            model, kv_cache, self._ops, self._buffers, self.drawn_S, config.max_blocks_per_seq, self._draw
-        )
+        self._buffers = StepBuffers(4 * tokens + rows * (blocks + 8) + 256, rows, model.device)
+        common = (model, kv_cache, self._ops, self._buffers, self.drawn_S, config.max_num_seqs, blocks)
+        pool = torch.cuda.graph_pool_handle()
+        self._graphs = DecodeGraphs(*common, pool, self._draw)
+        self._prompts = PromptGraphs(*common, pool, self._draw)
         self._ctx: ForwardContext | None = None
 
     def hidden(self, batch: Batch) -> torch.Tensor:
@@ -79,6 +83,10 @@ class CudaForward:
         that the host reads when the step is over."""
         if self._graphs.fits(batch):
             return self._graphs.draw(batch)
+        self._graphs.forget()
+        tokens = self._prompts.draw(batch)
+        if tokens is not None:
+            return tokens
         ctx = self._context(batch)
         hidden_TD = self._model.forward(ctx)
         count = len(batch.sample_index)
@@ -112,7 +120,7 @@ class CudaForward:
         if stretched:
             arrays.append(np.repeat(batch.ntk_alpha, np.diff(batch.query_start)).view(np.int32))
         places = self._buffers.places([array.size for array in arrays])
-        self._buffers.send(sampling_arrays(batch), arrays, places)
+        self._buffers.send(batch.sample_index, batch.sampling, arrays, places)
         given_T, positions_T, slots_T, query_start_R1, seq_lens_R, tables = map(self._buffers.at, places[:6])
         rope = self._model.rope
         cos_Tr, sin_Tr = rope.cos_sin(positions_T, self._buffers.at(places[6], torch.float32) if stretched else None)

@@ -114,7 +114,7 @@ class CudaExecutor:
 
         `settle` is told what memory the model and its largest steps take, and gives the `config` to go on with.
         """
-        from octavo.runner.cuda_memory import largest_decode, let_segments_grow, measure
+        from octavo.runner.cuda_memory import let_segments_grow, measure, record_largest
         from octavo.runner.cuda_runner import CudaRunner
 
         let_segments_grow()
@@ -122,8 +122,7 @@ class CudaExecutor:
         if settle is not None:
             config = settle(measure(model, config))
         runner = CudaRunner(model, _make_cache(config), config)
-        # The largest graph is recorded first: the memory that it leaves to the others is enough for each of them.
-        runner.submit(largest_decode(config)).result()
+        record_largest(runner, config)
         return cls(runner)
 
     def submit(self, step: Batch | NextStep) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.batch import Ints
+from octavo.batch import Ints, SamplingColumns
+from octavo.runner import noise
 
 # Steps that may be under way at once, and one that is being packed or read.
 TURNS = 3
@@ -54,18 +55,27 @@ class StepBuffers:
         return found
 
     def send(
-        self, sampling: Sequence[NDArray[np.generic]], arrays: Sequence[NDArray[np.generic]], places: Sequence[slice]
+        self,
+        sample_index: NDArray[np.integer],
+        columns: SamplingColumns,
+        arrays: Sequence[NDArray[np.generic]],
+        places: Sequence[slice],
     ) -> None:
-        """Begins a step: copies its sample_index, temperature and states, and `arrays` to the beginnings of `places`.
+        """Begins a step: copies what its samples ask for, and `arrays` to the beginnings of `places`.
 
         What is left of a place keeps what it held, but sample indices beyond the step's are 0.
         """
         self.turn = (self.turn + 1) % TURNS
         pinned = self._arrays[self.turn]
         pinned[self._first[1]] = 0
-        control = np.array([self.turn, 1], np.int32)
+        first: tuple[NDArray[np.generic], ...] = (
+            np.array([self.turn, 1], np.int32),
+            sample_index.astype(np.int32),
+            columns.temperature,
+            noise.states(columns.seed, columns.counter),
+        )
         end = 0
-        for array, place in zip((control, *sampling, *arrays), (*self._first, *places), strict=True):
+        for array, place in zip((*first, *arrays), (*self._first, *places), strict=True):
             numbers = array.reshape(-1).view(np.int32)
             end = place.start + len(numbers)
             assert end <= len(pinned), "a step's arrays are larger than its largest step was said to be"
@@ -98,3 +108,12 @@ class StepBuffers:
 
 def _pinned(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape, dtype=torch.int32, pin_memory=True)
+
+
+def padded(array: Ints, length: int, value: int) -> Ints:
+    """`array`, up to `length` filled up with `value`."""
+    if len(array) == length:
+        return array
+    whole = np.full(length, value, np.int32)
+    whole[: len(array)] = array
+    return whole

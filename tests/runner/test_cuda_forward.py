@@ -5,6 +5,7 @@ What only a GPU can show (streams, real graphs, steps ahead) is for `tests/gpu`.
 
 from collections import deque
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ class Whole:
 def without_a_gpu(monkeypatch):
     interpreter.start()
     from octavo.ops.triton import decode
+    from octavo.runner import prompt_graphs
     from octavo.runner.cuda_graphs import DecodeGraphs, RecordedStep
+    from octavo.runner.prompt_graphs import PromptGraphs
 
     def record(self, *key):
         kept = [(tensor, tensor.clone()) for tensor in (self._drawn_S, self._buffers.control)]
@@ -75,11 +78,23 @@ def without_a_gpu(monkeypatch):
             tensor.copy_(content)
         return RecordedStep(Replayed(lambda: self._compute(*key), hidden), ctx, hidden)
 
+    def record_prompts(self, size):
+        kept = [(tensor, tensor.clone()) for tensor in (self._drawn_S, self._buffers.control)]
+        self._compute(size)
+        for tensor, content in kept:
+            tensor.copy_(content)
+        recorded.append(size)
+        return SimpleNamespace(replay=lambda: self._compute(size))
+
+    recorded = []
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **more: zeros(*shape, **more))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(DecodeGraphs, "_record", record)
+    monkeypatch.setattr(PromptGraphs, "_record", record_prompts)
+    monkeypatch.setattr(prompt_graphs, "_SINGLES", (0, 2, 4))
     monkeypatch.setattr(decode, "_PROGRAMS", 16)  # one after another they take their time
+    return recorded
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -101,19 +116,21 @@ def test_the_tokens_are_those_of_plain_torch(tmp_path, without_a_gpu, determinis
     assert found[1] == found[0]
 
 
-def test_a_step_goes_on_from_what_the_one_before_left_on_the_device(tmp_path, without_a_gpu):
+def test_steps_with_and_without_prompts(tmp_path, without_a_gpu):
+    """Graphs go on from each other, prompts join while others draw, and come in parts; sizes come again and are
+    recorded."""
     checkpoint = FolderCheckpoint(save_model(tmp_path, "Qwen3", head_dim=16))
     config = read_config(checkpoint.config)
     model = load_model(checkpoint, config, torch.float32, CPU)
     options = replace(
-        engine_config(config, num_blocks=40, block_size=16, max_num_seqs=4, max_num_batched_tokens=64), device="cuda"
+        engine_config(config, num_blocks=40, block_size=16, max_num_seqs=4, max_num_batched_tokens=26), device="cuda"
     )
     cache = KVCache(config, options.num_blocks, options.block_size, torch.float32, CPU)
 
     def answers(runner, depth):
         scheduler, steps, found, continued = Scheduler(options), deque(), {}, 0
         # The first fills its block after two steps, the last ends before the others.
-        for i, (given, wanted) in enumerate(((14, 14), (20, 14), (5, 11))):
+        for i, (given, wanted) in enumerate(((14, 14), (20, 14), (5, 11), (30, 6), (9, 5))):
             prompt = [3 + (7 * i + k * k) % 150 for k in range(given)]
             scheduler.add(Request(f"r{i}", prompt, SamplingParams(temperature=0.0, max_tokens=wanted, ignore_eos=True)))
         while scheduler.has_work():
@@ -126,10 +143,11 @@ def test_a_step_goes_on_from_what_the_one_before_left_on_the_device(tmp_path, wi
         return found
 
     assert answers(GpuRunner(model, options), 2) == answers(Whole(ModelRunner(model, cache)), 1)
+    assert without_a_gpu, "no step with a prompt was recorded"
 
 
 def test_the_largest_steps_touch_no_block(tmp_path, without_a_gpu):
-    from octavo.runner.cuda_memory import largest_chunks, largest_decode
+    from octavo.runner.cuda_memory import largest_chunks, largest_decode, largest_prompt
 
     checkpoint = FolderCheckpoint(save_model(tmp_path, "Llama"))
     config = read_config(checkpoint.config)
@@ -141,5 +159,6 @@ def test_the_largest_steps_touch_no_block(tmp_path, without_a_gpu):
     assert chunks.num_tokens == 34
     assert len(result.token_ids) == 4
     assert result.prompt_logprobs is not None
-    assert len(runner.run(largest_decode(options)).token_ids) == 4
+    for largest in (largest_prompt, largest_prompt, largest_decode):
+        assert len(runner.run(largest(options)).token_ids) == 4
     assert not any(cache.k_PBKH.any() or cache.v_PBKH.any() for cache in runner.kv_cache.layers)

@@ -82,6 +82,12 @@ def publish(drawn_S: torch.Tensor, control_2: torch.Tensor, out_TS: torch.Tensor
     )
 
 
+def spread(packed: torch.Tensor, width_1: torch.Tensor, tables_RM: torch.Tensor) -> None:
+    """Writes `packed`, which holds `width_1` entries a row, to the beginnings of the rows of `tables_RM`."""
+    R, M = tables_RM.shape
+    _spread[(R, triton.cdiv(M, _TABLE_BLOCK))](packed, width_1, tables_RM, M, BLOCK=_TABLE_BLOCK, num_warps=4)
+
+
 def look_up(given_T: torch.Tensor, drawn_S: torch.Tensor) -> torch.Tensor:
     """`given_T` with entries below 0 replaced by the drawn tokens that they stand for."""
     out_T = torch.empty_like(given_T)
@@ -121,10 +127,7 @@ def _prepare(
     table = tables + row * table_stride
     position = tl.load(positions + row)
     if tl.load(control + 1) != 0:
-        entries = tl.load(width)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        block = tl.load(packed + row * entries + column, mask=column < entries)
-        tl.store(table + column, block, mask=column < entries)
+        _spread_row(packed, width, table, row, BLOCK)
         if first:
             token = tl.load(given + row)
             token = tl.where(token < 0, tl.load(drawn + (-1 - token), mask=token < 0, other=0), token)
@@ -148,6 +151,20 @@ def _prepare(
         angle = position.to(tl.float32) * tl.load(inv_freq + at, mask=at < HALF, other=0.0)
         tl.store(cos + row * HALF + at, tl.cos(angle) * magnitude, mask=at < HALF)
         tl.store(sin + row * HALF + at, tl.sin(angle) * magnitude, mask=at < HALF)
+
+
+@triton.jit
+def _spread(packed, width, tables, table_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    _spread_row(packed, width, tables + row * table_stride, row, BLOCK)
+
+
+@triton.jit
+def _spread_row(packed, width, table, row, BLOCK: tl.constexpr):
+    entries = tl.load(width)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.load(packed + row * entries + column, mask=column < entries)
+    tl.store(table + column, block, mask=column < entries)
 
 
 @triton.jit
