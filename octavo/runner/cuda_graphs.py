@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from octavo.batch import Batch, Ints, NextStep
+from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import SharedPrefix, TritonOps
@@ -64,8 +65,7 @@ class DecodeGraphs:
         ops: TritonOps,
         buffers: StepBuffers,
         drawn_S: torch.Tensor,
-        max_rows: int,
-        max_blocks: int,
+        config: EngineConfig,
         pool: Any,
         draw: Callable[[ForwardContext, torch.Tensor, int], None],
     ):
@@ -75,10 +75,10 @@ class DecodeGraphs:
         self._ops = ops
         self._buffers = buffers
         self._drawn_S = drawn_S
-        rows = bucket_of(max_rows)
+        rows = bucket_of(config.max_num_seqs)
         half = model.config.rope.rotary_dim // 2
         self._token_ids = torch.zeros(rows, dtype=torch.int32, device=model.device)
-        self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=model.device)
+        self._tables = torch.zeros(rows, config.max_blocks_per_seq, dtype=torch.int32, device=model.device)
         self._angles = torch.zeros(2, rows, half, device=model.device)
         self._rows_of_tile = rows_of_tile(model.config.num_heads // model.config.num_kv_heads)
         self._shares = not ops.invariant and fits(model.config.head_dim, model.norm.weight.dtype, model.device)

@@ -17,14 +17,14 @@ from octavo.errors import CapacityError
 from octavo.models.decoder import Decoder
 from octavo.runner.cuda_runner import CudaRunner
 from octavo.runner.kv_cache import KVCache, kv_torch_dtype
-from octavo.runner.prompt_graphs import MOST_TOKENS
+from octavo.runner.prompt_graphs import most_tokens
 
 # For blocks gathered on their way to or from the host, and pieces of memory that happen not to fit each other.
 _MARGIN = 256 * 1024**2
 # Of a recorded step, for each layer, and the steps that may be recorded: each number of rows with beginnings in common
 # and without, drawn and not, and those with prompts.
 _GRAPH_BYTES_PER_LAYER = 64 * 1024
-_GRAPHS = 200
+_GRAPHS = 230
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,7 @@ def _run_largest_steps(model: Decoder, config: EngineConfig) -> None:
 
 def record_largest(runner: CudaRunner, config: EngineConfig) -> None:
     """Has the graphs recorded that take most memory: what they leave is enough for any other."""
-    for _ in range(2):  # a step with prompts is recorded when it comes again
-        runner.submit(largest_prompt(config)).result()
+    runner.submit(largest_prompt(config)).result()
     runner.submit(largest_decode(config)).result()
 
 
@@ -92,7 +91,7 @@ def largest_decode(config: EngineConfig) -> Batch:
 def largest_prompt(config: EngineConfig) -> Batch:
     """A token for each of the most rows but one, which computes as much of a prompt as a graph takes."""
     counts = np.ones(config.max_num_seqs, np.int32)
-    counts[-1] = max(1, min(MOST_TOKENS, config.max_num_batched_tokens - len(counts) + 1, config.max_model_len))
+    counts[-1] = max(1, min(most_tokens(config), config.max_num_batched_tokens - len(counts) + 1, config.max_model_len))
     return _batch(config, counts, counts, _columns(len(counts)))
 
 

@@ -22,11 +22,11 @@ from octavo.ops.triton import TritonOps
 from octavo.ops.triton.invariant import segment_for
 from octavo.ops.triton.prepare import look_up, publish
 from octavo.ops.triton.sampling import MIN_TEMPERATURE, draw
-from octavo.runner import noise, prompt_graphs, sampler
+from octavo.runner import noise, sampler
 from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
-from octavo.runner.prompt_graphs import PromptGraphs
+from octavo.runner.prompt_graphs import PromptGraphs, most_rows, room_for
 from octavo.runner.step_buffers import TURNS, StepBuffers
 
 
@@ -60,12 +60,11 @@ class CudaForward:
         self._kv_cache = kv_cache
         self._ops = TritonOps(model.device, segment_for(config.max_model_len) if config.deterministic else 0)
         self._num_tokens = config.model.num_tokens or config.model.vocab_size
-        blocks = config.max_blocks_per_seq
-        rows = prompt_graphs.most_rows(bucket_of(config.max_num_seqs))
-        tokens = max(config.max_num_batched_tokens, prompt_graphs.MOST_TOKENS + rows)
+        rows = bucket_of(most_rows(config.max_num_seqs))
+        tokens = room_for(config.max_num_batched_tokens) + rows
         self.drawn_S = torch.zeros(rows, dtype=torch.int32, device=model.device)
-        self._buffers = StepBuffers(4 * tokens + rows * (blocks + 8) + 256, rows, model.device)
-        common = (model, kv_cache, self._ops, self._buffers, self.drawn_S, config.max_num_seqs, blocks)
+        self._buffers = StepBuffers(4 * tokens + rows * (config.max_blocks_per_seq + 8) + 256, rows, model.device)
+        common = (model, kv_cache, self._ops, self._buffers, self.drawn_S, config)
         pool = torch.cuda.graph_pool_handle()
         self._graphs = DecodeGraphs(*common, pool, self._draw)
         self._prompts = PromptGraphs(*common, pool, self._draw)

@@ -1,8 +1,7 @@
 """Steps with prompts in them as CUDA graphs: some rows draw, others compute a prompt, or a part of one.
 
-A step of few prompt tokens takes the GPU less time than Python needs to launch its kernels. It is padded to a size that
-comes again, and recorded when it comes for the second time. Long steps are left to whoever launches them one by one:
-there the GPU takes longer than the host.
+A step of few tokens takes the GPU less time than Python needs to launch its kernels. It is padded to a size that comes
+again, and recorded when that comes first. Where the GPU takes longer than the host, kernels are launched one by one.
 
     tokens     [ S of rows with one token, and padding | T of prompts, and padding ]
     rows       [ S                                     | P ]
@@ -11,7 +10,6 @@ Padding among the single rows has length 0; prompt tokens behind the last row be
 have nothing to do.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from octavo.batch import Batch, Ints
+from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import TritonOps, leading_singles
@@ -26,29 +25,38 @@ from octavo.ops.triton.prepare import look_up, publish, spread
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.step_buffers import StepBuffers, padded
 
-_SINGLES = (0, 4, 16, 64, 256, 512, 1024)
-_TOKENS = (32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
-# Prompts a step, by the tokens that it has room for: more of them are shorter than it is worth.
-_TOKENS_A_ROW = 32
-MOST_TOKENS = _TOKENS[-1]
+_SINGLES = (0, 4, 16, 64, 128, 256, 384, 512, 768, 1024)
+_PROMPTS = (4, 16, 64, 256)
+# Beyond these, the one that was used longest ago is forgotten: its last step is long over.
+_MOST_GRAPHS = 128
+# Tokens times weights of a layer that a GPU multiplies, at 600 TFLOP/s, in the 0.6 ms that a host may need for a layer.
+_WORTH_IT = 1.8e11
 
 Size = tuple[int, int, int]  # single rows, tokens of prompts, prompts
 
 
+def most_tokens(config: EngineConfig) -> int:
+    """Tokens of prompts in the largest step that is worth a graph."""
+    weights = config.model.matrix_parameters() / config.model.num_layers
+    return min(config.max_num_batched_tokens, max(512, int(_WORTH_IT / weights)))
+
+
+def room_for(tokens: int) -> int:
+    """The number of tokens that `tokens` are padded to."""
+    step = next((step for step, largest in ((32, 128), (64, 512), (128, 1024)) if tokens <= largest), 256)
+    return -(-tokens // step) * step
+
+
 def size_of(singles: int, tokens: int, prompts: int, max_rows: int) -> Size | None:
-    """The size that a step is padded to; None if it is too large, or has no prompts."""
-    room = next((room for room in _TOKENS if tokens <= room and prompts <= _rows_for(room)), 0)
+    """The size that a step is padded to; None if it has no prompts, or too many."""
     rows = next((rows for rows in _SINGLES if singles <= rows), max_rows)
-    return (min(rows, max_rows), room, _rows_for(room)) if room and prompts else None
+    room = next((room for room in _PROMPTS if prompts <= room), 0)
+    return (min(rows, max_rows), room_for(tokens), room) if prompts and room else None
 
 
 def most_rows(max_rows: int) -> int:
     """Rows of the largest of these steps, where no step has more than `max_rows`."""
-    return max_rows + _rows_for(MOST_TOKENS)
-
-
-def _rows_for(tokens: int) -> int:
-    return max(2, tokens // _TOKENS_A_ROW)
+    return max_rows + _PROMPTS[-1]
 
 
 class PromptGraphs:
@@ -64,8 +72,7 @@ class PromptGraphs:
         ops: TritonOps,
         buffers: StepBuffers,
         drawn_S: torch.Tensor,
-        max_rows: int,
-        max_blocks: int,
+        config: EngineConfig,
         pool: Any,
         draw: Callable[[ForwardContext, torch.Tensor, int], None],
     ):
@@ -74,28 +81,28 @@ class PromptGraphs:
         self._ops = ops
         self._buffers = buffers
         self._drawn_S = drawn_S
-        rows = most_rows(max_rows)
-        self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=model.device)
-        self._max_rows = max_rows
+        self._max_rows, self._max_tokens = config.max_num_seqs, most_tokens(config)
+        shape = most_rows(self._max_rows), config.max_blocks_per_seq
+        self._tables = torch.zeros(*shape, dtype=torch.int32, device=model.device)
         self._pool = pool
         self._draw = draw
-        self._seen: Counter[Size] = Counter()
-        self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}  # what was used last stands last
 
     def draw(self, batch: Batch) -> Ints | None:
         """Computes the step and draws its samples: where these will be, as `StepBuffers.tokens`. None, and nothing, if
-        there is no graph of this size and none to be made yet, or a row has a rotary stretch of its own."""
+        it is too large to be worth it, or a row has a rotary stretch of its own."""
         singles = leading_singles(batch.query_start)
-        size = size_of(singles, batch.num_tokens - singles, batch.num_rows - singles, self._max_rows)
-        if size is None or self._ops.invariant or (batch.ntk_alpha != 1.0).any():
-            return None
-        graph = self._graphs.get(size)
-        self._seen[size] += 1
-        if graph is None and self._seen[size] == 1:
+        tokens = batch.num_tokens - singles
+        size = size_of(singles, tokens, batch.num_rows - singles, self._max_rows)
+        if size is None or tokens > self._max_tokens or self._ops.invariant or (batch.ntk_alpha != 1.0).any():
             return None
         self._send(batch, singles, size)
+        graph = self._graphs.pop(size, None)
         if graph is None:
-            graph = self._graphs[size] = self._record(size)
+            graph = self._record(size)
+            if len(self._graphs) == _MOST_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+        self._graphs[size] = graph
         graph.replay()
         return self._buffers.tokens(len(batch.sample_index))
 

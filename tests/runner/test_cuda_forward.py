@@ -93,6 +93,7 @@ def without_a_gpu(monkeypatch):
     monkeypatch.setattr(DecodeGraphs, "_record", record)
     monkeypatch.setattr(PromptGraphs, "_record", record_prompts)
     monkeypatch.setattr(prompt_graphs, "_SINGLES", (0, 2, 4))
+    monkeypatch.setattr(prompt_graphs, "_MOST_GRAPHS", 2)
     monkeypatch.setattr(decode, "_PROGRAMS", 16)  # one after another they take their time
     return recorded
 
@@ -117,8 +118,8 @@ def test_the_tokens_are_those_of_plain_torch(tmp_path, without_a_gpu, determinis
 
 
 def test_steps_with_and_without_prompts(tmp_path, without_a_gpu):
-    """Graphs go on from each other, prompts join while others draw, and come in parts; sizes come again and are
-    recorded."""
+    """Graphs go on from each other, prompts join while others draw, and come in parts; sizes come again, and some
+    are forgotten in between."""
     checkpoint = FolderCheckpoint(save_model(tmp_path, "Qwen3", head_dim=16))
     config = read_config(checkpoint.config)
     model = load_model(checkpoint, config, torch.float32, CPU)
@@ -143,7 +144,7 @@ def test_steps_with_and_without_prompts(tmp_path, without_a_gpu):
         return found
 
     assert answers(GpuRunner(model, options), 2) == answers(Whole(ModelRunner(model, cache)), 1)
-    assert without_a_gpu, "no step with a prompt was recorded"
+    assert len(without_a_gpu) > 2
 
 
 def test_the_largest_steps_touch_no_block(tmp_path, without_a_gpu):
@@ -159,6 +160,6 @@ def test_the_largest_steps_touch_no_block(tmp_path, without_a_gpu):
     assert chunks.num_tokens == 34
     assert len(result.token_ids) == 4
     assert result.prompt_logprobs is not None
-    for largest in (largest_prompt, largest_prompt, largest_decode):
+    for largest in (largest_prompt, largest_decode):
         assert len(runner.run(largest(options)).token_ids) == 4
     assert not any(cache.k_PBKH.any() or cache.v_PBKH.any() for cache in runner.kv_cache.layers)
