@@ -13,6 +13,7 @@ from octavo.ops.triton import TritonOps
 from octavo.ops.triton.prepare import look_up, prepare
 from octavo.ops.triton.sampling import draw
 from octavo.runner import noise
+from tests.ops import filter_cases
 from tests.ops import kernel_cases as cases
 
 CUDA = torch.device("cuda")
@@ -41,6 +42,7 @@ def main() -> None:
     keys = torch.from_numpy(noise.keys(np.arange(3, dtype=np.uint64), np.arange(3, dtype=np.int32))).to(CUDA)
     drawn = torch.empty(3, **ints)
     draw(torch.randn(3, 9000, device=CUDA), keys, torch.tensor([0.8, 1.0, 0.0], device=CUDA), 8990, drawn)
+    filter_cases.check_mixed(torch.bfloat16, 9000, CUDA)
     given = torch.tensor([4, -1, -3], **ints)
     assert look_up(given, drawn).tolist() == [4, int(drawn[0]), int(drawn[2])]
     made = [torch.zeros(3, **ints), *torch.zeros(2, 3, 8, device=CUDA), torch.zeros(3, 7, **ints)]

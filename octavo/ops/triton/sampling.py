@@ -45,9 +45,8 @@ def _best_of_chunk(logits, keys, temperature, best, token_of_best, num_tokens, s
     value = tl.load(logits + sample * stride + token, mask=inside, other=float("-inf")).to(tl.float32)
     heat = tl.load(temperature + sample)
     if heat > 0:
-        low = tl.load(keys + 2 * sample).to(tl.uint32, bitcast=True)
-        high = tl.load(keys + 2 * sample + 1).to(tl.uint32, bitcast=True)
-        value = value / heat + _gumbel(token.to(tl.uint32), low, high)
+        low, high = key_of(keys, sample)
+        value = value / heat + gumbel(token.to(tl.uint32), low, high)
         value = tl.where(inside, value, float("-inf"))
     top = tl.max(value, 0)
     place = sample * tl.num_programs(0) + chunk
@@ -65,7 +64,14 @@ def _best_of_row(best, token_of_best, out, chunks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gumbel(token, low, high):
+def key_of(keys, sample):
+    """The two words that a sample's noise begins with."""
+    low = tl.load(keys + 2 * sample).to(tl.uint32, bitcast=True)
+    return low, tl.load(keys + 2 * sample + 1).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def gumbel(token, low, high):
     x = _mix32(_mix32(token ^ low) ^ high)
     v = tl.minimum((x.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994039535522)
     # -log1p(-v) from log alone, to the last bits: the rounding of 1 - v is divided out again.
