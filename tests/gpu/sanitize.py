@@ -12,6 +12,7 @@ import torch
 from octavo.ops.triton import TritonOps
 from octavo.ops.triton.sampling import draw
 from octavo.runner import noise
+from tests.ops import filter_cases
 from tests.ops import kernel_cases as cases
 
 CUDA = torch.device("cuda")
@@ -40,6 +41,7 @@ def main() -> None:
     drawn = torch.empty(3, dtype=torch.int32, device=CUDA)
     heat = torch.tensor([0.8, 1.0, 0.0], device=CUDA)
     draw(torch.randn(3, 9000, device=CUDA), states.to(CUDA), heat, 8990, drawn)
+    filter_cases.check_mixed(torch.bfloat16, 9000, CUDA)
     cases.check_steps(CUDA)
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -8,6 +8,7 @@ from octavo.runner import noise, sampler
 from tests.steps import columns
 
 cases = pytest.importorskip("tests.ops.kernel_cases", reason="needs triton", exc_type=ImportError)
+filter_cases = pytest.importorskip("tests.ops.filter_cases", reason="needs triton", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -154,3 +155,18 @@ def test_draws_are_the_sampler_s():
 
 def test_a_step_that_goes_on_counts_for_itself():
     cases.check_steps(CUDA)
+
+
+@pytest.mark.parametrize("kind", filter_cases.KINDS)
+@pytest.mark.parametrize("vocab_size", [151_936, 32_003])
+def test_draws_with_filters_are_the_sampler_s(kind, vocab_size):
+    torch.manual_seed(1)
+    for dtype in cases.TOLERANCE:
+        filter_cases.check_alike(kind, dtype, 16, vocab_size, CUDA)
+
+
+def test_draws_with_filters_in_any_company():
+    torch.manual_seed(2)
+    for dtype in cases.TOLERANCE:
+        filter_cases.check_mixed(dtype, 151_936, CUDA)
+        filter_cases.check_edges(dtype, 300, CUDA)

@@ -48,8 +48,8 @@ def _best_of_chunk(logits, states, temperature, best, token_of_best, num_tokens,
     value = tl.load(logits + sample * stride + token, mask=inside, other=float("-inf")).to(tl.float32)
     heat = tl.load(temperature + sample)
     if heat > 0:
-        key = _splitmix64(tl.load(states + sample).to(tl.uint64, bitcast=True))
-        value = value / heat + _gumbel(token.to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32))
+        low, high = key_of(states, sample)
+        value = value / heat + gumbel(token.to(tl.uint32), low, high)
         value = tl.where(inside, value, float("-inf"))
     top = tl.max(value, 0)
     place = sample * tl.num_programs(0) + chunk
@@ -67,15 +67,17 @@ def _best_of_row(best, token_of_best, out, chunks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _splitmix64(state):
-    z = state + 0x9E3779B97F4A7C15
+def key_of(states, sample):
+    """The two words that a sample's noise begins with."""
+    z = tl.load(states + sample).to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
+    z ^= z >> 31
+    return z.to(tl.uint32), (z >> 32).to(tl.uint32)
 
 
 @triton.jit
-def _gumbel(token, low, high):
+def gumbel(token, low, high):
     x = _mix32(_mix32(token ^ low) ^ high)
     v = tl.minimum((x.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994039535522)
     # -log1p(-v) from log alone, to the last bits: the rounding of 1 - v is divided out again.

@@ -1,0 +1,51 @@
+"""The kernels that draw with filters, under Triton's interpreter; `tests/gpu` runs the same cases on the device."""
+
+import pytest
+import torch
+
+from tests import interpreter
+
+pytestmark = interpreter.MARKS
+CPU = torch.device("cpu")
+KINDS = ("peaked", "flat", "wide", "ties", "constant", "forbidden", "one")
+
+
+@pytest.fixture(scope="module")
+def cases():
+    interpreter.start()
+    from tests.ops import filter_cases
+
+    torch.manual_seed(0)
+    return filter_cases
+
+
+@pytest.fixture
+def small(cases, monkeypatch):
+    """Chunks and tiles so small that little vocabularies have several, and lists do not fit one."""
+    from octavo.ops.triton import filters
+
+    for name, value in (("_CHUNK", 512), ("_GROUP", 16), ("_TILE", 8)):
+        monkeypatch.setattr(filters, name, value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_are_the_sampler_s(cases, small, kind):
+    cases.check_alike(kind, torch.bfloat16, 2, 1100, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_draws_from_logits_of_other_types(cases, small, dtype):
+    cases.check_alike("wide", dtype, 2, 900, CPU)
+    cases.check_alike("ties", dtype, 2, 900, CPU)
+
+
+def test_a_row_is_drawn_the_same_alone_and_in_a_batch(cases, small):
+    cases.check_mixed(torch.bfloat16, 1000, CPU)
+
+
+def test_what_filters_leave(cases, small):
+    cases.check_edges(torch.bfloat16, 25, CPU)
+
+
+def test_a_vocabulary_of_several_chunks(cases):
+    cases.check_alike("peaked", torch.bfloat16, 1, 9000, CPU)
