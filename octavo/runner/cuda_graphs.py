@@ -212,7 +212,7 @@ class DecodeGraphs:
         arrived = Arrived(
             control_2=buffers.control,
             blocks_TR=buffers.blocks,
-            states_S=buffers.sampling(bucket)[2],
+            states_S=buffers.asked(bucket).states_S,
             given_R=given,
             positions_R=positions,
             slots_R=slots,

@@ -19,9 +19,10 @@ from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext, on_device
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import TritonOps
+from octavo.ops.triton.filters import Asked, draw
 from octavo.ops.triton.invariant import segment_for
 from octavo.ops.triton.prepare import look_up, publish
-from octavo.ops.triton.sampling import MIN_TEMPERATURE, draw
+from octavo.ops.triton.sampling import MIN_TEMPERATURE
 from octavo.runner import noise, sampler
 from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of
 from octavo.runner.kv_cache import KVCache
@@ -104,9 +105,8 @@ class CudaForward:
         return self._graphs.go_on(step)
 
     def _draw(self, ctx: ForwardContext, hidden_TD: torch.Tensor, count: int) -> None:
-        index_S, temperature_S, states_S = self._buffers.sampling(count)
-        logits_SV = self._model.lm_head(hidden_TD[index_S], ctx)
-        draw(logits_SV, states_S, temperature_S, self._num_tokens, self.drawn_S)
+        logits_SV = self._model.lm_head(hidden_TD[self._buffers.sample_index(count)], ctx)
+        draw(logits_SV, self._buffers.asked(count), self._num_tokens, self.drawn_S)
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         assert self._ctx is not None, "logits are those of a step's hidden states"
@@ -152,8 +152,7 @@ class CudaRunner:
         self._stream.wait_stream(torch.cuda.current_stream(model.device))
         with torch.cuda.stream(self._stream), torch.inference_mode():
             self._forward = CudaForward(model, kv_cache, config)
-        draw_tokens = draw_by_row if config.deterministic else sampler.draw
-        self.waiting = ModelRunner(model, kv_cache, self._forward, draw_tokens)
+        self.waiting = ModelRunner(model, kv_cache, self._forward, draw_by_row)
 
     def submit(self, step: Batch | NextStep) -> SubmittedStep | FinishedStep:
         """Starts a step. A token id below 0 stands for sample ~id of the step before."""
@@ -193,32 +192,22 @@ class CudaRunner:
 
 
 def draw_by_row(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
-    """`sampler.Draw` that looks at each row alone: a plain one is drawn as in the steps that nobody waits for."""
-    plain_S = _plain_rows(columns)
-    tokens_S = sampler.draw(logits_SV, columns) if not plain_S.all() else None
-    if not plain_S.any():
-        assert tokens_S is not None
-        return tokens_S
-    device = logits_SV.device
-    out_S = torch.empty(len(logits_SV), dtype=torch.int32, device=device)
-    states_S = on_device(noise.states(columns.seed, columns.counter).view(np.int64), device)
-    draw(logits_SV, states_S, on_device(columns.temperature, device), logits_SV.shape[1], out_S)
-    return out_S.long() if tokens_S is None else torch.where(on_device(plain_S, device), out_S.long(), tokens_S)
+    """`sampler.Draw` that looks at each row alone: it is drawn as in the steps that nobody waits for, where that can
+    be."""
+    cold_S = _too_cold(columns)
+    tokens_S = sampler.draw(logits_SV, columns) if cold_S.any() else None
+    out_S = torch.empty(len(logits_SV), dtype=torch.int32, device=logits_SV.device)
+    states = noise.states(columns.seed, columns.counter).view(np.int64)
+    arrays = (states, columns.temperature, columns.top_k, columns.top_p, columns.min_p)
+    draw(logits_SV, Asked(*(on_device(array, logits_SV.device) for array in arrays)), logits_SV.shape[1], out_S)
+    return out_S.long() if tokens_S is None else torch.where(on_device(cold_S, logits_SV.device), tokens_S, out_S)
 
 
-def _plain_rows(columns: SamplingColumns) -> NDArray[np.bool_]:
-    """Whether a sample asks for nothing but a temperature in its draw."""
-    heat = columns.temperature
-    too_cold = (heat > 0) & (heat < MIN_TEMPERATURE)
-    return (columns.top_k <= 0) & (columns.top_p >= 1) & (columns.min_p <= 0) & ~too_cold
+def _too_cold(columns: SamplingColumns) -> NDArray[np.bool_]:
+    """Whether a sample's temperature is below what the kernels can divide by."""
+    return (columns.temperature > 0) & (columns.temperature < MIN_TEMPERATURE)
 
 
 def plain(columns: SamplingColumns) -> bool:
-    """Whether every sample asks for nothing but a temperature, so that it can be drawn without being waited for."""
-    return not (
-        len(columns.bias_sample)
-        or len(columns.allowed_sample)
-        or len(columns.penalty_sample)
-        or (columns.num_logprobs >= 0).any()
-        or not _plain_rows(columns).all()
-    )
+    """Whether every sample asks for nothing but a temperature and filters, so that it is drawn without waiting."""
+    return columns.only_draws and not _too_cold(columns).any()

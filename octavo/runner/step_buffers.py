@@ -4,7 +4,7 @@ The host never waits: memory is pinned, and each piece is used again only when t
 over. Steps are counted in turns, on the device as well: a step that goes on from the one before it is sent nothing, and
 its kernels read who gets a block, and write tokens, in the host's own memory. Knows no models.
 
-    pinned, device   [ turn, fresh | sample_index | temperature | states | token_ids | positions | ... | block tables ]
+    pinned, device   [ turn, fresh | sample_index | temperature | ... | states | token_ids | ... | block tables ]
 
 All are numbers of 32 bits; each array begins at a multiple of 64 bytes.
 """
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from octavo.batch import Ints, SamplingColumns
+from octavo.ops.triton.filters import Asked
 from octavo.runner import noise
 
 # Steps that may be under way at once, and one that is being packed or read.
@@ -31,7 +32,7 @@ class StepBuffers:
     """
 
     def __init__(self, capacity: int, max_samples: int, device: torch.device):
-        self._first = self._places((2, max_samples, max_samples, 2 * max_samples), 0)
+        self._first = self._places((2, *(max_samples,) * 5, 2 * max_samples), 0)
         self._start = self._first[-1].stop + _ALIGN
         capacity += self._start
         self._device = torch.zeros(capacity, dtype=torch.int32, device=device)
@@ -72,6 +73,9 @@ class StepBuffers:
             np.array([self.turn, 1], np.int32),
             sample_index.astype(np.int32),
             columns.temperature,
+            columns.top_k,
+            columns.top_p,
+            columns.min_p,
             noise.states(columns.seed, columns.counter),
         )
         end = 0
@@ -96,13 +100,19 @@ class StepBuffers:
         """The device's numbers at `place`."""
         return self._device[place].view(dtype)
 
-    def sampling(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """sample_index, temperature and states (int64) of the first `count` samples that were sent last."""
-        _, index, temperature, states = self._first
-        return (
-            self.at(index)[:count],
-            self.at(temperature, torch.float32)[:count],
-            self.at(states, torch.int64)[:count],
+    def sample_index(self, count: int) -> torch.Tensor:
+        """Of the first `count` samples that were sent last."""
+        return self.at(self._first[1])[:count]
+
+    def asked(self, count: int) -> Asked:
+        """What the first `count` samples that were sent last ask for."""
+        _, _, temperature, top_k, top_p, min_p, states = self._first
+        return Asked(
+            states_S=self.at(states, torch.int64)[:count],
+            temperature_S=self.at(temperature, torch.float32)[:count],
+            top_k_S=self.at(top_k)[:count],
+            top_p_S=self.at(top_p, torch.float32)[:count],
+            min_p_S=self.at(min_p, torch.float32)[:count],
         )
 
 

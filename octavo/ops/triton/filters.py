@@ -14,6 +14,8 @@ All sums have an order that depends on the row alone. What a row does not ask fo
 rows are drawn as by `sampling.draw`. Shapes: S samples, V vocabulary, C chunks and G groups of it.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -28,20 +30,18 @@ _TILE = 64
 _UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
-def draw_filtered(
-    logits_SV: torch.Tensor,
-    states_S: torch.Tensor,
-    temperature_S: torch.Tensor,
-    top_k_S: torch.Tensor,
-    top_p_S: torch.Tensor,
-    min_p_S: torch.Tensor,
-    num_tokens: int,
-    out_S: torch.Tensor,
-) -> None:
-    """Writes a token for each sample into `out_S` (int32), from the first `num_tokens` of the vocabulary.
+class Asked(NamedTuple):
+    """What samples ask for. A filter is off at top_k 0, top_p 1 and min_p 0, and all are where the temperature is 0."""
 
-    A filter is off at top_k 0 (int32), top_p 1 and min_p 0 (fp32), and all are where the temperature is 0.
-    """
+    states_S: torch.Tensor  # of the noise: int64 with the same bits
+    temperature_S: torch.Tensor  # fp32
+    top_k_S: torch.Tensor  # int32
+    top_p_S: torch.Tensor  # fp32
+    min_p_S: torch.Tensor  # fp32
+
+
+def draw(logits_SV: torch.Tensor, asked: Asked, num_tokens: int, out_S: torch.Tensor) -> None:
+    """Writes a token for each sample into `out_S` (int32), from the first `num_tokens` of the vocabulary."""
     S, V = logits_SV.shape
     chunks, groups = triton.cdiv(num_tokens, _CHUNK), triton.cdiv(num_tokens, _GROUP)
     of_chunk_4SC = torch.empty((4, S, chunks), dtype=torch.float32, device=logits_SV.device)
@@ -49,11 +49,11 @@ def draw_filtered(
     of_chunks = (best_SC, token_SC.view(torch.int32), peak_SC, mass_SC)
     peaks_SG = torch.empty((S, groups), dtype=logits_SV.dtype, device=logits_SV.device)
     listed_SG = torch.empty((S, groups), dtype=torch.int32, device=logits_SV.device)
-    asked = (logits_SV, states_S, temperature_S, top_k_S, top_p_S, min_p_S)
     _look_at_chunk[(chunks, S)](
-        *asked, *of_chunks, peaks_SG, num_tokens, V, groups, CHUNK=_CHUNK, GROUP=_GROUP, num_warps=8
+        logits_SV, *asked, *of_chunks, peaks_SG, num_tokens, V, groups, CHUNK=_CHUNK, GROUP=_GROUP, num_warps=8
     )
     _draw_from_row[(S,)](
+        logits_SV,
         *asked,
         *of_chunks,
         peaks_SG,
