@@ -143,3 +143,16 @@ def check_edges(dtype: torch.dtype, rows: int, device: torch.device) -> None:
     for row, given, wanted in cases:
         logits_SV = torch.tensor([row] * rows, device=device).to(dtype)
         assert set(drawn(logits_SV, len(row), **given)) == wanted, (row, given)
+
+
+def check_many_groups(k: int, group: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A top_k over more groups than are held at once: of `k` + 1 likely tokens, two a group, the last is not drawn."""
+    several = torch.arange(k + 1, device=device)
+    likely = several // 2 * group + several % 2 * (group - 1)
+    logits_SV = torch.full((rows, (k + 1) * group), -20.0, device=device)
+    logits_SV[:, likely] = 2 - several / 128
+    logits_SV = logits_SV.to(dtype)
+    found = drawn(logits_SV, logits_SV.shape[1], top_k=k)
+    assert found == expected(logits_SV, logits_SV.shape[1], top_k=k)
+    assert set(found) <= set(likely[:k].tolist())
+    assert int(likely[k]) in drawn(logits_SV, logits_SV.shape[1], top_k=k + 1), "it is never drawn anyway"

@@ -47,5 +47,9 @@ def test_what_filters_leave(cases, small):
     cases.check_edges(torch.bfloat16, 25, CPU)
 
 
+def test_top_k_over_many_groups(cases, small):
+    cases.check_many_groups(9, 16, 30, torch.bfloat16, CPU)
+
+
 def test_a_vocabulary_of_several_chunks(cases):
     cases.check_alike("peaked", torch.bfloat16, 1, 9000, CPU)
