@@ -170,3 +170,4 @@ def test_draws_with_filters_in_any_company():
     for dtype in cases.TOLERANCE:
         filter_cases.check_mixed(dtype, 151_936, CUDA)
         filter_cases.check_edges(dtype, 300, CUDA)
+        filter_cases.check_many_groups(100, 64, 600, dtype, CUDA)

@@ -112,7 +112,7 @@ def check_mixed(dtype: torch.dtype, vocab_size: int, device: torch.device) -> No
     plain = 2 * len(KINDS)
     first = {name: column[:plain] for name, column in given.items()}
     assert found[:plain] == plainly_drawn(logits_SV[:plain], vocab_size, **first)
-    for i in range(0, rows, 3):
+    for i in range(0, rows, 4):
         alone = {name: column[i : i + 1] for name, column in given.items()}
         assert drawn(logits_SV[i : i + 1], vocab_size, **alone) == found[i : i + 1], (i, alone)
 
@@ -124,6 +124,7 @@ def check_edges(dtype: torch.dtype, rows: int, device: torch.device) -> None:
         # Equal logits stay or go together.
         ([1, 2, 1, 0, 1, -3], {"top_k": 2}, {0, 1, 2, 4}),
         ([0.0, -0.0, 0.0, -1.0], {"top_k": 1}, {0, 1, 2}),
+        ([0.0, *[-1.0] * 149, -0.0], {"top_k": 1}, {0, 150}),
         ([0, 0, 0, 0], {"top_p": 1e-6}, {0, 1, 2, 3}),
         # Two tokens hold exactly everything, or exactly half, where less than top_p must stand above.
         ([0, -200, 0, -200], {"top_p": 0.99}, {0, 2}),
@@ -134,6 +135,7 @@ def check_edges(dtype: torch.dtype, rows: int, device: torch.device) -> None:
         ([2, 2, 0.9, -9, 0.5], {"top_p": 0.85}, {0, 1, 2}),
         # min_p is of the likeliest token.
         ([4, 2, 1.5, 1], {"min_p": 0.1}, {0, 1}),
+        ([4, 2, 1.5, 1], {"min_p": 0.1, "top_k": 3}, {0, 1}),
         ([4, 2, 1.5, 1], {"min_p": 0.1, "temperature": 2.0}, {0, 1, 2, 3}),
         ([4, 2, 1.5, 1], {"min_p": 0.1, "temperature": 2.0, "top_k": 3}, {0, 1, 2}),
         ([low, 5, low, low], {"top_k": 3, "top_p": 0.9}, {1}),
@@ -141,3 +143,16 @@ def check_edges(dtype: torch.dtype, rows: int, device: torch.device) -> None:
     for row, given, wanted in cases:
         logits_SV = torch.tensor([row] * rows, device=device).to(dtype)
         assert set(drawn(logits_SV, len(row), **given)) == wanted, (row, given)
+
+
+def check_many_groups(k: int, group: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A top_k over more groups than are held at once: of `k` + 1 likely tokens, two a group, the last is not drawn."""
+    several = torch.arange(k + 1, device=device)
+    likely = several // 2 * group + several % 2 * (group - 1)
+    logits_SV = torch.full((rows, (k + 1) * group), -20.0, device=device)
+    logits_SV[:, likely] = 2 - several / 128
+    logits_SV = logits_SV.to(dtype)
+    found = drawn(logits_SV, logits_SV.shape[1], top_k=k)
+    assert found == expected(logits_SV, logits_SV.shape[1], top_k=k)
+    assert set(found) <= set(likely[:k].tolist())
+    assert int(likely[k]) in drawn(logits_SV, logits_SV.shape[1], top_k=k + 1), "it is never drawn anyway"
