@@ -1,4 +1,4 @@
-"""Microseconds of a draw with filters, alone in a CUDA graph, beside the plain draw and torch's.
+"""Microseconds of a draw with filters and without, alone in a CUDA graph, beside torch's.
 
 Peaked logits have 40 tokens that hold nearly everything, flat ones are normal with a deviation of 1 or 3. torch's draw
 waits for the device, so no graph can have it; it is timed as it is called.
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from octavo.batch import SamplingColumns
-from octavo.ops.triton.filters import draw_filtered
 from octavo.ops.triton.sampling import draw
 from octavo.runner import noise, sampler
 
@@ -81,20 +80,14 @@ def recorded(run: Callable[[], object]) -> Callable[[], object]:
 def measure(kind: str, rows: int, name: str, repeats: int) -> dict[str, Any]:
     chosen = columns(rows, FILTERS[name])
     logits_SV = logits(kind, rows)
-    states, heat, k, p, least = (
-        torch.tensor(array, device="cuda")
-        for array in (
-            noise.states(chosen.seed, chosen.counter).view(np.int64),
-            *(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p),
-        )
-    )
+    states = noise.states(chosen.seed, chosen.counter).view(np.int64)
+    arrays = (states, chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
+    asked = Asked(*(torch.tensor(array, device="cuda") for array in arrays))
     out = torch.empty(rows, dtype=torch.int32, device="cuda")
-    filtered = recorded(lambda: draw_filtered(logits_SV, states, heat, k, p, least, VOCABULARY, out))
+    draws = recorded(lambda: draw(logits_SV, asked, VOCABULARY, out))
     found: dict[str, Any] = {"logits": kind, "rows": rows, "filters": name}
-    found["filtered"] = round(microseconds(filtered, repeats) / CALLS, 1)
-    plain = recorded(lambda: draw(logits_SV, states, heat, VOCABULARY, out))
-    found["plain"] = round(microseconds(plain, repeats) / CALLS, 1)
-    filtered()
+    found["octavo"] = round(microseconds(draws, repeats) / CALLS, 1)
+    draws()
     drawn = out.tolist()
     expected: list[int] = []
 
@@ -115,14 +108,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, {VOCABULARY} tokens, bf16; us a call; differ: tokens unlike torch's\n")
-    print(f"{'logits':<8}{'rows':>5}  {'filters':<12}{'filtered':>9}{'plain':>8}{'torch':>9}{'differ':>8}")
+    print(f"{'logits':<8}{'rows':>5}  {'filters':<12}{'octavo':>9}{'torch':>9}{'differ':>8}")
     for kind in args.logits:
         for rows in args.rows:
             for name in FILTERS:
                 line = measure(kind, rows, name, args.repeats)
                 print(
-                    f"{kind:<8}{rows:>5}  {name:<12}{line['filtered']:>9}{line['plain']:>8}{line['torch']:>9}"
-                    f"{line['differ']:>8}",
+                    f"{kind:<8}{rows:>5}  {name:<12}{line['octavo']:>9}{line['torch']:>9}{line['differ']:>8}",
                     flush=True,
                 )
 

@@ -19,10 +19,9 @@ from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext, on_device
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import TritonOps
-from octavo.ops.triton.filters import Asked, draw
 from octavo.ops.triton.invariant import segment_for
 from octavo.ops.triton.prepare import look_up, publish
-from octavo.ops.triton.sampling import MIN_TEMPERATURE
+from octavo.ops.triton.sampling import MIN_TEMPERATURE, Asked, draw
 from octavo.runner import noise, sampler
 from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of
 from octavo.runner.kv_cache import KVCache

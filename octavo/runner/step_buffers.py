@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from octavo.batch import Ints, SamplingColumns
-from octavo.ops.triton.filters import Asked
+from octavo.ops.triton.sampling import Asked
 from octavo.runner import noise
 
 # Steps that may be under way at once, and one that is being packed or read.

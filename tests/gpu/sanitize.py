@@ -6,14 +6,11 @@ Without torch's caching each tensor is an allocation of its own, so that a byte 
 and `initcheck` take the same. Results are compared as in `test_kernels.py`.
 """
 
-import numpy as np
 import torch
 
 from octavo.ops.triton import TritonOps
-from octavo.ops.triton.sampling import draw
-from octavo.runner import noise
-from tests.ops import filter_cases
 from tests.ops import kernel_cases as cases
+from tests.ops import sampling_cases
 
 CUDA = torch.device("cuda")
 ROWS = [(5, 1), (70, 1), (300, 1), (40, 40), (75, 12), (3, 1)]
@@ -37,11 +34,7 @@ def main() -> None:
     cases.check_linear(ops, CUDA, torch.bfloat16, 70, 64, 48, in_fp8=True)
     cases.check_fp8_cache(CUDA, torch.bfloat16, heads, bound=0.0)
     cases.check_attention(ops, CUDA, torch.bfloat16, heads, ROWS, 9, 3.0, kv=e4m3)
-    states = torch.from_numpy(noise.states(np.arange(3, dtype=np.uint64), np.arange(3, dtype=np.int32)).view(np.int64))
-    drawn = torch.empty(3, dtype=torch.int32, device=CUDA)
-    heat = torch.tensor([0.8, 1.0, 0.0], device=CUDA)
-    draw(torch.randn(3, 9000, device=CUDA), states.to(CUDA), heat, 8990, drawn)
-    filter_cases.check_mixed(torch.bfloat16, 9000, CUDA)
+    sampling_cases.check_mixed(torch.bfloat16, 9000, CUDA)
     cases.check_steps(CUDA)
     torch.cuda.synchronize()
     print("every kernel ran")

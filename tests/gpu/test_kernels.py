@@ -1,14 +1,10 @@
 """The Triton kernels on the device, against the plain torch ops in float64."""
 
-import numpy as np
 import pytest
 import torch
 
-from octavo.runner import noise, sampler
-from tests.steps import columns
-
 cases = pytest.importorskip("tests.ops.kernel_cases", reason="needs triton", exc_type=ImportError)
-filter_cases = pytest.importorskip("tests.ops.filter_cases", reason="needs triton", exc_type=ImportError)
+sampling_cases = pytest.importorskip("tests.ops.sampling_cases", reason="needs triton", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -139,35 +135,21 @@ def test_fp8_cache(ops, heads):
         cases.check_shared(ops, CUDA, dtype, heads, [(3, 0), (9, 2048), (140, 256)], kv=torch.float8_e4m3fn)
 
 
-def test_draws_are_the_sampler_s():
-    from octavo.ops.triton.sampling import draw
-
-    S, V = 64, 151_936
-    logits = (torch.randn(S, V, device=CUDA) * 3).bfloat16()
-    seeds, counters = np.arange(S, dtype=np.uint64) * 977, np.arange(S, dtype=np.int32)
-    heat = np.where(np.arange(S) % 4, 0.8, 0.0).astype(np.float32)
-    states = torch.from_numpy(noise.states(seeds, counters).view(np.int64)).to(CUDA)
-    out = torch.empty(S, dtype=torch.int32, device=CUDA)
-    draw(logits, states, torch.from_numpy(heat).to(CUDA), V, out)
-    expected, _ = sampler.sample(logits.float(), columns(S, temperature=heat, seed=seeds, counter=counters))
-    assert out.tolist() == expected.tolist()
-
-
 def test_a_step_that_goes_on_counts_for_itself():
     cases.check_steps(CUDA)
 
 
-@pytest.mark.parametrize("kind", filter_cases.KINDS)
+@pytest.mark.parametrize("kind", sampling_cases.KINDS)
 @pytest.mark.parametrize("vocab_size", [151_936, 32_003])
-def test_draws_with_filters_are_the_sampler_s(kind, vocab_size):
+def test_draws_are_the_sampler_s(kind, vocab_size):
     torch.manual_seed(1)
     for dtype in cases.TOLERANCE:
-        filter_cases.check_alike(kind, dtype, 16, vocab_size, CUDA)
+        sampling_cases.check_alike(kind, dtype, 16, vocab_size, CUDA)
 
 
-def test_draws_with_filters_in_any_company():
+def test_draws_in_any_company():
     torch.manual_seed(2)
     for dtype in cases.TOLERANCE:
-        filter_cases.check_mixed(dtype, 151_936, CUDA)
-        filter_cases.check_edges(dtype, 300, CUDA)
-        filter_cases.check_many_groups(100, 64, 600, dtype, CUDA)
+        sampling_cases.check_mixed(dtype, 151_936, CUDA)
+        sampling_cases.check_edges(dtype, 300, CUDA)
+        sampling_cases.check_many_groups(100, 64, 600, dtype, CUDA)

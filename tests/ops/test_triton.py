@@ -3,11 +3,9 @@
 `tests/gpu` runs the same cases and more on the device.
 """
 
-import numpy as np
 import pytest
 import torch
 
-from octavo.runner import noise
 from tests import interpreter
 
 pytestmark = interpreter.MARKS
@@ -89,19 +87,6 @@ class Products:
 
     def __init__(self, product):
         self.linear = product
-
-
-def test_draws_are_those_of_the_noise(ops):
-    from octavo.ops.triton.sampling import draw
-
-    logits = torch.randn(4, 9000)
-    logits[3, 7:9] = 50.0
-    seeds, counters = np.arange(4, dtype=np.uint64), np.arange(4, dtype=np.int32)
-    states, keys = (torch.from_numpy(made(seeds, counters)) for made in (noise.states, noise.keys))
-    out = torch.empty(4, dtype=torch.int32)
-    draw(logits, states.view(torch.int64), torch.tensor([0.8, 1.0, 0.0, 0.0]), 8990, out)
-    noisy = logits[:2, :8990] / torch.tensor([[0.8], [1.0]]) + noise.gumbel(keys[:2], 9000)[:, :8990]
-    assert out.tolist() == [*noisy.argmax(-1).tolist(), int(logits[2, :8990].argmax()), 7]
 
 
 def test_a_step_that_goes_on_counts_for_itself(cases):

@@ -1,12 +1,11 @@
-"""Cases for draws with filters, against the sampler in torch: the same tokens."""
+"""Cases for draws, against the sampler in torch: the same tokens."""
 
 from typing import Any
 
 import numpy as np
 import torch
 
-from octavo.ops.triton import sampling
-from octavo.ops.triton.filters import draw_filtered
+from octavo.ops.triton.sampling import Asked, draw
 from octavo.runner import noise, sampler
 from tests.steps import columns
 
@@ -62,19 +61,7 @@ def drawn(logits_SV: torch.Tensor, num_tokens: int, **given: Any) -> list[int]:
     states = noise.states(chosen.seed, chosen.counter).view(np.int64)
     arrays = (states, chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
     out_S = torch.full((len(logits_SV),), -1, dtype=torch.int32, device=device)
-    draw_filtered(logits_SV, *(torch.tensor(array, device=device) for array in arrays), num_tokens, out_S)
-    return out_S.tolist()
-
-
-def plainly_drawn(logits_SV: torch.Tensor, num_tokens: int, **given: Any) -> list[int]:
-    """As `drawn`, by the kernels that know no filters."""
-    chosen = _columns(len(logits_SV), given)
-    states_S, heat_S = (
-        torch.tensor(array, device=logits_SV.device)
-        for array in (noise.states(chosen.seed, chosen.counter).view(np.int64), chosen.temperature)
-    )
-    out_S = torch.full((len(logits_SV),), -1, dtype=torch.int32, device=logits_SV.device)
-    sampling.draw(logits_SV, states_S, heat_S, num_tokens, out_S)
+    draw(logits_SV, Asked(*(torch.tensor(array, device=device) for array in arrays)), num_tokens, out_S)
     return out_S.tolist()
 
 
@@ -109,9 +96,6 @@ def check_mixed(dtype: torch.dtype, vocab_size: int, device: torch.device) -> No
     logits_SV = torch.cat([logits(kind, 1, vocab_size, device) for _ in every for kind in KINDS]).to(dtype)
     found = drawn(logits_SV, vocab_size, **given)
     assert found == expected(logits_SV, vocab_size, **given)
-    plain = 2 * len(KINDS)
-    first = {name: column[:plain] for name, column in given.items()}
-    assert found[:plain] == plainly_drawn(logits_SV[:plain], vocab_size, **first)
     for i in range(0, rows, 4):
         alone = {name: column[i : i + 1] for name, column in given.items()}
         assert drawn(logits_SV[i : i + 1], vocab_size, **alone) == found[i : i + 1], (i, alone)

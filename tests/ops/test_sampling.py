@@ -1,4 +1,4 @@
-"""The kernels that draw with filters, under Triton's interpreter; `tests/gpu` runs the same cases on the device."""
+"""The kernels that draw, under Triton's interpreter; `tests/gpu` runs the same cases on the device."""
 
 import pytest
 import torch
@@ -13,19 +13,19 @@ KINDS = ("peaked", "flat", "wide", "ties", "constant", "forbidden", "one")
 @pytest.fixture(scope="module")
 def cases():
     interpreter.start()
-    from tests.ops import filter_cases
+    from tests.ops import sampling_cases
 
     torch.manual_seed(0)
-    return filter_cases
+    return sampling_cases
 
 
 @pytest.fixture
 def small(cases, monkeypatch):
     """Chunks and tiles so small that little vocabularies have several, and lists do not fit one."""
-    from octavo.ops.triton import filters
+    from octavo.ops.triton import sampling
 
     for name, value in (("_CHUNK", 512), ("_GROUP", 16), ("_TILE", 8)):
-        monkeypatch.setattr(filters, name, value)
+        monkeypatch.setattr(sampling, name, value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
