@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from octavo.batch import SamplingColumns
-from octavo.ops.triton.sampling import draw
+from octavo.ops.triton.sampling import Asked, draw
 from octavo.runner import noise, sampler
 
 VOCABULARY = 151_936

@@ -25,7 +25,7 @@ from octavo.ops.triton.noise import gumbel, key_of
 
 # Below it, logits over the temperature could overflow: such draws are left to the sampler that subtracts a maximum.
 MIN_TEMPERATURE = 1e-4
-_CHUNK = 8192
+_CHUNK = 4096
 _GROUP = 64
 # Groups that a row's program holds at once.
 _TILE = 64
