@@ -43,15 +43,17 @@ class SamplingColumns:
     allowed_sample: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     allowed_start: Ints = field(default_factory=lambda: np.zeros(1, np.int32))
     allowed_token: Ints = field(default_factory=lambda: np.empty(0, np.int32))
-    # Samples with penalties: history of sample `penalty_sample[i]` is `history` between `history_start[i]` and
-    # `history_start[i + 1]`, of which the first `history_prompt[i]` tokens are its prompt.
+    # Samples with penalties. What sample `penalty_sample[i]` has so far are the distinct tokens `penalty_token` between
+    # `penalty_start[i]` and `penalty_start[i + 1]`, drawn so often (0: in the prompt alone), and where it is below 0
+    # `penalty_pending[i]`, a token as in `Batch.token_ids`.
     penalty_sample: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     repetition_penalty: Floats = field(default_factory=lambda: np.empty(0, np.float32))
     presence_penalty: Floats = field(default_factory=lambda: np.empty(0, np.float32))
     frequency_penalty: Floats = field(default_factory=lambda: np.empty(0, np.float32))
-    history_start: Ints = field(default_factory=lambda: np.zeros(1, np.int32))
-    history_prompt: Ints = field(default_factory=lambda: np.empty(0, np.int32))
-    history: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    penalty_pending: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    penalty_start: Ints = field(default_factory=lambda: np.zeros(1, np.int32))
+    penalty_token: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    penalty_count: Ints = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def num_samples(self) -> int:
@@ -63,7 +65,7 @@ class SamplingColumns:
         first, last = np.searchsorted(self.allowed_sample, (start, stop))
         allowed = self.allowed_start[first : last + 1]
         low, high = np.searchsorted(self.penalty_sample, (start, stop))
-        history = self.history_start[low : high + 1]
+        starts = self.penalty_start[low : high + 1]
         return SamplingColumns(
             temperature=self.temperature[start:stop],
             top_k=self.top_k[start:stop],
@@ -82,9 +84,10 @@ class SamplingColumns:
             repetition_penalty=self.repetition_penalty[low:high],
             presence_penalty=self.presence_penalty[low:high],
             frequency_penalty=self.frequency_penalty[low:high],
-            history_start=history - history[0],
-            history_prompt=self.history_prompt[low:high],
-            history=self.history[history[0] : history[-1]],
+            penalty_pending=self.penalty_pending[low:high],
+            penalty_start=starts - starts[0],
+            penalty_token=self.penalty_token[starts[0] : starts[-1]],
+            penalty_count=self.penalty_count[starts[0] : starts[-1]],
         )
 
     @property
@@ -171,11 +174,6 @@ class LogprobColumns:
             logprobs=np.concatenate([np.pad(part.logprobs, more) for part, more in zip(parts, added, strict=True)]),
             rank=np.concatenate([part.rank for part in parts]),
         )
-
-    @classmethod
-    def nothing(cls, entries: int) -> "LogprobColumns":
-        """Entries that nobody reads."""
-        return cls(np.zeros((entries, 1), np.int32), np.zeros((entries, 1), np.float32), np.zeros(entries, np.int32))
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ here and given to transformers' model, so that the arithmetic is compared and no
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,10 +26,13 @@ from octavo.runner.model_runner import ModelRunner
 from octavo.sampling_params import SamplingParams
 from octavo.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from octavo.runner.cuda_runner import CudaRunner
+
 # Positions whose logits are alive at once, on either side.
 _CHUNK = 256
 
-Runner = ModelRunner | KernelRunner
+Runner: TypeAlias = "ModelRunner | KernelRunner | CudaRunner"
 
 
 @dataclass(frozen=True, slots=True)

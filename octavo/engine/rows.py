@@ -14,6 +14,7 @@ from octavo.batch import Batch, Ints, NextStep, PromptLogprobs, SamplingColumns
 from octavo.engine.beam_search import num_candidates
 from octavo.engine.decoding import Advance, Members
 from octavo.engine.state import Plan
+from octavo.engine.token_counts import TokenCounts
 from octavo.request import Request, Sequence
 
 # A request's sample k draws from the random stream seed + k * FORK_STRIDE (modulo 2**64): no two samples share one.
@@ -53,6 +54,7 @@ class RowTable:
         self._min_p = np.zeros(max_rows, np.float32)
         self._seed = np.zeros(max_rows, np.uint64)
         self._num_logprobs = np.full(max_rows, -1, np.int32)
+        self._token_counts: dict[int, TokenCounts] = {}  # of rows with penalties
         self._changed = np.zeros(max_rows, np.bool_)  # whose logits are changed before the draw, or may be
 
     def add(self, seq: Sequence) -> None:
@@ -85,6 +87,7 @@ class RowTable:
 
     def remove(self, seq: Sequence) -> None:
         self._free.append(seq.row)
+        self._token_counts.pop(seq.row, None)
         seq.row = -1
 
     def step(self, plan: Plan) -> Batch | NextStep:
@@ -192,7 +195,7 @@ class RowTable:
             numbered = [(i, seq) for i, (seq, _) in enumerate(samples, len(counter))]
             self._write_bias(numbered, columns)
             _write_allowed(numbered, columns)
-            _write_penalties(numbered, columns)
+            self._write_penalties(numbered, columns)
         return columns
 
     def _write_bias(self, samples: list[tuple[int, Sequence]], columns: SamplingColumns) -> None:
@@ -215,6 +218,29 @@ class RowTable:
             columns.bias_token = np.array(token, np.int32)
             columns.bias_value = np.array(value, np.float32)
 
+    def _write_penalties(self, samples: list[tuple[int, Sequence]], columns: SamplingColumns) -> None:
+        chosen = [(i, seq) for i, seq in samples if seq.request.params.has_penalties]
+        if not chosen:
+            return
+        found = [self._counts_of(seq) for _, seq in chosen]
+        params = [seq.request.params for _, seq in chosen]
+        columns.penalty_sample = np.array([i for i, _ in chosen], np.int32)
+        columns.repetition_penalty = np.array([p.repetition_penalty for p in params], np.float32)
+        columns.presence_penalty = np.array([p.presence_penalty for p in params], np.float32)
+        columns.frequency_penalty = np.array([p.frequency_penalty for p in params], np.float32)
+        columns.penalty_pending = np.array([seq.token_ids[-1] if seq.num_pending else 0 for _, seq in chosen], np.int32)
+        columns.penalty_start = np.cumsum([0, *(len(each.tokens) for each in found)], dtype=np.int32)
+        columns.penalty_token = np.concatenate([each.tokens for each in found])
+        columns.penalty_count = np.concatenate([each.counts for each in found])
+
+    def _counts_of(self, seq: Sequence) -> TokenCounts:
+        found = self._token_counts.get(seq.row)
+        if found is None:
+            found = self._token_counts[seq.row] = TokenCounts(seq)
+        else:
+            found.update(seq)
+        return found
+
 
 def _pairs(copies: list[tuple[int, int]]) -> Ints:
     return np.array(copies, np.int32).reshape(-1, 2)
@@ -227,20 +253,6 @@ def _write_allowed(samples: list[tuple[int, Sequence]], columns: SamplingColumns
         columns.allowed_sample = np.array([i for i, _ in lists], np.int32)
         columns.allowed_start = np.cumsum([0, *(len(allowed) for _, allowed in lists)], dtype=np.int32)
         columns.allowed_token = np.array([token for _, allowed in lists for token in allowed], np.int32)
-
-
-def _write_penalties(samples: list[tuple[int, Sequence]], columns: SamplingColumns) -> None:
-    chosen = [(i, seq) for i, seq in samples if seq.request.params.has_penalties]
-    if not chosen:
-        return
-    params = [seq.request.params for _, seq in chosen]
-    columns.penalty_sample = np.array([i for i, _ in chosen], np.int32)
-    columns.repetition_penalty = np.array([p.repetition_penalty for p in params], np.float32)
-    columns.presence_penalty = np.array([p.presence_penalty for p in params], np.float32)
-    columns.frequency_penalty = np.array([p.frequency_penalty for p in params], np.float32)
-    columns.history_prompt = np.array([seq.num_prompt for _, seq in chosen], np.int32)
-    columns.history_start = np.cumsum([0, *(seq.num_tokens for _, seq in chosen)], dtype=np.int32)
-    columns.history = np.concatenate([np.array(seq.token_ids, np.int32) for _, seq in chosen])
 
 
 def _prompt_logprobs(

@@ -73,7 +73,8 @@ class Scheduler:
             max_len=num_prompt + max_tokens,
             forked=request.params.num_sequences == 1,
             search=BeamSearch(request.params, self._eos, max_tokens) if request.params.beams else None,
-            bound=request.params.has_penalties or bool(request.bad_words_token_ids),
+            bound=bool(request.bad_words_token_ids),
+            penalized=request.params.has_penalties,
             plain=self._fair is None and request.params.logprobs is None and not changes_logits(request),
         )
         self._requests.arrive(state)
@@ -195,7 +196,10 @@ class Scheduler:
         for state in self._requests.others():
             for seq in state.sequences:
                 want = len(seq.token_ids) - seq.num_computed
-                if want and len(seq.token_ids) < state.max_len:
+                if state.penalized:
+                    # Of what the host does not know, a device knows the tokens of the step before alone.
+                    state.waits = seq.num_pending > 1 or (state.waits and seq.num_pending > 0)
+                if want and not state.waits and len(seq.token_ids) < state.max_len:
                     (single if want == 1 else longer).append((state, seq))
         if self._fair is not None:
             order = self._fair.order(self._requests.running)

@@ -24,7 +24,9 @@ class RequestState:
     max_len: int  # tokens of prompt and answer at which a sequence ends
     forked: bool  # whether its samples or beams exist; until the prompt is computed there is one sequence
     search: BeamSearch | None = None
-    bound: bool = False  # whether its draws depend on the tokens before: penalties, bad words
+    bound: bool = False  # whether its draws depend on the very last token: bad words
+    penalized: bool = False  # whether they depend on all tokens before, of which a device may know the last
+    waits: bool = False  # whether, being penalized, it skips steps until all its tokens are known
     plain: bool = False  # whether it could do nothing but decode: its draws want temperature and filters alone
     decoding: bool = False  # whether its sequences are in `Decoding`
     started: bool = False

@@ -76,6 +76,8 @@ class ForwardContext:
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A copy of `array` on `device`. A GPU makes it when it comes to it: nobody waits."""
     import torch  # whoever computes on the CPU's kernels alone never loads it
 
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -148,7 +148,9 @@ class KernelRunner:
             return _tensor(self.draw(_array(logits_SV), columns)).long()
 
         with _torch_on_one_thread():
-            tokens_S, result.logprobs = sampler.sample(_tensor(logits_SV), columns, draw)
+            tokens_S, found = sampler.sample(_tensor(logits_SV), columns, draw)
+            if found is not None:
+                result.logprobs = sampler.spread([found.columns()], columns)
         result.token_ids = _array(tokens_S.int())
 
 

@@ -113,9 +113,9 @@ def largest_chunks(config: EngineConfig) -> Batch:
     columns.bias_value = np.ones(rows, np.float32)
     columns.allowed_sample, columns.allowed_start = every, np.arange(rows + 1, dtype=np.int32) * 1000
     columns.allowed_token = np.tile(np.arange(1000, dtype=np.int32) % config.model.vocab_size, rows)
-    columns.penalty_sample, columns.history_start = every, np.arange(rows + 1, dtype=np.int32) * 1000
-    columns.history = np.zeros(1000 * rows, np.int32)
-    columns.history_prompt = np.zeros(rows, np.int32)
+    columns.penalty_sample, columns.penalty_start = every, np.arange(rows + 1, dtype=np.int32) * 1000
+    columns.penalty_token = columns.allowed_token
+    columns.penalty_count, columns.penalty_pending = np.zeros(1000 * rows, np.int32), np.zeros(rows, np.int32)
     columns.repetition_penalty = columns.presence_penalty = columns.frequency_penalty = np.ones(rows, np.float32)
     batch = _batch(config, counts, counts, columns)
     wanted = np.arange(min(512, most), dtype=np.int32)

@@ -1,20 +1,22 @@
 """One step on one GPU, submitted without waiting for it: the host is free while the device computes.
 
 Steps run on one stream in the order of their submission. The tokens that a step draws stay on the device, where the
-next step may name them (`Batch.token_ids`), and are copied to the host on the side. What the kernels here do not know
-(log probabilities, penalties and other rare wishes) goes through `ModelRunner`, which waits.
+next step may name them (`Batch.token_ids`), and are written to the host's memory on the side. Where all samples ask for
+a temperature and filters alone, a step with its draws is one graph. Bias, penalties and log probabilities are torch's
+ops between such a graph of the model and the draw; nobody waits for them either.
 
 Shapes: T tokens, R rows, S samples, M blocks of the longest row, V vocabulary.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.batch import Batch, Ints, NextStep, SamplingColumns, StepResult
+from octavo import ops
+from octavo.batch import Batch, Ints, LogprobColumns, NextStep, SamplingColumns, StepResult
 from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext, on_device
 from octavo.models.decoder import Decoder
@@ -22,34 +24,31 @@ from octavo.ops.triton import TritonOps
 from octavo.ops.triton.invariant import segment_for
 from octavo.ops.triton.prepare import look_up, publish
 from octavo.ops.triton.sampling import MIN_TEMPERATURE, Asked, draw
-from octavo.runner import noise, sampler
+from octavo.runner import sampler
 from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of
 from octavo.runner.kv_cache import KVCache
-from octavo.runner.model_runner import ModelRunner
+from octavo.runner.model_runner import LOGITS_AT_ONCE
 from octavo.runner.prompt_graphs import PromptGraphs, most_rows, room_for
 from octavo.runner.step_buffers import TURNS, StepBuffers
 
 
 @dataclass(slots=True)
 class SubmittedStep:
-    """A step whose tokens will be in `token_ids`, until a later step writes there, once `done` has happened."""
+    """A step whose tokens will be in `token_ids`, until a later step writes there, and whose log probabilities will be
+    in `found`, once `done` has happened."""
 
     token_ids: Ints
     done: torch.cuda.Event
+    sampling: SamplingColumns | None = None  # whose the log probabilities are
+    found: list[sampler.Found] = field(default_factory=list)
+    prompt_logprobs: LogprobColumns | None = None
 
     def result(self) -> StepResult:
         self.done.synchronize()
-        return StepResult(self.token_ids.copy())
-
-
-@dataclass(slots=True)
-class FinishedStep:
-    """A step that was waited for."""
-
-    value: StepResult
-
-    def result(self) -> StepResult:
-        return self.value
+        logprobs = None
+        if self.found and self.sampling is not None:
+            logprobs = sampler.spread([each.columns() for each in self.found], self.sampling)
+        return StepResult(self.token_ids.copy(), logprobs, self.prompt_logprobs)
 
 
 class CudaForward:
@@ -93,6 +92,33 @@ class CudaForward:
             self._draw(ctx, hidden_TD, count)
             publish(self.drawn_S, self._buffers.control, self._buffers.drawn)
         return self._buffers.tokens(count)
+
+    def draw_changed(self, batch: Batch, hidden_TD: torch.Tensor) -> tuple[Ints, list[sampler.Found]]:
+        """As `draw`, of a step whose `hidden` states these are, where logits are changed before or log probabilities
+        are wanted: also these, in the host's memory when the step is over."""
+        count = len(batch.sample_index)
+        index_S, asked = self._buffers.sample_index(count), self._buffers.asked(count)
+        drawn_S = torch.empty(count, dtype=torch.int32, device=hidden_TD.device)
+        found = []
+        step = max(1, LOGITS_AT_ONCE // self._model.config.vocab_size)
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+
+            def draw_part(logits_SV: torch.Tensor, columns: SamplingColumns, part: slice = part) -> torch.Tensor:
+                draw(logits_SV, Asked(*(each[part] for each in asked)), self._num_tokens, drawn_S[part])
+                if (cold := _too_cold(columns)).any():
+                    tokens_S = sampler.draw(logits_SV, columns).int()
+                    drawn_S[part] = torch.where(on_device(cold, logits_SV.device), tokens_S, drawn_S[part])
+                return drawn_S[part].long()
+
+            logits_SV = self.logits(hidden_TD[index_S[part]])
+            columns = batch.sampling.part(part.start, part.stop)
+            _, some = sampler.sample(logits_SV, columns, draw_part, self.drawn_S)
+            if some is not None:
+                found.append(some.to_host())
+        self.drawn_S[:count] = drawn_S
+        publish(self.drawn_S, self._buffers.control, self._buffers.drawn)
+        return self._buffers.tokens(count), found
 
     @property
     def can_go_on(self) -> bool:
@@ -140,22 +166,24 @@ class CudaForward:
 
 
 class CudaRunner:
-    """Runs `model` over `kv_cache` with the step sizes of `config`. `waiting` computes steps that are waited for."""
+    """Runs `model` over `kv_cache` with the step sizes of `config`."""
 
     def __init__(self, model: Decoder, kv_cache: KVCache, config: EngineConfig):
+        self.model = model
+        self.kv_cache = kv_cache
+        self.layout = f"torch on {model.device.type}"
         self._device = model.device
-        self._kv_cache = kv_cache
+        self._ops = ops.for_device(model.device)
         self._done = itertools.cycle([torch.cuda.Event() for _ in range(TURNS)])  # type: ignore[no-untyped-call]
         # Graphs cannot be recorded on the default stream, and steps keep their order by being on one.
         self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(model.device))
         with torch.cuda.stream(self._stream), torch.inference_mode():
-            self._forward = CudaForward(model, kv_cache, config)
-        self.waiting = ModelRunner(model, kv_cache, self._forward, draw_by_row)
+            self.forward = CudaForward(model, kv_cache, config)
 
-    def submit(self, step: Batch | NextStep) -> SubmittedStep | FinishedStep:
+    def submit(self, step: Batch | NextStep) -> SubmittedStep:
         """Starts a step. A token id below 0 stands for sample ~id of the step before."""
-        if isinstance(step, NextStep) and self._forward.can_go_on:
+        if isinstance(step, NextStep) and self.forward.can_go_on:
             return self._go_on(step)
         return self._start(step.whole())
 
@@ -164,42 +192,38 @@ class CudaRunner:
         before = torch.cuda.current_stream(self._device)
         torch.cuda.set_stream(self._stream)
         try:
-            return self._submitted(self._forward.go_on(step))
+            return self._submitted(self.forward.go_on(step))
         finally:
             torch.cuda.set_stream(before)
 
     @torch.inference_mode()
-    def _start(self, batch: Batch) -> SubmittedStep | FinishedStep:
+    def _start(self, batch: Batch) -> SubmittedStep:
+        forward = self.forward
         with torch.cuda.stream(self._stream):
+            self.kv_cache.move_blocks(batch, self._ops)
             if batch.prompt_logprobs is None and plain(batch.sampling):
-                self._kv_cache.move_blocks(batch, self.waiting.ops)
-                return self._submitted(self._forward.draw(batch))
-            result = self.waiting.run(batch)
-            self._forward.drawn_S[: len(result.token_ids)] = on_device(result.token_ids, self._device)
-            return FinishedStep(result)
+                return self._submitted(forward.draw(batch))
+            hidden_TD = forward.hidden(batch)
+            prompt_logprobs = None
+            if batch.prompt_logprobs is not None and len(batch.prompt_logprobs.target):
+                # The one thing that is waited for: there may be far more of them than memory to keep them in.
+                prompt_logprobs = sampler.prompt_logprobs(
+                    lambda index: forward.logits(hidden_TD[on_device(index, self._device)]), batch.prompt_logprobs
+                )
+            step = self._submitted(*forward.draw_changed(batch, hidden_TD))
+            step.sampling, step.prompt_logprobs = batch.sampling, prompt_logprobs
+            return step
 
-    def _submitted(self, token_ids: Ints) -> SubmittedStep:
+    def _submitted(self, token_ids: Ints, found: list[sampler.Found] | None = None) -> SubmittedStep:
         done = next(self._done)
         done.record(self._stream)
-        return SubmittedStep(token_ids, done)
+        return SubmittedStep(token_ids, done, found=found or [])
 
     @torch.inference_mode()
     def read_blocks(self, blocks_L: Ints) -> NDArray[np.uint8]:
         """As `KVCache.read_blocks`, after the steps that were submitted: one of them may be writing these blocks."""
         with torch.cuda.stream(self._stream):
-            return self._kv_cache.read_blocks(blocks_L)
-
-
-def draw_by_row(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
-    """`sampler.Draw` that looks at each row alone: it is drawn as in the steps that nobody waits for, where that can
-    be."""
-    cold_S = _too_cold(columns)
-    tokens_S = sampler.draw(logits_SV, columns) if cold_S.any() else None
-    out_S = torch.empty(len(logits_SV), dtype=torch.int32, device=logits_SV.device)
-    states = noise.states(columns.seed, columns.counter).view(np.int64)
-    arrays = (states, columns.temperature, columns.top_k, columns.top_p, columns.min_p)
-    draw(logits_SV, Asked(*(on_device(array, logits_SV.device) for array in arrays)), logits_SV.shape[1], out_S)
-    return out_S.long() if tokens_S is None else torch.where(on_device(cold_S, logits_SV.device), tokens_S, out_S)
+            return self.kv_cache.read_blocks(blocks_L)
 
 
 def _too_cold(columns: SamplingColumns) -> NDArray[np.bool_]:

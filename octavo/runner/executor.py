@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from octavo.models.decoder import Decoder
     from octavo.runner.cpu import KernelRunner
     from octavo.runner.cuda_memory import Measured
-    from octavo.runner.cuda_runner import CudaRunner, FinishedStep, SubmittedStep
+    from octavo.runner.cuda_runner import CudaRunner, SubmittedStep
     from octavo.runner.kv_cache import KVCache
     from octavo.runner.model_runner import ModelRunner
 
@@ -102,9 +102,8 @@ class CudaExecutor:
     depth = 2
 
     def __init__(self, runner: CudaRunner):
-        self.runner = runner.waiting
-        self._cuda = runner
-        self._steps: deque[SubmittedStep | FinishedStep] = deque()
+        self.runner = runner
+        self._steps: deque[SubmittedStep] = deque()
 
     @classmethod
     def load(
@@ -126,14 +125,14 @@ class CudaExecutor:
         return cls(runner)
 
     def submit(self, step: Batch | NextStep) -> None:
-        self._steps.append(self._cuda.submit(step))
+        self._steps.append(self.runner.submit(step))
 
     def result(self) -> StepResult:
         assert self._steps, "result() without a submit()"
         return self._steps.popleft().result()
 
     def read_blocks(self, blocks: Ints) -> NDArray[np.uint8]:
-        return self._cuda.read_blocks(blocks)
+        return self.runner.read_blocks(blocks)
 
     @property
     def block_bytes(self) -> int:

@@ -17,7 +17,7 @@ from octavo.runner.forward import Forward, PlainForward
 from octavo.runner.kv_cache import KVCache
 
 # Logits that are drawn from at once: sorting and masking them takes more than ten times as much memory.
-_LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**24
 
 
 class ModelRunner:
@@ -50,28 +50,27 @@ class ModelRunner:
 
     def _samples(self, hidden_TD: torch.Tensor, batch: Batch) -> tuple[Ints, LogprobColumns | None]:
         """Draws all samples, so many at a time that logits and what is made of them stay small."""
-        step = max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size)
+        step = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         count = len(batch.sample_index)
-        if count <= step:
-            return self._draw_samples(hidden_TD, batch.sample_index, batch.sampling)
         parts = [
             self._draw_samples(
                 hidden_TD, batch.sample_index[i : i + step], batch.sampling.part(i, min(i + step, count))
             )
             for i in range(0, count, step)
         ]
-        tokens = np.concatenate([tokens for tokens, _ in parts])
-        if all(found is None for _, found in parts):
-            return tokens, None
-        return tokens, LogprobColumns.of([found or LogprobColumns.nothing(len(tokens)) for tokens, found in parts])
+        found = [each.columns() for _, each in parts if each is not None]
+        return (
+            np.concatenate([tokens for tokens, _ in parts]),
+            sampler.spread(found, batch.sampling) if found else None,
+        )
 
     def _draw_samples(
         self, hidden_TD: torch.Tensor, sample_index: Ints, columns: SamplingColumns
-    ) -> tuple[Ints, LogprobColumns | None]:
+    ) -> tuple[Ints, sampler.Found | None]:
         # The n samples of a prompt share one row of logits until they are changed.
         index, inverse = np.unique(sample_index, return_inverse=True)
         logits_SV = self.forward.logits(hidden_TD[on_device(index, self.device)])
         if len(index) < len(inverse) or (np.diff(inverse) != 1).any():
             logits_SV = logits_SV[on_device(inverse, self.device)]
-        tokens_S, logprobs = sampler.sample(logits_SV, columns, self.draw)
-        return tokens_S.int().cpu().numpy(), logprobs
+        tokens_S, found = sampler.sample(logits_SV, columns, self.draw)
+        return tokens_S.int().cpu().numpy(), found

@@ -6,7 +6,8 @@ operations that treat rows apart are used. Work that a row does not ask for is n
 Shapes: S samples, V vocabulary, F samples that ask for a feature, E entries of log probabilities.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -30,24 +31,46 @@ class Draw(Protocol):
         """A token a row, [S] int64."""
 
 
+@dataclass(slots=True)
+class Found:
+    """Log probabilities of some samples where they were computed, perhaps on their way from there. E entries, k + 1 of
+    each."""
+
+    token_ids_EK: torch.Tensor
+    logprobs_EK: torch.Tensor
+    rank_E: torch.Tensor
+
+    def to_host(self) -> "Found":
+        """Copied into the host's memory; from a GPU that takes until the device comes to it."""
+        tensors = (self.token_ids_EK, self.logprobs_EK, self.rank_E)
+        return Found(*(tensor.to("cpu", non_blocking=True) for tensor in tensors))
+
+    def columns(self) -> LogprobColumns:
+        """Of what is in the host's memory."""
+        return LogprobColumns(self.token_ids_EK.numpy(), self.logprobs_EK.numpy(), self.rank_E.numpy())
+
+
 def sample(
-    logits_SV: torch.Tensor, columns: SamplingColumns, draw_tokens: Draw | None = None
-) -> tuple[torch.Tensor, LogprobColumns | None]:
-    """A token a row, [S] int64, and log probabilities if any row asks. `logits_SV` (fp32) is used up.
+    logits_SV: torch.Tensor,
+    columns: SamplingColumns,
+    draw_tokens: Draw | None = None,
+    before_S: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Found | None]:
+    """A token a row, [S] int64, and log probabilities of the rows that ask. `logits_SV` (fp32) is used up.
 
     Order: bias, allowed lists, penalties; then argmax where temperature is 0, else temperature, top_k, top_p,
-    min_p and a Gumbel-max draw. Ties go to the lowest token id.
+    min_p and a Gumbel-max draw. Ties go to the lowest token id. `before_S` is what the step before drew, where
+    penalties are for tokens that the host has not seen.
     """
     asks = np.flatnonzero(columns.num_logprobs >= 0)
     raw_EV = logits_SV[_index(asks, logits_SV)] if len(asks) else None
     _add_bias(logits_SV, columns)
     _keep_allowed(logits_SV, columns)
-    _penalize(logits_SV, columns)
+    _penalize(logits_SV, columns, before_S)
     tokens_S = (draw_tokens or draw)(logits_SV, columns)
     if raw_EV is None:
         return tokens_S, None
-    found = logprobs(raw_EV, tokens_S[_index(asks, logits_SV)], int(columns.num_logprobs.max()))
-    return tokens_S, _spread(found, asks, len(columns.temperature))
+    return tokens_S, logprobs(raw_EV, tokens_S[_index(asks, logits_SV)], int(columns.num_logprobs.max()))
 
 
 def _index(rows: NDArray[np.integer], like: torch.Tensor) -> torch.Tensor:
@@ -70,28 +93,39 @@ def _keep_allowed(logits_SV: torch.Tensor, columns: SamplingColumns) -> None:
         logits_SV[samples_F] = logits_SV[samples_F].masked_fill_(forbidden_FV, float("-inf"))
 
 
-def _penalize(logits_SV: torch.Tensor, columns: SamplingColumns) -> None:
-    """Repetition (over prompt and answer, Keskar et al. 2019), then frequency and presence (answer)."""
+def _penalize(logits_SV: torch.Tensor, columns: SamplingColumns, before_S: torch.Tensor | None = None) -> None:
+    """Repetition (over prompt and answer, Keskar et al. 2019), then frequency and presence (answer).
+
+    Only the tokens that a sample has are looked at, E in all. A pending one stands among them a second time, if it is
+    not new: both come to the same.
+    """
     if not len(columns.penalty_sample):
         return
-    samples_F = _index(columns.penalty_sample, logits_SV)
-    logits_FV = logits_SV[samples_F]
-    lengths = np.diff(columns.history_start)
-    of_entry = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(columns.history)) - np.repeat(columns.history_start[:-1], lengths)
-    in_answer = (place >= np.repeat(columns.history_prompt, lengths)).astype(np.float32)
-    at = (_index(of_entry, logits_SV), _index(columns.history, logits_SV))
-
-    seen_FV = torch.zeros_like(logits_FV, dtype=torch.bool)
-    seen_FV[at] = True
-    repetition_F1 = _column(columns.repetition_penalty, logits_SV)
-    weakened_FV = torch.where(logits_FV > 0, logits_FV / repetition_F1, logits_FV * repetition_F1)
-    logits_FV = torch.where(seen_FV, weakened_FV, logits_FV)
-    count_FV = torch.zeros_like(logits_FV)
-    count_FV.index_put_(at, on_device(in_answer, logits_SV.device), accumulate=True)
-    logits_FV -= _column(columns.frequency_penalty, logits_SV) * count_FV
-    logits_FV -= _column(columns.presence_penalty, logits_SV) * (count_FV > 0)
-    logits_SV[samples_F] = logits_FV
+    of_entry = np.repeat(np.arange(len(columns.penalty_sample)), np.diff(columns.penalty_start))
+    entries_3E = on_device(np.stack((of_entry, columns.penalty_token, columns.penalty_count)), logits_SV.device)
+    which_E, token_E, count_E = entries_3E.long()
+    pending = np.flatnonzero(columns.penalty_pending < 0)
+    if len(pending):
+        assert before_S is not None, "the host does not know a token that a penalty is for"
+        of_pending, sample_P = on_device(
+            np.stack((pending, ~columns.penalty_pending[pending])), logits_SV.device
+        ).long()
+        token_P = before_S[sample_P].long()
+        token_F = torch.full((len(columns.penalty_sample),), -1, device=logits_SV.device).index_copy_(
+            0, of_pending, token_P
+        )
+        again_E = token_E == token_F[which_E]
+        earlier_F = torch.zeros_like(token_F).index_add_(0, which_E, count_E * again_E)
+        which_E, token_E = torch.cat((which_E, of_pending)), torch.cat((token_E, token_P))
+        count_E = torch.cat((count_E + again_E, earlier_F[of_pending] + 1))
+    penalties = (columns.repetition_penalty, columns.presence_penalty, columns.frequency_penalty)
+    repetition_E, presence_E, frequency_E = on_device(np.stack(penalties), logits_SV.device)[:, which_E]
+    at_E = (_index(columns.penalty_sample, logits_SV)[which_E], token_E)
+    logits_E = logits_SV[at_E]
+    logits_E = torch.where(logits_E > 0, logits_E / repetition_E, logits_E * repetition_E)
+    logits_E -= frequency_E * count_E
+    logits_E -= presence_E * (count_E > 0)
+    logits_SV[at_E] = logits_E
 
 
 def _column(values: Floats | Ints, like: torch.Tensor) -> torch.Tensor:
@@ -162,15 +196,15 @@ def _edge(logits: torch.Tensor, probs: torch.Tensor, top_p: Floats) -> tuple[tor
     return logits.gather(1, last), ~inside[:, -1]
 
 
-def logprobs(logits_EV: torch.Tensor, tokens_E: torch.Tensor, k: int) -> LogprobColumns:
+def logprobs(logits_EV: torch.Tensor, tokens_E: torch.Tensor, k: int) -> Found:
     """Log probabilities of `tokens_E` and of the `k` likeliest tokens; ties share the better rank."""
     all_EV = torch.log_softmax(logits_EV, dim=-1)
     chosen_E1 = all_EV.gather(1, tokens_E[:, None])
     best = all_EV.topk(min(k, all_EV.shape[1]), dim=-1)
-    return LogprobColumns(
-        token_ids=torch.cat((tokens_E[:, None], best.indices), dim=1).int().cpu().numpy(),
-        logprobs=torch.cat((chosen_E1, best.values), dim=1).cpu().numpy(),
-        rank=((all_EV > chosen_E1).sum(dim=-1) + 1).int().cpu().numpy(),
+    return Found(
+        token_ids_EK=torch.cat((tokens_E[:, None], best.indices), dim=1).int(),
+        logprobs_EK=torch.cat((chosen_E1, best.values), dim=1),
+        rank_E=((all_EV > chosen_E1).sum(dim=-1) + 1).int(),
     )
 
 
@@ -181,21 +215,22 @@ def prompt_logprobs(logits_of: Callable[[Ints], torch.Tensor], asked: PromptLogp
     for start in range(0, len(asked.target), _PROMPT_LOGPROBS_AT_ONCE):
         part = slice(start, start + _PROMPT_LOGPROBS_AT_ONCE)
         logits = logits_of(asked.token_index[part])
-        parts.append(logprobs(logits, _index(asked.target[part], logits), k))
-    return LogprobColumns.of(parts)
+        found = logprobs(logits, _index(asked.target[part], logits), k)
+        parts.append(Found(*(tensor.cpu() for tensor in (found.token_ids_EK, found.logprobs_EK, found.rank_E))))
+    return LogprobColumns.of([part.columns() for part in parts])
 
 
-def _spread(found: LogprobColumns, samples: NDArray[np.integer], num_samples: int) -> LogprobColumns:
-    """One entry a sample from entries for some; the others are zeros that nobody reads."""
-    if len(samples) == num_samples:
+def spread(parts: Sequence[LogprobColumns], columns: SamplingColumns) -> LogprobColumns:
+    """One entry a sample, from entries for those that ask; the others are zeros that nobody reads."""
+    found = LogprobColumns.of(parts)
+    asks = columns.num_logprobs >= 0
+    if asks.all():
         return found
-    width = found.token_ids.shape[1]
     whole = LogprobColumns(
-        token_ids=np.zeros((num_samples, width), np.int32),
-        logprobs=np.zeros((num_samples, width), np.float32),
-        rank=np.zeros(num_samples, np.int32),
+        *(
+            np.zeros((len(asks), *array.shape[1:]), array.dtype)
+            for array in (found.token_ids, found.logprobs, found.rank)
+        )
     )
-    whole.token_ids[samples] = found.token_ids
-    whole.logprobs[samples] = found.logprobs
-    whole.rank[samples] = found.rank
+    whole.token_ids[asks], whole.logprobs[asks], whole.rank[asks] = found.token_ids, found.logprobs, found.rank
     return whole

@@ -109,7 +109,7 @@ def test_stops(depth):
 def test_a_step_is_scheduled_before_the_last_one_is_seen():
     bench = Bench(depth=2)
     bench.add("plain", prompt_of(5), max_tokens=4)
-    bench.add("bound", prompt_of(6), max_tokens=4, presence_penalty=0.5)
+    bench.add("bound", prompt_of(6), max_tokens=4, bad_words=[[3, 4]])
     bench.run()
     first, second = bench.oracle.batches[:2]
     assert first.num_rows == 2
@@ -117,6 +117,38 @@ def test_a_step_is_scheduled_before_the_last_one_is_seen():
     assert bench.answers["plain", 0] == expected(prompt_of(5), 4, 1)
     assert bench.answers["bound", 0] == expected(prompt_of(6), 4, 1)
     assert sum(batch.num_rows for batch in bench.oracle.batches) == 8, "nothing is computed in vain at a known end"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_penalties_are_for_all_tokens_before(depth):
+    """Also for the one that only a device knows, which is always one that the step before draws."""
+    bench = Bench(depth=depth, num_blocks=20, eager=True)
+    bench.add("plain", prompt_of(20), max_tokens=30)
+    bench.add("a", [5, 6, 5, 7], max_tokens=25, presence_penalty=0.5)
+    bench.add("b", [8, 9], max_tokens=25, repetition_penalty=1.1, n=2)
+    bench.run()
+    tokens = {"a": [bench.answers["a", 0]], "b": [bench.answers["b", 0], bench.answers["b", 1]]}
+    pending = 0
+    for before, batch in zip([None, *bench.oracle.batches], bench.oracle.batches, strict=False):
+        columns = batch.sampling
+        for i, sample in enumerate(columns.penalty_sample.tolist()):
+            part = slice(*columns.penalty_start[i : i + 2])
+            found = dict(zip(columns.penalty_token[part].tolist(), columns.penalty_count[part].tolist(), strict=True))
+            assert len(found) == part.stop - part.start, "each token once"
+            drawn = int(columns.counter[sample])
+            name, prompt = ("a", [5, 6, 5, 7]) if columns.presence_penalty[i] else ("b", [8, 9])
+            known = drawn
+            if columns.penalty_pending[i] < 0:
+                pending += 1
+                known -= 1
+                earlier = before.sampling
+                assert ~columns.penalty_pending[i] in earlier.penalty_sample
+                assert earlier.counter[~columns.penalty_pending[i]] == drawn - 1
+            assert found in [
+                {token: answer[:known].count(token) for token in prompt + answer[:known]} for answer in tokens[name]
+            ]
+    assert (pending > 0) == (depth > 1)
+    assert bench.scheduler.stats().preemptions > 0
 
 
 def test_what_a_stop_token_makes_useless_is_dropped():

@@ -154,12 +154,11 @@ def test_the_largest_steps_touch_no_block(tmp_path, without_a_gpu):
     config = read_config(checkpoint.config)
     options = engine_config(config, num_blocks=1, block_size=16, max_num_seqs=4, max_num_batched_tokens=34)
     runner = GpuRunner(load_model(checkpoint, config, torch.float32, CPU), replace(options, device="cuda"))
-    waiting = ModelRunner(runner.forward._model, runner.kv_cache, runner.forward)
     chunks = largest_chunks(options)
-    result = waiting.run(chunks)
+    tokens, found = runner.forward.draw_changed(chunks, runner.forward.hidden(chunks))
     assert chunks.num_tokens == 34
-    assert len(result.token_ids) == 4
-    assert result.prompt_logprobs is not None
+    assert len(tokens) == 4
+    assert found[0].logprobs_EK.shape == (4, 21)
     for largest in (largest_prompt, largest_decode):
         assert len(runner.run(largest(options)).token_ids) == 4
     assert not any(cache.k_PBKH.any() or cache.v_PBKH.any() for cache in runner.kv_cache.layers)

@@ -66,13 +66,14 @@ def test_samples_are_the_same_however_many_are_drawn_at_once(
         repetition_penalty=[2.0, 1.5],
         presence_penalty=[0.5, 0.0],
         frequency_penalty=[0.0, 0.7],
-        history_start=[0, 4, 9],
-        history_prompt=[2, 3],
-        history=[5, 6, 7, 8, 9, 9, 10, 11, 9],
+        penalty_pending=[0, 0],
+        penalty_start=[0, 4, 7],
+        penalty_token=[5, 6, 7, 8, 9, 10, 11],
+        penalty_count=[0, 0, 1, 1, 1, 0, 1],
     )
     results = []
     for at_once in (2**24, 160 * 3, 160 * 2, 1):
-        monkeypatch.setattr(model_runner, "_LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(model_runner, "LOGITS_AT_ONCE", at_once)
         results.append(Steps(runner).run([(Row(PROMPT[i:]), 30 - i) for i in range(7)], sampling))
     for result in results[1:]:
         assert result.token_ids.tolist() == results[0].token_ids.tolist()

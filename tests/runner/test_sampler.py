@@ -135,12 +135,13 @@ def test_bias_and_lists() -> None:
 def test_penalties() -> None:
     torch.manual_seed(2)
     logits = torch.randn(4, 10)
-    prompt, answer = [1, 2, 2, 3], [3, 4, 4, 4]
     given: dict[str, Any] = {
         "penalty_sample": [3, 1],
-        "history_start": [0, 8, 10],
-        "history_prompt": [4, 1],
-        "history": prompt + answer + [7, 8],
+        "penalty_pending": [0, 0],
+        # 1, 2, 2, 3 and then 3, 4, 4, 4; 7 and then 8.
+        "penalty_start": [0, 4, 6],
+        "penalty_token": [1, 2, 3, 4, 7, 8],
+        "penalty_count": [0, 0, 1, 3, 0, 1],
         "repetition_penalty": [1.5, 1.0],
         "presence_penalty": [0.3, 0.0],
         "frequency_penalty": [0.2, -1.0],
@@ -156,6 +157,28 @@ def test_penalties() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("token", [3, 4, 9])
+def test_penalties_are_for_a_token_that_only_the_device_knows(token: int) -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(2, 10)
+    common: dict[str, Any] = {"penalty_sample": [1], "repetition_penalty": [1.5]}
+    common |= {"presence_penalty": [0.3], "frequency_penalty": [0.2]}
+    seen = {3: 0, 4: 2}
+    later = {**seen, token: seen.get(token, 0) + 1}
+    found = []
+    for counts, pending in ((seen, ~1), (later, 0)):
+        given = {
+            "penalty_token": list(counts),
+            "penalty_count": list(counts.values()),
+            "penalty_start": [0, len(counts)],
+        }
+        found.append(logits.clone())
+        before = torch.tensor([8, token, 7], dtype=torch.int32)
+        sampler._penalize(found[-1], columns(2, **common, **given, penalty_pending=[pending]), before)
+    assert found[0].tolist() == found[1].tolist()
+    assert found[0][1].tolist() != logits[1].tolist()
+
+
 def test_logprobs_are_of_the_raw_distribution() -> None:
     torch.manual_seed(3)
     logits = torch.randn(3, 20)
@@ -164,6 +187,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     raw = torch.log_softmax(logits, -1)
     assert tokens.tolist() == [7, int(logits[1].argmax()), 9]
     assert found is not None
+    found = sampler.spread([found.columns()], columns(3, num_logprobs=[3, -1, 0]))
     assert found.token_ids.shape == found.logprobs.shape == (3, 4)
     assert found.token_ids[0].tolist() == [7, *raw[0].topk(3).indices.tolist()]
     np.testing.assert_allclose(found.logprobs[0, 1:], raw[0].topk(3).values, atol=1e-6)
