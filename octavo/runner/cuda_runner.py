@@ -10,6 +10,7 @@ Shapes: T tokens, R rows, S samples, M blocks of the longest row, V vocabulary.
 
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,14 +23,17 @@ from octavo.layers.context import ForwardContext, on_device
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import TritonOps
 from octavo.ops.triton.invariant import segment_for
+from octavo.ops.triton.penalties import penalize
 from octavo.ops.triton.prepare import look_up, publish
 from octavo.ops.triton.sampling import MIN_TEMPERATURE, Asked, draw
 from octavo.runner import sampler
 from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of
 from octavo.runner.kv_cache import KVCache
-from octavo.runner.model_runner import LOGITS_AT_ONCE
 from octavo.runner.prompt_graphs import PromptGraphs, most_rows, room_for
 from octavo.runner.step_buffers import TURNS, StepBuffers
+
+# Logits that are changed, or whose log probabilities are taken, at once: of 220 samples of a large vocabulary.
+_LOGITS_AT_ONCE = 2**25
 
 
 @dataclass(slots=True)
@@ -100,7 +104,7 @@ class CudaForward:
         index_S, asked = self._buffers.sample_index(count), self._buffers.asked(count)
         drawn_S = torch.empty(count, dtype=torch.int32, device=hidden_TD.device)
         found = []
-        step = max(1, LOGITS_AT_ONCE // self._model.config.vocab_size)
+        step = max(1, _LOGITS_AT_ONCE // self._model.config.vocab_size)
         for start in range(0, count, step):
             part = slice(start, min(start + step, count))
 
@@ -113,7 +117,7 @@ class CudaForward:
 
             logits_SV = self.logits(hidden_TD[index_S[part]])
             columns = batch.sampling.part(part.start, part.stop)
-            _, some = sampler.sample(logits_SV, columns, draw_part, self.drawn_S)
+            _, some = sampler.sample(logits_SV, columns, draw_part, partial(penalize, before_S=self.drawn_S))
             if some is not None:
                 found.append(some.to_host())
         self.drawn_S[:count] = drawn_S

@@ -17,7 +17,7 @@ from octavo.runner.forward import Forward, PlainForward
 from octavo.runner.kv_cache import KVCache
 
 # Logits that are drawn from at once: sorting and masking them takes more than ten times as much memory.
-LOGITS_AT_ONCE = 2**24
+_LOGITS_AT_ONCE = 2**24
 
 
 class ModelRunner:
@@ -50,7 +50,7 @@ class ModelRunner:
 
     def _samples(self, hidden_TD: torch.Tensor, batch: Batch) -> tuple[Ints, LogprobColumns | None]:
         """Draws all samples, so many at a time that logits and what is made of them stay small."""
-        step = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
+        step = max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size)
         count = len(batch.sample_index)
         parts = [
             self._draw_samples(

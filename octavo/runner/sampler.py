@@ -50,29 +50,6 @@ class Found:
         return LogprobColumns(self.token_ids_EK.numpy(), self.logprobs_EK.numpy(), self.rank_E.numpy())
 
 
-def sample(
-    logits_SV: torch.Tensor,
-    columns: SamplingColumns,
-    draw_tokens: Draw | None = None,
-    before_S: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Found | None]:
-    """A token a row, [S] int64, and log probabilities of the rows that ask. `logits_SV` (fp32) is used up.
-
-    Order: bias, allowed lists, penalties; then argmax where temperature is 0, else temperature, top_k, top_p,
-    min_p and a Gumbel-max draw. Ties go to the lowest token id. `before_S` is what the step before drew, where
-    penalties are for tokens that the host has not seen.
-    """
-    asks = np.flatnonzero(columns.num_logprobs >= 0)
-    raw_EV = logits_SV[_index(asks, logits_SV)] if len(asks) else None
-    _add_bias(logits_SV, columns)
-    _keep_allowed(logits_SV, columns)
-    _penalize(logits_SV, columns, before_S)
-    tokens_S = (draw_tokens or draw)(logits_SV, columns)
-    if raw_EV is None:
-        return tokens_S, None
-    return tokens_S, logprobs(raw_EV, tokens_S[_index(asks, logits_SV)], int(columns.num_logprobs.max()))
-
-
 def _index(rows: NDArray[np.integer], like: torch.Tensor) -> torch.Tensor:
     return on_device(rows, like.device).long()
 
@@ -93,39 +70,41 @@ def _keep_allowed(logits_SV: torch.Tensor, columns: SamplingColumns) -> None:
         logits_SV[samples_F] = logits_SV[samples_F].masked_fill_(forbidden_FV, float("-inf"))
 
 
-def _penalize(logits_SV: torch.Tensor, columns: SamplingColumns, before_S: torch.Tensor | None = None) -> None:
-    """Repetition (over prompt and answer, Keskar et al. 2019), then frequency and presence (answer).
-
-    Only the tokens that a sample has are looked at, E in all. A pending one stands among them a second time, if it is
-    not new: both come to the same.
-    """
-    if not len(columns.penalty_sample):
-        return
+def penalize(logits_SV: torch.Tensor, columns: SamplingColumns) -> None:
+    """Repetition (over prompt and answer, Keskar et al. 2019), then frequency and presence (answer), on the logits of
+    the tokens that samples have so far."""
+    assert not (columns.penalty_pending < 0).any(), "there is a penalty for a token that nobody knows here"
     of_entry = np.repeat(np.arange(len(columns.penalty_sample)), np.diff(columns.penalty_start))
-    entries_3E = on_device(np.stack((of_entry, columns.penalty_token, columns.penalty_count)), logits_SV.device)
-    which_E, token_E, count_E = entries_3E.long()
-    pending = np.flatnonzero(columns.penalty_pending < 0)
-    if len(pending):
-        assert before_S is not None, "the host does not know a token that a penalty is for"
-        of_pending, sample_P = on_device(
-            np.stack((pending, ~columns.penalty_pending[pending])), logits_SV.device
-        ).long()
-        token_P = before_S[sample_P].long()
-        token_F = torch.full((len(columns.penalty_sample),), -1, device=logits_SV.device).index_copy_(
-            0, of_pending, token_P
-        )
-        again_E = token_E == token_F[which_E]
-        earlier_F = torch.zeros_like(token_F).index_add_(0, which_E, count_E * again_E)
-        which_E, token_E = torch.cat((which_E, of_pending)), torch.cat((token_E, token_P))
-        count_E = torch.cat((count_E + again_E, earlier_F[of_pending] + 1))
-    penalties = (columns.repetition_penalty, columns.presence_penalty, columns.frequency_penalty)
-    repetition_E, presence_E, frequency_E = on_device(np.stack(penalties), logits_SV.device)[:, which_E]
-    at_E = (_index(columns.penalty_sample, logits_SV)[which_E], token_E)
+    at_E = (_index(columns.penalty_sample[of_entry], logits_SV), _index(columns.penalty_token, logits_SV))
+    penalties = np.stack((columns.repetition_penalty, columns.presence_penalty, columns.frequency_penalty))
+    repetition_E, presence_E, frequency_E = on_device(penalties[:, of_entry], logits_SV.device)
+    count_E = on_device(columns.penalty_count, logits_SV.device)
     logits_E = logits_SV[at_E]
     logits_E = torch.where(logits_E > 0, logits_E / repetition_E, logits_E * repetition_E)
-    logits_E -= frequency_E * count_E
-    logits_E -= presence_E * (count_E > 0)
-    logits_SV[at_E] = logits_E
+    logits_SV[at_E] = logits_E - frequency_E * count_E - presence_E * (count_E > 0)
+
+
+def sample(
+    logits_SV: torch.Tensor,
+    columns: SamplingColumns,
+    draw_tokens: Draw | None = None,
+    put_penalties: Callable[[torch.Tensor, SamplingColumns], None] = penalize,
+) -> tuple[torch.Tensor, Found | None]:
+    """A token a row, [S] int64, and log probabilities of the rows that ask. `logits_SV` (fp32) is used up.
+
+    Order: bias, allowed lists, penalties; then argmax where temperature is 0, else temperature, top_k, top_p,
+    min_p and a Gumbel-max draw. Ties go to the lowest token id. Two parts may be another's, that do the same.
+    """
+    asks = np.flatnonzero(columns.num_logprobs >= 0)
+    raw_EV = logits_SV[_index(asks, logits_SV)] if len(asks) else None
+    _add_bias(logits_SV, columns)
+    _keep_allowed(logits_SV, columns)
+    if len(columns.penalty_sample):
+        put_penalties(logits_SV, columns)
+    tokens_S = (draw_tokens or draw)(logits_SV, columns)
+    if raw_EV is None:
+        return tokens_S, None
+    return tokens_S, logprobs(raw_EV, tokens_S[_index(asks, logits_SV)], int(columns.num_logprobs.max()))
 
 
 def _column(values: Floats | Ints, like: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ def main() -> None:
     cases.check_fp8_cache(CUDA, torch.bfloat16, heads, bound=0.0)
     cases.check_attention(ops, CUDA, torch.bfloat16, heads, ROWS, 9, 3.0, kv=e4m3)
     sampling_cases.check_mixed(torch.bfloat16, 9000, CUDA)
+    sampling_cases.check_penalties(CUDA)
     cases.check_steps(CUDA)
     torch.cuda.synchronize()
     print("every kernel ran")

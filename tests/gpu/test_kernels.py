@@ -153,3 +153,7 @@ def test_draws_in_any_company():
         sampling_cases.check_mixed(dtype, 151_936, CUDA)
         sampling_cases.check_edges(dtype, 300, CUDA)
         sampling_cases.check_many_groups(100, 64, 600, dtype, CUDA)
+
+
+def test_penalties_are_for_a_token_that_only_the_device_knows():
+    sampling_cases.check_penalties(CUDA)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from octavo.ops.triton.penalties import penalize
 from octavo.ops.triton.sampling import Asked, draw
 from octavo.runner import noise, sampler
 from tests.steps import columns
@@ -140,3 +141,38 @@ def check_many_groups(k: int, group: int, rows: int, dtype: torch.dtype, device:
     assert found == expected(logits_SV, logits_SV.shape[1], top_k=k)
     assert set(found) <= set(likely[:k].tolist())
     assert int(likely[k]) in drawn(logits_SV, logits_SV.shape[1], top_k=k + 1), "it is never drawn anyway"
+
+
+def check_penalties(device: torch.device) -> None:
+    """Tokens that only the device knows: one that is new, one that stands in the prompt, one that was drawn before."""
+    logits_SV = torch.randn(5, 4000, device=device)
+    before_S = torch.tensor([8, 3, 700, 2999], dtype=torch.int32, device=device)
+    own = [{3: 0, 4: 2}, {700: 1, 5: 0}, {token: token % 3 for token in range(2, 3000)}, {1: 1}]
+    pending = [~0, ~2, ~3, 0]
+    common = {
+        "penalty_sample": [1, 4, 0, 2],
+        "repetition_penalty": [1.5, 1.1, 1.2, 1.0],
+        "presence_penalty": [0.3, 0.0, 0.1, -0.5],
+        "frequency_penalty": [0.2, 0.4, 0.0, 0.0],
+    }
+    known = [dict(counts) for counts in own]
+    for counts, name in zip(known, pending, strict=True):
+        if name < 0:
+            token = int(before_S[~name])
+            counts[token] = counts.get(token, 0) + 1
+
+    def given(counts: list[dict[int, int]], pending: list[int]) -> sampler.SamplingColumns:
+        return columns(
+            5,
+            **common,
+            penalty_pending=pending,
+            penalty_start=np.cumsum([0, *map(len, counts)]),
+            penalty_token=[token for each in counts for token in each],
+            penalty_count=[count for each in counts for count in each.values()],
+        )
+
+    found, wanted = logits_SV.clone(), logits_SV.clone()
+    penalize(found, given(own, pending), before_S)
+    sampler.penalize(wanted, given(known, [0] * 4))
+    torch.testing.assert_close(found, wanted)
+    assert not torch.equal(wanted, logits_SV)

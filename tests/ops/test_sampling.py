@@ -53,3 +53,7 @@ def test_top_k_over_many_groups(cases, small):
 
 def test_a_vocabulary_of_several_chunks(cases):
     cases.check_alike("peaked", torch.bfloat16, 1, 9000, CPU)
+
+
+def test_penalties_are_for_a_token_that_only_the_device_knows(cases):
+    cases.check_penalties(CPU)

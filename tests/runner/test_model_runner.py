@@ -73,7 +73,7 @@ def test_samples_are_the_same_however_many_are_drawn_at_once(
     )
     results = []
     for at_once in (2**24, 160 * 3, 160 * 2, 1):
-        monkeypatch.setattr(model_runner, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(model_runner, "_LOGITS_AT_ONCE", at_once)
         results.append(Steps(runner).run([(Row(PROMPT[i:]), 30 - i) for i in range(7)], sampling))
     for result in results[1:]:
         assert result.token_ids.tolist() == results[0].token_ids.tolist()

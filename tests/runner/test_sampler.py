@@ -147,7 +147,7 @@ def test_penalties() -> None:
         "frequency_penalty": [0.2, -1.0],
     }
     found = logits.clone()
-    sampler._penalize(found, columns(4, **given))
+    sampler.penalize(found, columns(4, **given))
     expected = logits.clone()
     for token in {1, 2, 3, 4}:
         expected[3, token] *= 1 / 1.5 if expected[3, token] > 0 else 1.5
@@ -155,28 +155,6 @@ def test_penalties() -> None:
     expected[3, 4] -= 0.3 + 3 * 0.2
     expected[1, 8] += 1.0
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("token", [3, 4, 9])
-def test_penalties_are_for_a_token_that_only_the_device_knows(token: int) -> None:
-    torch.manual_seed(2)
-    logits = torch.randn(2, 10)
-    common: dict[str, Any] = {"penalty_sample": [1], "repetition_penalty": [1.5]}
-    common |= {"presence_penalty": [0.3], "frequency_penalty": [0.2]}
-    seen = {3: 0, 4: 2}
-    later = {**seen, token: seen.get(token, 0) + 1}
-    found = []
-    for counts, pending in ((seen, ~1), (later, 0)):
-        given = {
-            "penalty_token": list(counts),
-            "penalty_count": list(counts.values()),
-            "penalty_start": [0, len(counts)],
-        }
-        found.append(logits.clone())
-        before = torch.tensor([8, token, 7], dtype=torch.int32)
-        sampler._penalize(found[-1], columns(2, **common, **given, penalty_pending=[pending]), before)
-    assert found[0].tolist() == found[1].tolist()
-    assert found[0][1].tolist() != logits[1].tolist()
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
