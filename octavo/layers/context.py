@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from octavo.batch import Batch, Ints
 from octavo.layers.rope import Rope
 from octavo.ops import Ops
+from octavo.ops.transfer import on_device
 
 if TYPE_CHECKING:
     import torch
@@ -73,11 +73,3 @@ class ForwardContext:
             query_start_host=batch.query_start,
             seq_lens_host=batch.seq_lens,
         )
-
-
-def on_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A copy of `array` on `device`. A GPU makes it when it comes to it: nobody waits."""
-    import torch  # whoever computes on the CPU's kernels alone never loads it
-
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

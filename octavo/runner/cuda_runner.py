@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from octavo import ops
 from octavo.batch import Batch, Ints, LogprobColumns, NextStep, SamplingColumns, StepResult
 from octavo.config import EngineConfig
-from octavo.layers.context import ForwardContext, on_device
+from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
+from octavo.ops.transfer import on_device
 from octavo.ops.triton import TritonOps
 from octavo.ops.triton.invariant import segment_for
 from octavo.ops.triton.penalties import penalize

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from octavo.batch import Batch, Ints
 from octavo.config import ModelConfig
-from octavo.layers.context import LayerCache, on_device
+from octavo.layers.context import LayerCache
 from octavo.log import logger
 from octavo.ops import Ops
+from octavo.ops.transfer import on_device
 
 # Bytes of blocks gathered at once on their way between device and host.
 _STAGED = 64 * 1024**2

@@ -10,8 +10,8 @@ import torch
 
 from octavo import ops
 from octavo.batch import Batch, Ints, LogprobColumns, SamplingColumns, StepResult
-from octavo.layers.context import on_device
 from octavo.models.decoder import Decoder
+from octavo.ops.transfer import on_device
 from octavo.runner import sampler
 from octavo.runner.forward import Forward, PlainForward
 from octavo.runner.kv_cache import KVCache

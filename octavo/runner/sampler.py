@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from octavo.batch import Floats, Ints, LogprobColumns, PromptLogprobs, SamplingColumns
-from octavo.layers.context import on_device
+from octavo.ops.transfer import on_device
 from octavo.runner import noise
 
 # A nucleus is sought among so many of the likeliest tokens first: sorting a whole vocabulary is slow.

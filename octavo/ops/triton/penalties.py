@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from octavo.batch import SamplingColumns
-from octavo.layers.context import on_device
+from octavo.ops.transfer import on_device
 
 
 def penalize(logits_SV: torch.Tensor, columns: SamplingColumns, before_S: torch.Tensor) -> None:
