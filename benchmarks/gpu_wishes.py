@@ -1,6 +1,8 @@
 """Output tokens a second on one GPU by what requests ask for: random weights, 300 tokens in, 128 out.
 
     python benchmarks/gpu_wishes.py --model qwen3-0.6b
+
+After the speed, the host's mean microseconds a step; "wait" is for the device.
 """
 
 import argparse
