@@ -88,8 +88,8 @@ def test_attention_that_turns_heads(ops, heads, norm, lengths):
             cases.check_turned(ops, CUDA, dtype, heads, lengths, rotary, norm=norm)
 
 
-@pytest.mark.parametrize(("width", "outputs"), [(1024, 3072), (4096, 1000), (576, 1536), (512, 512)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17])
+@pytest.mark.parametrize(("width", "outputs"), [(1024, 3072), (4096, 1000), (2048, 8192), (576, 1536), (512, 512)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 40])
 @pytest.mark.parametrize("in_fp8", [False, True])
 def test_fused_chain(ops, rows, width, outputs, in_fp8):
     cases.each_dtype(lambda dtype: cases.check_fused(ops, CUDA, dtype, rows, width, outputs, in_fp8=in_fp8))

@@ -8,6 +8,7 @@ a result before `finish`. What is taken in here:
     1 to 2    addition and norm, SiLU             the product behind it (`matvec`)
     3 to 16   a product                           the addition, or the SiLU, behind it (`matmul`)
               a norm whose squares are known      the product behind it
+    3 to 64   a large product, in halves          the addition and norm behind it (`halves`)
     to 64     rotation and cache                  attention (`decode`), unless beginnings are shared
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from octavo.ops import reference
-from octavo.ops.triton import TritonOps, matmul, matvec
+from octavo.ops.triton import TritonOps, halves, matmul, matvec
 from octavo.ops.triton.matmul import Normed
 from octavo.ops.triton.norm import write_add_rms_norm, write_rms_norm
 from octavo.ops.triton.rope import Heads, write_rope_and_cache
@@ -33,11 +34,12 @@ class _Waiting:
     """An op that is still to be computed: by `write` into `result`, or in the kernel of an op that takes it in."""
 
     result: torch.Tensor
-    write: Callable[[], None]
+    write: Callable[[], object]
     matvec: Callable[[Dense, torch.Tensor | None], torch.Tensor] | None = None
     norm: Normed | None = None
     product: tuple[torch.Tensor, Normed | None, Dense, torch.Tensor | None] | None = None
     heads: Heads | None = None
+    halves: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class FusedOps(TritonOps):
@@ -93,6 +95,11 @@ class FusedOps(TritonOps):
             )
             return out_TO
         self._settle(x_TI)
+        if isinstance(weight_OI, torch.Tensor) and bias_O is None and halves.suits(len(x_TI), weight_OI):
+            out_TO = x_TI.new_empty(len(x_TI), len(weight_OI))
+            write = lambda: torch.mm(x_TI, weight_OI.t(), out=out_TO)  # noqa: E731
+            self._waiting = _Waiting(out_TO, write, halves=(x_TI, weight_OI))
+            return out_TO
         return super().linear(x_TI, weight_OI, bias_O)
 
     def add_rms_norm(
@@ -106,6 +113,11 @@ class FusedOps(TritonOps):
             self._waiting = _Waiting(
                 out, lambda: write_rms_norm(stream, weight, eps, out), norm=Normed(stream, squares_PT, weight, eps)
             )
+            return out, stream
+        if self._recording and waiting is not None and waiting.halves is not None and self._take(x):
+            self._settle(residual)
+            stream = torch.empty_like(x)
+            write_add_rms_norm(halves.in_halves(*waiting.halves), residual, weight, eps, out, stream, pdl=self.pdl)
             return out, stream
         self._settle(x, residual)
         stream = torch.empty_like(x)

@@ -45,17 +45,20 @@ def write_add_rms_norm(
     *,
     pdl: bool,
 ) -> None:
-    """As `add_rms_norm`, into `out` and `stream`."""
+    """As `add_rms_norm`, into `out` and `stream`; of the sum of several `x` where it is [P, T, D]."""
+    parts = len(x) if x.dim() == 3 else 1
     block = triton.next_power_of_2(x.shape[-1])
-    _add_rms_norm[(len(x),)](
+    _add_rms_norm[(len(residual),)](
         x,
         residual,
         weight,
         out,
         stream,
         eps,
+        residual.numel(),
         D=x.shape[-1],
         BLOCK=block,
+        PARTS=parts,
         PDL=pdl,
         num_warps=_warps(block),
         launch_pdl=pdl,
@@ -80,7 +83,19 @@ def _rms_norm(x, weight, out, heads, x_stride, head_stride, eps, D: tl.constexpr
 
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, out, stream, eps, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _add_rms_norm(
+    x,
+    residual,
+    weight,
+    out,
+    stream,
+    eps,
+    part_stride,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -89,6 +104,8 @@ def _add_rms_norm(x, residual, weight, out, stream, eps, D: tl.constexpr, BLOCK:
     inside = at < D
     here = row * D + at
     total = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(x + part * part_stride + here, mask=inside, other=0.0)
     total += tl.load(residual + here, mask=inside, other=0.0).to(tl.float32)
     # The stream is kept in the model's dtype, and what is normed is what is kept.
     kept = total.to(stream.dtype.element_ty)
