@@ -157,3 +157,19 @@ def test_draws_in_any_company():
 
 def test_penalties_are_for_a_token_that_only_the_device_knows():
     sampling_cases.check_penalties(CUDA)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.05, 1.0, 3e38])
+@pytest.mark.parametrize("kind", sampling_cases.KINDS)
+def test_a_chunk_s_best_is_that_of_all_scores(kind, temperature):
+    torch.manual_seed(3)
+    for dtype in cases.TOLERANCE:
+        for top_p in (1.0, 0.9):
+            logits_SV = sampling_cases.logits(kind, 64, 151_936, CUDA).to(dtype)
+            sampling_cases.check_scores(logits_SV, 151_930, temperature=temperature, top_p=top_p)
+
+
+def test_scores_at_the_ends():
+    sampling_cases.check_no_numbers(CUDA)
+    for seed, token in sampling_cases.ENDS:
+        sampling_cases.check_ends(seed, token, CUDA)

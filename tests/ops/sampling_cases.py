@@ -4,7 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
+from octavo.ops.triton import sampling
+from octavo.ops.triton.noise import gumbel, key_of
 from octavo.ops.triton.penalties import penalize
 from octavo.ops.triton.sampling import Asked, draw
 from octavo.runner import noise, sampler
@@ -47,23 +51,31 @@ def logits(kind: str, rows: int, vocab_size: int, device: torch.device) -> torch
         made = torch.full_like(made, float("-inf")).scatter_(1, allowed, made.gather(1, allowed))
     elif kind == "one":
         made[:, vocab_size // 3] = 80.0
+    elif kind == "rivals":  # two hold everything, and often the better score has the lower bound
+        made[:] = -40.0
+        made[:, 3], made[:, vocab_size // 2] = 1.0, 0.0
+    elif kind == "huge":  # noise is lost in the roundings, so that scores are equal
+        made = -3e6 + 4e5 * made.round()
     else:
         assert kind == "flat"
     return made
 
 
-KINDS = ("peaked", "flat", "wide", "ties", "constant", "forbidden", "one")
+KINDS = ("peaked", "flat", "wide", "ties", "constant", "forbidden", "one", "rivals", "huge")
 
 
 def drawn(logits_SV: torch.Tensor, num_tokens: int, **given: Any) -> list[int]:
     """By the kernels; `given` are columns, as numbers or lists."""
-    chosen = _columns(len(logits_SV), given)
     device = logits_SV.device
+    out_S = torch.full((len(logits_SV),), -1, dtype=torch.int32, device=device)
+    draw(logits_SV, _asked(_columns(len(logits_SV), given), device), num_tokens, out_S)
+    return out_S.tolist()
+
+
+def _asked(chosen: sampler.SamplingColumns, device: torch.device) -> Asked:
     states = noise.states(chosen.seed, chosen.counter).view(np.int64)
     arrays = (states, chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
-    out_S = torch.full((len(logits_SV),), -1, dtype=torch.int32, device=device)
-    draw(logits_SV, Asked(*(torch.tensor(array, device=device) for array in arrays)), num_tokens, out_S)
-    return out_S.tolist()
+    return Asked(*(torch.tensor(array, device=device) for array in arrays))
 
 
 def expected(logits_SV: torch.Tensor, num_tokens: int, **given: Any) -> list[int]:
@@ -176,3 +188,81 @@ def check_penalties(device: torch.device) -> None:
     sampler.penalize(wanted, given(known, [0] * 4))
     torch.testing.assert_close(found, wanted)
     assert not torch.equal(wanted, logits_SV)
+
+
+@triton.jit
+def _score(logits, states, temperature, scores, num_tokens, stride, BLOCK: tl.constexpr):
+    sample = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < num_tokens
+    low, high = key_of(states, sample)
+    value = tl.load(logits + sample * stride + token, mask=inside).to(tl.float32)
+    score = value / tl.load(temperature + sample) + gumbel(token.to(tl.uint32), low, high)
+    tl.store(scores + sample * num_tokens + token, score, mask=inside)
+
+
+def check_scores(logits_SV: torch.Tensor, num_tokens: int, **given: Any) -> torch.Tensor:
+    """The best of each chunk, bit for bit what it is when all tokens are scored, and the lowest that has it. Returns
+    all scores."""
+    S, V = logits_SV.shape
+    device = logits_SV.device
+    asked = _asked(_columns(S, given), device)
+    scores_SV = torch.empty((S, num_tokens), device=device)
+    _score[(triton.cdiv(num_tokens, 512), S)](
+        logits_SV, asked.states_S, asked.temperature_S, scores_SV, num_tokens, V, BLOCK=512
+    )
+    chunk = sampling._CHUNK
+    chunks, groups = triton.cdiv(num_tokens, chunk), triton.cdiv(num_tokens, sampling._GROUP)
+    best_SC, peak_SC, mass_SC = torch.zeros((3, S, chunks), device=device).unbind()
+    token_SC = torch.full((S, chunks), -1, dtype=torch.int32, device=device)
+    peaks_SG = torch.zeros((S, groups), dtype=logits_SV.dtype, device=device)
+    of_chunks = (best_SC, token_SC, peak_SC, mass_SC, peaks_SG)
+    sizes = {"CHUNK": chunk, "GROUP": sampling._GROUP, "PIECE": sampling._PIECE, "CUDA": logits_SV.is_cuda}
+    sampling._look_at_chunk[(chunks, S)](logits_SV, *asked, *of_chunks, num_tokens, V, groups, **sizes, num_warps=8)
+    lowest = float("-inf")
+    padded_SCN = torch.nn.functional.pad(scores_SV, (0, chunks * chunk - num_tokens), value=lowest).view(S, chunks, -1)
+    top_SC = torch.where(padded_SCN.isnan(), lowest, padded_SCN).amax(2)
+    assert torch.equal(best_SC.view(torch.int32), top_SC.view(torch.int32)), given
+    wins_SCN = padded_SCN == top_SC[:, :, None]
+    token_of_top_SC = wins_SCN.int().argmax(2) + chunk * torch.arange(chunks, device=device)
+    numbers_SC = wins_SCN.any(2)  # a chunk of nothing but NaN has no best token
+    assert torch.equal(token_SC[numbers_SC], token_of_top_SC[numbers_SC].int()), given
+    return scores_SV
+
+
+def check_no_numbers(device: torch.device) -> None:
+    """Infinities and NaN, alone and among others."""
+    low, high, none = float("-inf"), float("inf"), float("nan")
+    logits_SV = torch.randn(9, 1100, device=device)
+    logits_SV[0] = low
+    logits_SV[1] = none
+    logits_SV[2, :600] = none  # a whole chunk and some of the next
+    logits_SV[3, ::2] = none
+    logits_SV[4, :40] = none
+    logits_SV[4, 40:] = low
+    logits_SV[5, [9, 70, 400]] = high
+    logits_SV[6, 30:] = low
+    logits_SV[7, 100:] = none
+    logits_SV[8, 700:] = low
+    for temperature in (0.5, 3e38):
+        check_scores(logits_SV, 1100, temperature=temperature)
+    assert all(0 <= token < 1100 for token in drawn(logits_SV, 1100))
+
+
+# Seeds and tokens whose noise is the largest, twice, and the least that there is: x is 0 and 2^32 - 1.
+ENDS = [(1654281, 819), (2232082, 591), (1343759, 21), (2077678, 410)]
+
+
+def check_ends(seed: int, token: int, device: torch.device) -> None:
+    """A token of extreme noise alone, and beside one that is nearly as good, or better or worse by far, or as good."""
+    key_S2 = torch.from_numpy(noise.keys(np.array([seed], np.uint64), np.zeros(1, np.int32)))
+    of_all_V = noise.gumbel(key_S2, 1100)[0]
+    rival = (token + 137) % 512  # in another piece of the same chunk, or in another chunk
+    equal = np.float32(of_all_V[token] - of_all_V[rival])
+    ahead = [-np.inf, -3, -1, -1e-3, 1e-3, 1, 3, *(np.spacing(equal) * np.arange(-4, 5))]
+    logits_SV = torch.full((len(ahead), 1100), float("-inf"), device=device)
+    logits_SV[:, token] = 0.0
+    logits_SV[:, rival] = torch.tensor(equal + np.array(ahead, np.float32), device=device)
+    scores_SV = check_scores(logits_SV, 1100, seed=seed, counter=0)
+    assert (scores_SV[7:, token] == scores_SV[7:, rival]).any(), "no row has a tie"
+    assert drawn(logits_SV, 1100, seed=seed, counter=0)[:7] == [token] * 4 + [rival] * 3

@@ -7,7 +7,7 @@ from tests import interpreter
 
 pytestmark = interpreter.MARKS
 CPU = torch.device("cpu")
-KINDS = ("peaked", "flat", "wide", "ties", "constant", "forbidden", "one")
+KINDS = ("peaked", "flat", "wide", "ties", "constant", "forbidden", "one", "rivals", "huge")
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +57,36 @@ def test_a_vocabulary_of_several_chunks(cases):
 
 def test_penalties_are_for_a_token_that_only_the_device_knows(cases):
     cases.check_penalties(CPU)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.05, 1.0, 3e38])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_s_best_is_that_of_all_scores(cases, small, kind, temperature):
+    for top_p in (1.0, 0.9):
+        cases.check_scores(cases.logits(kind, 6, 700, CPU).bfloat16(), 693, temperature=temperature, top_p=top_p)
+
+
+def test_scores_of_other_types(cases, small):
+    for dtype in (torch.float32, torch.float16):
+        cases.check_scores(cases.logits("wide", 3, 700, CPU).to(dtype), 700)
+
+
+def test_logits_that_are_no_numbers(cases, small):
+    cases.check_no_numbers(CPU)
+
+
+def test_the_ends_of_noise(cases, small):
+    for seed, token in cases.ENDS:
+        cases.check_ends(seed, token, CPU)
+
+
+def test_bounds_alone_do_not_decide(cases, small, monkeypatch):
+    """What the tests above would say if only the piece of the largest bound were scored; and what if all were."""
+    from octavo.ops.triton import sampling
+
+    logits_SV = cases.logits("rivals", 12, 700, CPU)
+    monkeypatch.setattr(sampling, "_SLACK", 1e9)
+    cases.check_scores(logits_SV, 700)
+    monkeypatch.setattr(sampling, "_SLACK", -1e9)
+    with pytest.raises(AssertionError):
+        cases.check_scores(logits_SV, 700)

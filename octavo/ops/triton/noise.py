@@ -6,17 +6,17 @@ import triton.language as tl
 
 @triton.jit
 def key_of(states, sample):
-    """The two words that a sample's noise begins with."""
+    """What a sample's two words are to `hash32`."""
     z = tl.load(states + sample).to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z ^= z >> 31
-    return z.to(tl.uint32), (z >> 32).to(tl.uint32)
+    return fold(z.to(tl.uint32)), fold((z >> 32).to(tl.uint32))
 
 
 @triton.jit
 def gumbel(token, low, high):
-    x = _mix32(_mix32(token ^ low) ^ high)
+    x = hash32(fold(token) ^ low, high)
     v = tl.minimum((x.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994039535522)
     # -log1p(-v) from log alone, to the last bits: the rounding of 1 - v is divided out again.
     u = 1.0 - v
@@ -25,10 +25,21 @@ def gumbel(token, low, high):
 
 
 @triton.jit
-def _mix32(x):
-    x ^= x >> 16
+def hash32(z, high):
+    """x of a token, where z is `fold(token) ^ low`. Folding is linear in xor and undoes itself: where one mix ends and
+    the next begins two folds meet, and what is left of them is that of the key."""
+    return fold(_mix(_mix(z) ^ high))
+
+
+@triton.jit
+def fold(x):
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _mix(x):
+    """`mix32` between its folds."""
     x *= 0x7FEB352D
     x ^= x >> 15
     x *= 0x846CA68B
-    x ^= x >> 16
     return x
