@@ -141,7 +141,8 @@ class DecodeGraphs:
 
     def _replay(self, batch: Batch, groups: PrefixGroups | None, order: Ints | None, *, draws: bool) -> RecordedStep:
         self.forget()
-        key = (bucket_of(batch.num_rows), groups is not None, draws)
+        # A prompt of one token, or its last one, may draw many samples from one row.
+        key = (bucket_of(max(batch.num_rows, len(batch.sample_index))), groups is not None, draws)
         self._send(batch, groups, order, key[0])
         recorded = self._recorded.get(key)
         if recorded is None:

@@ -93,7 +93,9 @@ class PromptGraphs:
         it is too large to be worth it, or a row has a rotary stretch of its own."""
         singles = leading_singles(batch.query_start)
         tokens = batch.num_tokens - singles
-        size = size_of(singles, tokens, batch.num_rows - singles, self._max_rows)
+        # As many samples are drawn as there are rows, and a prompt may ask for many.
+        prompts = max(batch.num_rows, len(batch.sample_index)) - singles
+        size = size_of(singles, tokens, prompts, self._max_rows)
         if size is None or tokens > self._max_tokens or self._ops.invariant or (batch.ntk_alpha != 1.0).any():
             return None
         self._send(batch, singles, size)
