@@ -15,6 +15,7 @@ def test_more_steps_than_are_kept_before_they_are_written_down(depth):
     bench.scheduler.abort("r0")
     bench.add("late", prompt_of(9), max_tokens=300)
     bench.run()
+    assert bench.continued > 500
     for i in (1, 2):
         assert bench.answers[f"r{i}", 0] == expected(prompt_of(5 + i, seed=i), 600 + i, 1)
     assert bench.answers["late", 0] == expected(prompt_of(9), 300, 1)
