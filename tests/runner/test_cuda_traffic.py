@@ -3,20 +3,20 @@ that goes on, what the last publishes, and all of it in turns. Instead of a mode
 
 import hashlib
 import random
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from octavo.batch import LogprobColumns, NextStep, StepResult
+from octavo.batch import NextStep, StepResult
 from octavo.engine.rows import FORK_STRIDE
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import RequestError
 from octavo.layers.rope import Rope
 from octavo.request import Request
-from octavo.runner import noise
+from octavo.runner import noise, sampler
 from octavo.sampling_params import SamplingParams
 from tests import interpreter
 from tests.tiny_config import engine_config, model_config
@@ -42,7 +42,11 @@ def expected(prompt, params, fork):
     seed = np.array([(params.seed + fork * FORK_STRIDE) % 2**64], np.uint64)
     for i in range(params.max_tokens):
         state = noise.states(seed, np.array([i], np.int32))[0]
-        tokens.append(token_of(number_of(tokens), state, params.temperature, params.top_k))
+        seen = number_of(tokens)
+        if params.has_penalties:
+            counts = dict.fromkeys(prompt, 0) | Counter(tokens[len(prompt) :])
+            seen = number_of(seen, sorted(counts.items()))
+        tokens.append(token_of(seen, state, params.temperature, params.top_k))
         if tokens[-1] in params.stop_token_ids:
             break
     return tokens[len(prompt) :]
@@ -98,6 +102,8 @@ class PagedModel:
     def lm_head(self, hidden_S1, ctx):
         return hidden_S1
 
+    logits = lm_head
+
 
 class NoOps:
     """The ops of a model that has none."""
@@ -122,6 +128,27 @@ def draw(logits_S1, asked, num_tokens, out_S):
         out_S[i] = token_of(seen, asked.states_S[i], asked.temperature_S[i], asked.top_k_S[i])
 
 
+def draw_cold(logits_S1, columns):
+    states = noise.states(columns.seed, columns.counter)
+    asked = zip(logits_S1[:, 0].tolist(), states, columns.temperature, columns.top_k, strict=True)
+    return torch.tensor([token_of(*each) for each in asked])
+
+
+def penalize(logits_S1, columns, before_S):
+    for i, sample in enumerate(columns.penalty_sample.tolist()):
+        part = slice(*columns.penalty_start[i : i + 2])
+        counts = Counter(
+            dict(zip(columns.penalty_token[part].tolist(), columns.penalty_count[part].tolist(), strict=True))
+        )
+        if (pending := int(columns.penalty_pending[i])) < 0:
+            counts[int(before_S[~pending])] += 1
+        logits_S1[sample] = number_of(int(logits_S1[sample]), sorted(counts.items()))
+
+
+def logprobs(logits_E1, tokens_E, k):
+    return sampler.Found(tokens_E[:, None], torch.zeros(len(tokens_E), 1), torch.ones(len(tokens_E)))
+
+
 class Runner:
     """A `CudaRunner` whose tokens are looked at as late as there."""
 
@@ -144,7 +171,11 @@ class Runner:
             return
         batch = step.whole()
         self._move(batch)
-        self._steps.append(self.forward.draw(batch) if plain(batch.sampling) else self._wait(batch))
+        if plain(batch.sampling):
+            self._steps.append(self.forward.draw(batch))
+        else:
+            tokens, _ = self.forward.draw_changed(batch, self.forward.hidden(batch))
+            self._steps.append(tokens)
 
     def _move(self, batch):
         blocks = self.model.blocks
@@ -155,17 +186,8 @@ class Runner:
         for source, destination in batch.block_copies:
             blocks[destination] = blocks[source]
 
-    def _wait(self, batch):
-        seen = self.forward.hidden(batch)[batch.sample_index, 0].tolist()
-        columns = batch.sampling
-        asked = zip(seen, noise.states(columns.seed, columns.counter), columns.temperature, columns.top_k, strict=True)
-        tokens = np.array([token_of(*each) for each in asked], np.int32)
-        self.forward.drawn_S[: len(tokens)] = torch.from_numpy(tokens)
-        return StepResult(tokens, LogprobColumns.nothing(len(tokens)))
-
     def result(self):
-        step = self._steps.popleft()
-        return step if isinstance(step, StepResult) else StepResult(step.copy())
+        return StepResult(self._steps.popleft().copy())
 
 
 class Traffic:
@@ -217,6 +239,7 @@ class Traffic:
             top_k=rng.choice([0, 5]),
             stop_token_ids=rng.choice([[], [5], STOPS]),
             logprobs=rng.choice([None] * 9 + [0]),
+            presence_penalty=rng.choice([0.0] * 9 + [0.1]),
             ignore_eos=True,
         )
         try:
@@ -247,7 +270,10 @@ class Traffic:
 def test_any_traffic_ends_with_the_right_answers(without_a_gpu, monkeypatch, block_size, shared_keys):
     from octavo.runner import cuda_graphs, cuda_runner, prefix_groups, prompt_graphs
 
-    monkeypatch.setattr(cuda_runner, "draw", draw)
+    for module, replaced in ((cuda_runner, (draw, penalize)), (sampler, (logprobs,))):
+        for function in replaced:
+            monkeypatch.setattr(module, function.__name__, function)
+    monkeypatch.setattr(sampler, "draw", draw_cold)
     monkeypatch.setattr(cuda_runner, "TritonOps", NoOps)
     monkeypatch.setattr(cuda_graphs, "FusedOps", NoOps)
     monkeypatch.setattr(cuda_graphs, "fits", lambda *shape: True)
