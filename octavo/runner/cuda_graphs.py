@@ -36,6 +36,12 @@ def bucket_of(rows: int) -> int:
     return -(-rows // 32) * 32
 
 
+def most_recorded(max_rows: int) -> int:
+    """Graphs that there may be of steps of up to `max_rows` rows: of each number of rows those that draw, with
+    beginnings in common and without, and those that do not."""
+    return 3 * len({bucket_of(rows) for rows in range(1, max_rows + 1)})
+
+
 @dataclass(slots=True)
 class RecordedStep:
     graph: torch.cuda.CUDAGraph

@@ -41,5 +41,5 @@ def without_a_gpu(monkeypatch):
     monkeypatch.setattr(DecodeGraphs, "_record", record)
     monkeypatch.setattr(PromptGraphs, "_record", record_prompts)
     monkeypatch.setattr(prompt_graphs, "_SINGLES", (0, 2, 4))
-    monkeypatch.setattr(prompt_graphs, "_MOST_GRAPHS", 2)
+    monkeypatch.setattr(prompt_graphs, "MOST_GRAPHS", 2)
     return recorded

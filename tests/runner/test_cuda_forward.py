@@ -123,3 +123,28 @@ def test_the_largest_steps_touch_no_block(tmp_path):
     for largest in (largest_prompt, largest_decode):
         assert len(runner.run(largest(options)).token_ids) == 4
     assert not any(cache.k_PBKH.any() or cache.v_PBKH.any() for cache in runner.kv_cache.layers)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 65, 256, 700])
+@pytest.mark.parametrize("more_tokens", [0, 1, 30, 10_000])
+def test_no_graph_has_more_rows_than_the_one_that_is_measured(monkeypatch, rows, more_tokens):
+    monkeypatch.undo()  # the real sizes
+    from octavo.ops.triton import leading_singles
+    from octavo.runner.cuda_memory import largest_prompt
+    from octavo.runner.prompt_graphs import most_rows, most_tokens, size_of
+
+    config = engine_config(max_num_seqs=rows, max_num_batched_tokens=rows + more_tokens, max_model_len=40)
+    batch = largest_prompt(config)
+    assert batch.num_tokens <= config.max_num_batched_tokens
+    assert batch.seq_lens.max() <= config.max_model_len
+    if rows + more_tokens == 1:
+        return  # no step has a prompt of two tokens
+    singles = leading_singles(batch.query_start)
+    tokens = batch.num_tokens - singles
+    assert tokens <= most_tokens(config)
+    measured = size_of(singles, tokens, batch.num_rows - singles, rows)
+    assert measured is not None
+    for singles in range(rows):
+        # A step of so many other rows, or of one that draws so many samples.
+        other = size_of(singles, 2, min(rows, config.max_num_batched_tokens - 1) - singles, rows)
+        assert other is None or other[0] + other[2] <= measured[0] + measured[2] <= most_rows(rows)
