@@ -46,6 +46,8 @@ class Bench:
             assert batch.num_tokens <= self.config.max_num_batched_tokens
             assert batch.num_rows <= self.config.max_num_seqs
             self.scheduler.check()
+            if self.scheduler.steps_under_way == 1:
+                assert (batch.token_ids >= 0).all(), "a token is unknown that has been seen"
             if isinstance(step, NextStep):
                 self.continued += 1
                 check_next(step, batch, self.oracle.batches[-1], self.oracle.drawn, self.config.block_size)
