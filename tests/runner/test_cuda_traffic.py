@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from octavo.batch import NextStep, StepResult
+from octavo.config import RopeConfig
 from octavo.engine.rows import FORK_STRIDE
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import RequestError
@@ -75,6 +76,7 @@ class PagedModel:
             self._check_shared(ctx.ops.prefix, lengths, tables)
         hidden_T1 = torch.full((len(token_ids), 1), -1, dtype=torch.int64)
         singles = leading_singles(ctx.query_start_host)
+        assert (np.diff(ctx.query_start_R1[singles:].numpy()) >= 0).all() or singles == len(lengths)
         for row, length in enumerate(lengths.tolist()):
             # As in the kernels, where the host's arrays say no more than how many single rows there are.
             start, end = (row, row + 1) if row < singles else ctx.query_start_R1[row : row + 2].tolist()
@@ -197,8 +199,9 @@ class Traffic:
         self._rng = rng
         self._length = rng.choice([17, 40, 64])
         least, rows = -(-self._length // block_size), rng.choice([1, 2, 3, 5, 8])
+        rope = RopeConfig(rotary_dim=8, scaling="dynamic", factor=2.0, original_max_position=rng.choice([20, 100]))
         config = engine_config(
-            model_config(vocab_size=VOCAB),
+            model_config(vocab_size=VOCAB, rope=rope),  # longer prompts have a stretch of their own
             block_size=block_size,
             num_blocks=rng.randint(least, 4 * least),
             max_model_len=self._length,
@@ -209,6 +212,8 @@ class Traffic:
             preemption_mode=rng.choice(["swap", "recompute"]),
         )
         self.runner = Runner(config)
+        self.runner.forward._prompts._max_tokens = rng.choice([5, 70])  # steps of more are no graphs
+        self._calm = rng.random() < 0.5  # whether all only decode, for long
         self._scheduler = Scheduler(config)
         if rng.random() < 0.5:  # admit whatever fits this moment, so that somebody has to give way
             self._scheduler._fits_ahead = lambda state, owned_hits: True
@@ -231,15 +236,16 @@ class Traffic:
         rng = self._rng
         given = rng.randint(1, rng.choice([1, 6, self._length - 1]))
         prompt = self._beginnings[rng.randint(0, 2)][:given]
+        room = self._length - given
         params = SamplingParams(
             n=rng.choice([1, 1, 1, 2, 3, 8]),
-            max_tokens=rng.randint(1, self._length - given),
+            max_tokens=room if self._calm else rng.randint(1, room),
             seed=seed,
-            temperature=rng.choice([1.0, 1.0, 0.5, 1e-6]),  # the last one is too cold for the kernels
+            temperature=1.0 if self._calm else rng.choice([1.0, 0.5, 1e-6]),  # the last one is too cold for the kernels
             top_k=rng.choice([0, 5]),
-            stop_token_ids=rng.choice([[], [5], STOPS]),
-            logprobs=rng.choice([None] * 9 + [0]),
-            presence_penalty=rng.choice([0.0] * 9 + [0.1]),
+            stop_token_ids=[] if self._calm else rng.choice([[], [5], STOPS]),
+            logprobs=None if self._calm else rng.choice([None] * 9 + [0]),
+            presence_penalty=0.0 if self._calm else rng.choice([0.0] * 9 + [0.1]),
             ignore_eos=True,
         )
         try:
