@@ -36,6 +36,12 @@ def bucket_of(rows: int) -> int:
     return -(-rows // 32) * 32
 
 
+def most_recorded(max_rows: int) -> int:
+    """Graphs that there may be of steps of up to `max_rows` rows: of each number of rows those that draw, with
+    beginnings in common and without, and those that do not."""
+    return 3 * len({bucket_of(rows) for rows in range(1, max_rows + 1)})
+
+
 @dataclass(slots=True)
 class RecordedStep:
     graph: torch.cuda.CUDAGraph
@@ -141,7 +147,8 @@ class DecodeGraphs:
 
     def _replay(self, batch: Batch, groups: PrefixGroups | None, order: Ints | None, *, draws: bool) -> RecordedStep:
         self.forget()
-        key = (bucket_of(batch.num_rows), groups is not None, draws)
+        # A prompt of one token, or its last one, may draw many samples from one row.
+        key = (bucket_of(max(batch.num_rows, len(batch.sample_index))), groups is not None, draws)
         self._send(batch, groups, order, key[0])
         recorded = self._recorded.get(key)
         if recorded is None:

@@ -15,16 +15,15 @@ from octavo.batch import Batch, PromptLogprobs, SamplingColumns
 from octavo.config import EngineConfig, format_size
 from octavo.errors import CapacityError
 from octavo.models.decoder import Decoder
+from octavo.runner.cuda_graphs import most_recorded
 from octavo.runner.cuda_runner import CudaRunner
 from octavo.runner.kv_cache import KVCache, kv_torch_dtype
-from octavo.runner.prompt_graphs import most_tokens
+from octavo.runner.prompt_graphs import MOST_GRAPHS, most_tokens, size_of
 
 # For blocks gathered on their way to or from the host, and pieces of memory that happen not to fit each other.
 _MARGIN = 256 * 1024**2
-# Of a recorded step, for each layer, and the steps that may be recorded: each number of rows with beginnings in common
-# and without, drawn and not, and those with prompts.
+# Of a recorded step, for each layer.
 _GRAPH_BYTES_PER_LAYER = 64 * 1024
-_GRAPHS = 230
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,8 @@ def measure(model: Decoder, config: EngineConfig) -> Measured:
             f" ({config.max_num_seqs}), or use a smaller or quantized model"
         ) from None
     torch.cuda.synchronize()
-    working = free - torch.cuda.mem_get_info()[0] + _MARGIN + _GRAPHS * _GRAPH_BYTES_PER_LAYER * config.model.num_layers
+    graphs = (most_recorded(config.max_num_seqs) + MOST_GRAPHS) * _GRAPH_BYTES_PER_LAYER * config.model.num_layers
+    working = free - torch.cuda.mem_get_info()[0] + _MARGIN + graphs
     gc.collect()
     torch.cuda.empty_cache()
     return Measured(weights, working, time.monotonic() - began)
@@ -89,10 +89,24 @@ def largest_decode(config: EngineConfig) -> Batch:
 
 
 def largest_prompt(config: EngineConfig) -> Batch:
-    """A token for each of the most rows but one, which computes as much of a prompt as a graph takes."""
-    counts = np.ones(config.max_num_seqs, np.int32)
-    counts[-1] = max(1, min(most_tokens(config), config.max_num_batched_tokens - len(counts) + 1, config.max_model_len))
-    return _batch(config, counts, counts, _columns(len(counts)))
+    """Of the steps with prompts that a graph takes one with most rows, each of which has logits, then most tokens."""
+    rows = max(1, min(config.max_num_seqs, config.max_num_batched_tokens - 1))
+
+    def tokens_of(prompts: int) -> int:
+        return min(
+            most_tokens(config), config.max_num_batched_tokens - (rows - prompts), prompts * config.max_model_len
+        )
+
+    def size(prompts: int) -> tuple[int, int]:
+        singles, tokens, padded = size_of(rows - prompts, tokens_of(prompts), prompts, config.max_num_seqs) or (0, 0, 0)
+        return singles + padded, tokens
+
+    prompts = max(range(1, rows + 1), key=size)
+    tokens = tokens_of(prompts)
+    counts = np.ones(rows, np.int32)
+    counts[rows - prompts :] = tokens // prompts
+    counts[rows - prompts : rows - prompts + tokens % prompts] += 1
+    return _batch(config, counts, counts, _columns(rows))
 
 
 def largest_chunks(config: EngineConfig) -> Batch:

@@ -28,7 +28,7 @@ from octavo.runner.step_buffers import StepBuffers, padded
 _SINGLES = (0, 4, 16, 64, 128, 256, 384, 512, 768, 1024)
 _PROMPTS = (4, 16, 64, 256)
 # Beyond these, the one that was used longest ago is forgotten: its last step is long over.
-_MOST_GRAPHS = 128
+MOST_GRAPHS = 128
 # Tokens times weights of a layer that a GPU multiplies, at 600 TFLOP/s, in the 0.6 ms that a host may need for a layer.
 _WORTH_IT = 1.8e11
 
@@ -51,12 +51,12 @@ def size_of(singles: int, tokens: int, prompts: int, max_rows: int) -> Size | No
     """The size that a step is padded to; None if it has no prompts, or too many."""
     rows = next((rows for rows in _SINGLES if singles <= rows), max_rows)
     room = next((room for room in _PROMPTS if prompts <= room), 0)
-    return (min(rows, max_rows), room_for(tokens), room) if prompts and room else None
+    return (min(rows, max_rows), room_for(tokens), min(room, max_rows)) if prompts and room else None
 
 
 def most_rows(max_rows: int) -> int:
     """Rows of the largest of these steps, where no step has more than `max_rows`."""
-    return max_rows + _PROMPTS[-1]
+    return max_rows + min(_PROMPTS[-1], max_rows)
 
 
 class PromptGraphs:
@@ -93,14 +93,16 @@ class PromptGraphs:
         it is too large to be worth it, or a row has a rotary stretch of its own."""
         singles = leading_singles(batch.query_start)
         tokens = batch.num_tokens - singles
-        size = size_of(singles, tokens, batch.num_rows - singles, self._max_rows)
+        # As many samples are drawn as there are rows, and a prompt may ask for many.
+        prompts = max(batch.num_rows, len(batch.sample_index)) - singles
+        size = size_of(singles, tokens, prompts, self._max_rows)
         if size is None or tokens > self._max_tokens or self._ops.invariant or (batch.ntk_alpha != 1.0).any():
             return None
         self._send(batch, singles, size)
         graph = self._graphs.pop(size, None)
         if graph is None:
             graph = self._record(size)
-            if len(self._graphs) == _MOST_GRAPHS:
+            if len(self._graphs) == MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
         self._graphs[size] = graph
         graph.replay()

@@ -27,8 +27,8 @@ _ALIGN = 16
 class StepBuffers:
     """Room for `capacity` numbers beside what sampling needs, the same memory for every step: steps run in order.
 
-    `control` is the turn of the step that ran last, and whether it is 1 for one that is still to run: what was sent
-    since, arrays and all. `blocks` (by row) and `drawn` (by sample) are there for each turn.
+    `control` is [turn, 0] of the step that ran last, or [turn, 1] of one that was sent since and is still to run.
+    `blocks` (by row) and `drawn` (by sample) are there for each turn.
     """
 
     def __init__(self, capacity: int, max_samples: int, device: torch.device):
@@ -64,11 +64,13 @@ class StepBuffers:
     ) -> None:
         """Begins a step: copies what its samples ask for, and `arrays` to the beginnings of `places`.
 
-        What is left of a place keeps what it held, but sample indices beyond the step's are 0.
+        What is left of a place keeps what it held, but samples beyond the step's are those of token 0 at temperature
+        0, which asks for nothing else.
         """
         self.turn = (self.turn + 1) % TURNS
         pinned = self._arrays[self.turn]
-        pinned[self._first[1]] = 0
+        _, index, temperature, *_ = self._first
+        pinned[index] = pinned[temperature] = 0
         first: tuple[NDArray[np.generic], ...] = (
             np.array([self.turn, 1], np.int32),
             sample_index.astype(np.int32),

@@ -2,9 +2,12 @@
 
 import random
 from collections import defaultdict
+from dataclasses import astuple, replace
 
+import numpy as np
 from paged_oracle import PagedOracle, engine_config
 
+from octavo.batch import Batch, NextStep
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.state import Plan
 from octavo.request import Request
@@ -19,6 +22,7 @@ class Bench:
 
     def __init__(self, *, eager=False, depth=1, **changes):
         self.depth = depth
+        self.continued = 0  # steps that were told as a `NextStep`
         self.config = engine_config(**changes)
         self.scheduler = Scheduler(self.config)
         if eager:  # admit whatever fits this moment, so that preemption is certain
@@ -42,6 +46,11 @@ class Bench:
             assert batch.num_tokens <= self.config.max_num_batched_tokens
             assert batch.num_rows <= self.config.max_num_seqs
             self.scheduler.check()
+            if self.scheduler.steps_under_way == 1:
+                assert (batch.token_ids >= 0).all(), "a token is unknown that has been seen"
+            if isinstance(step, NextStep):
+                self.continued += 1
+                check_next(step, batch, self.oracle.batches[-1], self.oracle.drawn, self.config.block_size)
             self.oracle.submit(batch)
         if not self.scheduler.steps_under_way:
             return None
@@ -85,6 +94,25 @@ class Bench:
                 assert self.scheduler.blocks.num_owned == self.scheduler.swap.num_used == 0
                 return self
         raise AssertionError("the scheduler does not come to an end")
+
+
+def check_next(step: NextStep, whole: Batch, before: Batch, drawn: list[int], block_size: int) -> None:
+    """Asserts that `whole` is what a device makes of `step` that has kept the step `before` and what that has drawn."""
+    rows, positions = np.arange(before.num_rows), before.positions + 1
+    tables = np.pad(before.block_tables, ((0, 0), (0, 1)))
+    tables[step.rows, positions[step.rows] // block_size] = step.blocks
+    tokens = [token if token >= 0 else drawn[~token] for token in whole.token_ids.tolist()]
+    assert tokens == drawn
+    assert (whole.positions == positions).all()
+    assert (whole.seq_lens == before.seq_lens + 1).all()
+    assert (whole.slots == tables[rows, positions // block_size] * block_size + positions % block_size).all()
+    for row, length in enumerate(-(-whole.seq_lens // block_size)):
+        assert (whole.block_tables[row, :length] == tables[row, :length]).all()
+    assert (whole.query_start == before.query_start).all()
+    assert (whole.sample_index == rows).all()
+    sampling = replace(before.sampling, counter=before.sampling.counter + 1)
+    assert all(map(np.array_equal, astuple(whole.sampling), astuple(sampling)))
+    assert not any(map(len, (whole.block_copies, whole.swap_out, whole.swap_in, whole.loaded_blocks)))
 
 
 def prompt_of(length, seed=0):

@@ -257,7 +257,7 @@ def test_any_traffic_ends_with_the_right_answers(data):
     block_size = data.draw(st.sampled_from([1, 2, 4, 8]))
     bench = Bench(
         eager=data.draw(st.booleans()),
-        depth=data.draw(st.sampled_from([1, 2])),
+        depth=data.draw(st.sampled_from([1, 2, 3])),
         block_size=block_size,
         num_blocks=data.draw(st.integers(64 // block_size, 160 // block_size)),
         max_model_len=64,

@@ -91,7 +91,7 @@ def test_steps_go_on_from_what_the_one_before_left_on_the_device(tmp_path):
             engine.scheduler.check()
 
         for i in range(36):
-            params = {"temperature": 0.0} if i % 3 else {"temperature": 0.9, "seed": i, "n": 1 + i % 2}
+            params = {"temperature": 0.0} if i % 3 else {"temperature": 0.9, "seed": i, "n": (1, 6)[i % 2]}
             prompt = [3 + (7 * i + k * k) % 150 for k in range(1 + 2 * i)]
             engine.add(Request(f"r{i}", prompt, SamplingParams(max_tokens=30 + 5 * (i % 5), ignore_eos=True, **params)))
             if i % 12 == 11:

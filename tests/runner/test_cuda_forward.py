@@ -5,7 +5,6 @@ What only a GPU can show (streams, real graphs, steps ahead) is for `tests/gpu`.
 
 from collections import deque
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,16 +24,6 @@ from tests.tiny_models import FolderCheckpoint, save_model
 
 pytestmark = interpreter.MARKS
 CPU = torch.device("cpu")
-
-
-class Replayed:
-    """A `CUDAGraph` that computes its step again, into the same memory."""
-
-    def __init__(self, compute, hidden):
-        self._compute, self._hidden = compute, hidden
-
-    def replay(self):
-        self._hidden.copy_(self._compute()[1])
 
 
 class GpuRunner:
@@ -63,43 +52,15 @@ class Whole:
         return self._runner.run(step.whole())
 
 
-@pytest.fixture
-def without_a_gpu(monkeypatch):
-    interpreter.start()
+@pytest.fixture(autouse=True)
+def few_programs(without_a_gpu, monkeypatch):
     from octavo.ops.triton import decode
-    from octavo.runner import prompt_graphs
-    from octavo.runner.cuda_graphs import DecodeGraphs, RecordedStep
-    from octavo.runner.prompt_graphs import PromptGraphs
 
-    def record(self, *key):
-        kept = [(tensor, tensor.clone()) for tensor in (self._drawn_S, self._buffers.control)]
-        ctx, hidden = self._compute(*key)
-        for tensor, content in kept:
-            tensor.copy_(content)
-        return RecordedStep(Replayed(lambda: self._compute(*key), hidden), ctx, hidden)
-
-    def record_prompts(self, size):
-        kept = [(tensor, tensor.clone()) for tensor in (self._drawn_S, self._buffers.control)]
-        self._compute(size)
-        for tensor, content in kept:
-            tensor.copy_(content)
-        recorded.append(size)
-        return SimpleNamespace(replay=lambda: self._compute(size))
-
-    recorded = []
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **more: zeros(*shape, **more))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(DecodeGraphs, "_record", record)
-    monkeypatch.setattr(PromptGraphs, "_record", record_prompts)
-    monkeypatch.setattr(prompt_graphs, "_SINGLES", (0, 2, 4))
-    monkeypatch.setattr(prompt_graphs, "_MOST_GRAPHS", 2)
     monkeypatch.setattr(decode, "_PROGRAMS", 16)  # one after another they take their time
-    return recorded
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_tokens_are_those_of_plain_torch(tmp_path, without_a_gpu, deterministic):
+def test_the_tokens_are_those_of_plain_torch(tmp_path, deterministic):
     checkpoint = FolderCheckpoint(save_model(tmp_path, "Qwen3", head_dim=16))
     config = read_config(checkpoint.config)
     model = load_model(checkpoint, config, torch.float32, CPU)
@@ -144,10 +105,10 @@ def test_steps_with_and_without_prompts(tmp_path, without_a_gpu):
         return found
 
     assert answers(GpuRunner(model, options), 2) == answers(Whole(ModelRunner(model, cache)), 1)
-    assert len(without_a_gpu) > 2
+    assert len([key for key in without_a_gpu if len(key) == 1]) > 2, "steps with prompts"
 
 
-def test_the_largest_steps_touch_no_block(tmp_path, without_a_gpu):
+def test_the_largest_steps_touch_no_block(tmp_path):
     from octavo.runner.cuda_memory import largest_chunks, largest_decode, largest_prompt
 
     checkpoint = FolderCheckpoint(save_model(tmp_path, "Llama"))
@@ -162,3 +123,28 @@ def test_the_largest_steps_touch_no_block(tmp_path, without_a_gpu):
     for largest in (largest_prompt, largest_decode):
         assert len(runner.run(largest(options)).token_ids) == 4
     assert not any(cache.k_PBKH.any() or cache.v_PBKH.any() for cache in runner.kv_cache.layers)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 65, 256, 700])
+@pytest.mark.parametrize("more_tokens", [0, 1, 30, 10_000])
+def test_no_graph_has_more_rows_than_the_one_that_is_measured(monkeypatch, rows, more_tokens):
+    monkeypatch.undo()  # the real sizes
+    from octavo.ops.triton import leading_singles
+    from octavo.runner.cuda_memory import largest_prompt
+    from octavo.runner.prompt_graphs import most_rows, most_tokens, size_of
+
+    config = engine_config(max_num_seqs=rows, max_num_batched_tokens=rows + more_tokens, max_model_len=40)
+    batch = largest_prompt(config)
+    assert batch.num_tokens <= config.max_num_batched_tokens
+    assert batch.seq_lens.max() <= config.max_model_len
+    if rows + more_tokens == 1:
+        return  # no step has a prompt of two tokens
+    singles = leading_singles(batch.query_start)
+    tokens = batch.num_tokens - singles
+    assert tokens <= most_tokens(config)
+    measured = size_of(singles, tokens, batch.num_rows - singles, rows)
+    assert measured is not None
+    for singles in range(rows):
+        # A step of so many other rows, or of one that draws so many samples.
+        other = size_of(singles, 2, min(rows, config.max_num_batched_tokens - 1) - singles, rows)
+        assert other is None or other[0] + other[2] <= measured[0] + measured[2] <= most_rows(rows)
