@@ -160,7 +160,7 @@ def test_penalties_are_for_a_token_that_only_the_device_knows():
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 0.05, 1.0, 3e38])
-@pytest.mark.parametrize("kind", sampling_cases.KINDS)
+@pytest.mark.parametrize("kind", [*sampling_cases.KINDS, "huge"])
 def test_a_chunk_s_best_is_that_of_all_scores(kind, temperature):
     torch.manual_seed(3)
     for dtype in cases.TOLERANCE:

@@ -54,14 +54,14 @@ def logits(kind: str, rows: int, vocab_size: int, device: torch.device) -> torch
     elif kind == "rivals":  # two hold everything, and often the better score has the lower bound
         made[:] = -40.0
         made[:, 3], made[:, vocab_size // 2] = 1.0, 0.0
-    elif kind == "huge":  # noise is lost in the roundings, so that scores are equal
+    elif kind == "huge":  # noise is lost in roundings, so that scores are equal; not for the sampler's, which are near 0
         made = -3e6 + 4e5 * made.round()
     else:
         assert kind == "flat"
     return made
 
 
-KINDS = ("peaked", "flat", "wide", "ties", "constant", "forbidden", "one", "rivals", "huge")
+KINDS = ("peaked", "flat", "wide", "ties", "constant", "forbidden", "one", "rivals")
 
 
 def drawn(logits_SV: torch.Tensor, num_tokens: int, **given: Any) -> list[int]:

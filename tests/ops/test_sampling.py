@@ -7,7 +7,7 @@ from tests import interpreter
 
 pytestmark = interpreter.MARKS
 CPU = torch.device("cpu")
-KINDS = ("peaked", "flat", "wide", "ties", "constant", "forbidden", "one", "rivals", "huge")
+KINDS = ("peaked", "flat", "wide", "ties", "constant", "forbidden", "one", "rivals")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_penalties_are_for_a_token_that_only_the_device_knows(cases):
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 0.05, 1.0, 3e38])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "huge"])
 def test_a_chunk_s_best_is_that_of_all_scores(cases, small, kind, temperature):
     for top_p in (1.0, 0.9):
         cases.check_scores(cases.logits(kind, 6, 700, CPU).bfloat16(), 693, temperature=temperature, top_p=top_p)

@@ -74,7 +74,7 @@ def draw(logits_SV: torch.Tensor, asked: Asked, num_tokens: int, out_S: torch.Te
         GROUP=_GROUP,
         PIECE=_PIECE,
         CUDA=logits_SV.is_cuda,
-        num_warps=8,
+        num_warps=4,
     )
     _draw_from_row[(S,)](
         logits_SV,
