@@ -54,7 +54,7 @@ def logits(kind: str, rows: int, vocab_size: int, device: torch.device) -> torch
     elif kind == "rivals":  # two hold everything, and often the better score has the lower bound
         made[:] = -40.0
         made[:, 3], made[:, vocab_size // 2] = 1.0, 0.0
-    elif kind == "huge":  # noise is lost in roundings, so that scores are equal; not for the sampler's, which are near 0
+    elif kind == "huge":  # noise is lost in roundings, so that scores are equal; the sampler's are not
         made = -3e6 + 4e5 * made.round()
     else:
         assert kind == "flat"
