@@ -194,11 +194,12 @@ class Scheduler:
         single: list[tuple[RequestState, Sequence]] = []
         longer: list[tuple[RequestState, Sequence]] = []
         for state in self._requests.others():
+            if state.penalized:
+                # Of what the host does not know, a device knows the tokens of the step before alone.
+                pending = max(seq.num_pending for seq in state.sequences)
+                state.waits = pending > 1 or (state.waits and pending > 0)
             for seq in state.sequences:
                 want = len(seq.token_ids) - seq.num_computed
-                if state.penalized:
-                    # Of what the host does not know, a device knows the tokens of the step before alone.
-                    state.waits = seq.num_pending > 1 or (state.waits and seq.num_pending > 0)
                 if want and not state.waits and len(seq.token_ids) < state.max_len:
                     (single if want == 1 else longer).append((state, seq))
         if self._fair is not None:

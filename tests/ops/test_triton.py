@@ -91,3 +91,13 @@ class Products:
 
 def test_a_step_that_goes_on_counts_for_itself(cases):
     cases.check_steps(CPU)
+
+
+def test_one_and_two_rows_keep_the_products_that_take_in_what_stands_in_front(cases):
+    from octavo.ops.triton import halves, matvec
+
+    square, long = (torch.empty(4096, inputs, dtype=torch.bfloat16, device="meta") for inputs in (4096, 12288))
+    assert not any(halves.suits(rows, long) for rows in range(1, matvec.MOST_ROWS + 1))
+    assert all(halves.suits(rows, long) for rows in (matvec.MOST_ROWS + 1, 16, 64))
+    assert halves.suits(16, square)
+    assert not halves.suits(17, square)

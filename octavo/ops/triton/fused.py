@@ -95,7 +95,12 @@ class FusedOps(TritonOps):
             )
             return out_TO
         self._settle(x_TI)
-        if isinstance(weight_OI, torch.Tensor) and bias_O is None and halves.suits(len(x_TI), weight_OI):
+        if (
+            x_TI.is_cuda
+            and isinstance(weight_OI, torch.Tensor)
+            and bias_O is None
+            and halves.suits(len(x_TI), weight_OI)
+        ):
             out_TO = x_TI.new_empty(len(x_TI), len(weight_OI))
             write = lambda: torch.mm(x_TI, weight_OI.t(), out=out_TO)  # noqa: E731
             self._waiting = _Waiting(out_TO, write, halves=(x_TI, weight_OI))

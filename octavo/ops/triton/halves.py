@@ -9,6 +9,7 @@ Shapes: T tokens, I input width, O output width.
 
 import torch
 
+from octavo.ops.triton import matvec
 from octavo.ops.weight import Dense
 
 MOST_ROWS = 64
@@ -19,8 +20,8 @@ _LONG = 2
 
 
 def suits(rows: int, weight_OI: Dense) -> bool:
-    """Whether this is the faster way to a product that is added to something, and torch has it."""
-    if not isinstance(weight_OI, torch.Tensor) or weight_OI.dtype == torch.float32 or not weight_OI.is_cuda:
+    """Whether this is the faster way, on a GPU, to a product that is added to something, and torch has it."""
+    if not isinstance(weight_OI, torch.Tensor) or weight_OI.dtype == torch.float32 or rows <= matvec.MOST_ROWS:
         return False
     outputs, inputs = weight_OI.shape
     large = weight_OI.numel() >= _LEAST_WEIGHTS
