@@ -32,7 +32,7 @@ class Newest(Scheduler):
     """The usual rule: whatever fits joins, the newest goes."""
 
     def _victim(self) -> RequestState:
-        return max(self._running, key=lambda state: state.order)
+        return max(self._requests.running, key=lambda state: state.order)
 
     def _fits_ahead(self, state: RequestState, owned_hits: int) -> bool:
         return True
