@@ -222,24 +222,20 @@ class RowTable:
         chosen = [(i, seq) for i, seq in samples if seq.request.params.has_penalties]
         if not chosen:
             return
-        found = [self._counts_of(seq) for _, seq in chosen]
+        known = self._token_counts
+        for _, seq in chosen:
+            if seq.row not in known:
+                known[seq.row] = TokenCounts(seq)
+        tokens, counts = zip(*(known[seq.row].update(seq) for _, seq in chosen), strict=True)
         params = [seq.request.params for _, seq in chosen]
         columns.penalty_sample = np.array([i for i, _ in chosen], np.int32)
         columns.repetition_penalty = np.array([p.repetition_penalty for p in params], np.float32)
         columns.presence_penalty = np.array([p.presence_penalty for p in params], np.float32)
         columns.frequency_penalty = np.array([p.frequency_penalty for p in params], np.float32)
         columns.penalty_pending = np.array([seq.token_ids[-1] if seq.num_pending else 0 for _, seq in chosen], np.int32)
-        columns.penalty_start = np.cumsum([0, *(len(each.tokens) for each in found)], dtype=np.int32)
-        columns.penalty_token = np.concatenate([each.tokens for each in found])
-        columns.penalty_count = np.concatenate([each.counts for each in found])
-
-    def _counts_of(self, seq: Sequence) -> TokenCounts:
-        found = self._token_counts.get(seq.row)
-        if found is None:
-            found = self._token_counts[seq.row] = TokenCounts(seq)
-        else:
-            found.update(seq)
-        return found
+        columns.penalty_start = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
+        columns.penalty_token = np.concatenate(tokens)
+        columns.penalty_count = np.concatenate(counts)
 
 
 def _pairs(copies: list[tuple[int, int]]) -> Ints:

@@ -16,26 +16,18 @@ class TokenCounts:
         self._tokens[: len(distinct)] = list(distinct)
         self._counts = np.zeros_like(self._tokens)
         self._num_seen = seq.num_prompt
-        self.update(seq)
 
-    def update(self, seq: Sequence) -> None:
-        """Takes in what `seq` has drawn since."""
-        for token in seq.token_ids[self._num_seen : seq.num_known]:
+    def update(self, seq: Sequence) -> tuple[Ints, Ints]:
+        """Takes in what `seq` has drawn since. Returns each token once, and how often each was drawn: 0 for those that
+        only the prompt has."""
+        known = len(seq.token_ids) - seq.num_pending
+        for token in seq.token_ids[self._num_seen : known]:
             place = self._place.setdefault(token, len(self._place))
             if place == len(self._tokens):
-                self._tokens, self._counts = (
-                    np.concatenate((a, np.zeros_like(a))) for a in (self._tokens, self._counts)
-                )
+                self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)))
+                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
             self._tokens[place] = token
             self._counts[place] += 1
-        self._num_seen = seq.num_known
-
-    @property
-    def tokens(self) -> Ints:
-        """Each token once."""
-        return self._tokens[: len(self._place)]
-
-    @property
-    def counts(self) -> Ints:
-        """How often each was drawn; 0 for those that only the prompt has."""
-        return self._counts[: len(self._place)]
+        self._num_seen = known
+        size = len(self._place)
+        return self._tokens[:size], self._counts[:size]
