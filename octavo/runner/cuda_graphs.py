@@ -7,7 +7,7 @@ their keys written nowhere. The draws may be part of it. Shapes: R rows, D model
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from octavo.ops.triton.shared import fits, rows_of_tile
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
 from octavo.runner.step_buffers import StepBuffers, padded
+
+T = TypeVar("T")
 
 # Rows up to which their order does not matter, since all start at once.
 _UNSORTED = 32
@@ -58,8 +60,8 @@ class HeldStep:
     place: Ints | None  # on the device of each row; None: they stand in the batch's order
 
 
-class DecodeGraphs:
-    """Steps in which every row computes one token. Use it on one stream alone.
+class StepGraphs:
+    """Steps of one kind as graphs. Use it on one stream alone, with the memory `pool` of all graphs.
 
     `draw` computes logits and draws, for a step's context, its hidden states and as many samples.
     """
@@ -75,12 +77,39 @@ class DecodeGraphs:
         pool: Any,
         draw: Callable[[ForwardContext, torch.Tensor, int], None],
     ):
-        self._draw = draw
         self._model = model
         self._kv_cache = kv_cache
         self._ops = ops
         self._buffers = buffers
         self._drawn_S = drawn_S
+        self._pool = pool
+        self._draw = draw
+        self._allocate(config)
+
+    def _allocate(self, config: EngineConfig) -> None:
+        """Makes what stays where it is from step to step."""
+        raise NotImplementedError
+
+    def _capture(self, compute: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """A graph of `compute`, and what it returns: in the graph's memory, where the replay puts it."""
+        # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording. What
+        # it draws must not stand where the replay looks up the tokens of the step before, which is still to run.
+        kept = [(tensor, tensor.clone()) for tensor in (self._drawn_S, self._buffers.control)]
+        compute()
+        for tensor, content in kept:
+            tensor.copy_(content)
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        result = compute()
+        graph.capture_end()
+        return graph, result
+
+
+class DecodeGraphs(StepGraphs):
+    """Steps in which every row computes one token."""
+
+    def _allocate(self, config: EngineConfig) -> None:
+        model, ops = self._model, self._ops
         rows = bucket_of(config.max_num_seqs)
         half = model.config.rope.rotary_dim // 2
         self._token_ids = torch.zeros(rows, dtype=torch.int32, device=model.device)
@@ -88,7 +117,6 @@ class DecodeGraphs:
         self._angles = torch.zeros(2, rows, half, device=model.device)
         self._rows_of_tile = rows_of_tile(model.config.num_heads // model.config.num_kv_heads)
         self._shares = not ops.invariant and fits(model.config.head_dim, model.norm.weight.dtype, model.device)
-        self._pool = pool
         self._recorded: dict[tuple[int, bool, bool], RecordedStep] = {}
         self._held: HeldStep | None = None
 
@@ -188,16 +216,7 @@ class DecodeGraphs:
         return self._buffers.places((1, *(bucket,) * 6, tiles, tiles, bucket * self._tables.shape[1]))
 
     def _record(self, bucket: int, shared: bool, draws: bool) -> RecordedStep:
-        # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording. What
-        # it draws must not stand where the replay looks up the tokens of the step before, which is still to run.
-        kept = [(tensor, tensor.clone()) for tensor in (self._drawn_S, self._buffers.control)]
-        self._compute(bucket, shared, draws)
-        for tensor, content in kept:
-            tensor.copy_(content)
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        ctx, hidden_RD = self._compute(bucket, shared, draws)
-        graph.capture_end()
+        graph, (ctx, hidden_RD) = self._capture(lambda: self._compute(bucket, shared, draws))
         return RecordedStep(graph, ctx, hidden_RD)
 
     def _compute(self, bucket: int, shared: bool, draws: bool) -> tuple[ForwardContext, torch.Tensor]:

@@ -57,7 +57,7 @@ class SubmittedStep:
 
 
 class CudaForward:
-    """The forward pass, as a graph where there can be one; the `Forward` of this device."""
+    """The forward pass and the draws, as a graph where there can be one; `hidden` and `logits` as `PlainForward`'s."""
 
     def __init__(self, model: Decoder, kv_cache: KVCache, config: EngineConfig):
         self._model = model
@@ -193,7 +193,7 @@ class CudaRunner:
         return self._start(step.whole())
 
     def _go_on(self, step: NextStep) -> SubmittedStep:
-        # What `torch.cuda.stream` does, in a third of the time: this runs once in every step.
+        # What `torch.cuda.stream` does, without its checks: this runs in every step.
         before = torch.cuda.current_stream(self._device)
         torch.cuda.set_stream(self._stream)
         try:

@@ -5,8 +5,6 @@ The way that always works, and the oracle for `step_graph`, which replays record
 Shapes: T tokens, S rows, D model width, V vocabulary.
 """
 
-from typing import Protocol
-
 import torch
 
 from octavo.batch import Batch
@@ -17,18 +15,9 @@ from octavo.runner.kernel_cache import KernelCache
 from octavo.runner.kv_cache import KVCache
 
 
-class Forward(Protocol):
-    """What comes back may lie in memory that the next call of the same method writes to."""
-
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """Computes the batch's tokens, writing their K and V into the cache: hidden states, [T, D]."""
-
-    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
-        """Logits of any rows of the last `hidden`, [S, V] in fp32; may be written into."""
-
-
 class PlainForward:
-    """Runs the model's own code with the ops of its device."""
+    """Runs the model's own code with the ops of its device. What comes back may lie in memory that the next call of the
+    same method writes to."""
 
     def __init__(self, model: Decoder, kv_cache: KVCache | KernelCache, ops: Ops):
         self._model = model
@@ -37,10 +26,12 @@ class PlainForward:
         self._ctx: ForwardContext | None = None
 
     def hidden(self, batch: Batch) -> torch.Tensor:
+        """Computes the batch's tokens, writing their K and V into the cache: hidden states, [T, D]."""
         model = self._model
         self._ctx = ForwardContext.build(batch, self._kv_cache.layers, model.rope, self._ops, model.device)
         return model.forward(self._ctx)
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Logits of any rows of the last `hidden`, [S, V] in fp32; may be written into."""
         assert self._ctx is not None, "logits are those of a step's hidden states"
         return self._model.logits(hidden_SD, self._ctx)

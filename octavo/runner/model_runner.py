@@ -13,7 +13,7 @@ from octavo.batch import Batch, Ints, LogprobColumns, SamplingColumns, StepResul
 from octavo.models.decoder import Decoder
 from octavo.ops.transfer import on_device
 from octavo.runner import sampler
-from octavo.runner.forward import Forward, PlainForward
+from octavo.runner.forward import PlainForward
 from octavo.runner.kv_cache import KVCache
 
 # Logits that are drawn from at once: sorting and masking them takes more than ten times as much memory.
@@ -21,18 +21,15 @@ _LOGITS_AT_ONCE = 2**24
 
 
 class ModelRunner:
-    """Runs `model` over `kv_cache`, both on the model's device, by `forward` or else op by op."""
+    """Runs `model` over `kv_cache`, both on the model's device, op by op."""
 
-    def __init__(
-        self, model: Decoder, kv_cache: KVCache, forward: Forward | None = None, draw: sampler.Draw = sampler.draw
-    ):
+    def __init__(self, model: Decoder, kv_cache: KVCache):
         self.model = model
         self.kv_cache = kv_cache
         self.device = model.device
         self.layout = f"torch on {self.device.type}"
         self.ops = ops.for_device(self.device)
-        self.forward = forward or PlainForward(model, kv_cache, self.ops)
-        self.draw = draw
+        self.forward = PlainForward(model, kv_cache, self.ops)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
@@ -72,5 +69,5 @@ class ModelRunner:
         logits_SV = self.forward.logits(hidden_TD[on_device(index, self.device)])
         if len(index) < len(inverse) or (np.diff(inverse) != 1).any():
             logits_SV = logits_SV[on_device(inverse, self.device)]
-        tokens_S, found = sampler.sample(logits_SV, columns, self.draw)
+        tokens_S, found = sampler.sample(logits_SV, columns)
         return tokens_S.int().cpu().numpy(), found

@@ -10,20 +10,16 @@ Padding among the single rows has length 0; prompt tokens behind the last row be
 have nothing to do.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 
 from octavo.batch import Batch, Ints
 from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext
-from octavo.models.decoder import Decoder
-from octavo.ops.triton import TritonOps, leading_singles
+from octavo.ops.triton import leading_singles
 from octavo.ops.triton.prepare import look_up, publish, spread
-from octavo.runner.kv_cache import KVCache
-from octavo.runner.step_buffers import StepBuffers, padded
+from octavo.runner.cuda_graphs import StepGraphs
+from octavo.runner.step_buffers import padded
 
 _SINGLES = (0, 4, 16, 64, 128, 256, 384, 512, 768, 1024)
 _PROMPTS = (4, 16, 64, 256)
@@ -59,33 +55,13 @@ def most_rows(max_rows: int) -> int:
     return max_rows + min(_PROMPTS[-1], max_rows)
 
 
-class PromptGraphs:
-    """Steps that end by drawing. Use it on one stream alone, with the memory `pool` of other graphs.
+class PromptGraphs(StepGraphs):
+    """Steps that end by drawing."""
 
-    `draw` computes logits and draws, for a step's context, its hidden states and as many samples.
-    """
-
-    def __init__(
-        self,
-        model: Decoder,
-        kv_cache: KVCache,
-        ops: TritonOps,
-        buffers: StepBuffers,
-        drawn_S: torch.Tensor,
-        config: EngineConfig,
-        pool: Any,
-        draw: Callable[[ForwardContext, torch.Tensor, int], None],
-    ):
-        self._model = model
-        self._kv_cache = kv_cache
-        self._ops = ops
-        self._buffers = buffers
-        self._drawn_S = drawn_S
+    def _allocate(self, config: EngineConfig) -> None:
         self._max_rows, self._max_tokens = config.max_num_seqs, most_tokens(config)
         shape = most_rows(self._max_rows), config.max_blocks_per_seq
-        self._tables = torch.zeros(*shape, dtype=torch.int32, device=model.device)
-        self._pool = pool
-        self._draw = draw
+        self._tables = torch.zeros(*shape, dtype=torch.int32, device=self._model.device)
         self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}  # what was used last stands last
 
     def draw(self, batch: Batch) -> Ints | None:
@@ -142,15 +118,7 @@ class PromptGraphs:
         return self._buffers.places((1, S + T, S + T, S + T, S + P + 1, S + P, (S + P) * self._tables.shape[1]))
 
     def _record(self, size: Size) -> torch.cuda.CUDAGraph:
-        kept = [(tensor, tensor.clone()) for tensor in (self._drawn_S, self._buffers.control)]
-        self._compute(size)
-        for tensor, content in kept:
-            tensor.copy_(content)
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        self._compute(size)
-        graph.capture_end()
-        return graph
+        return self._capture(lambda: self._compute(size))[0]
 
     def _compute(self, size: Size) -> None:
         S, T, P = size
