@@ -318,7 +318,7 @@ def check_steps(device: torch.device) -> None:
         seq_lens_R=torch.tensor([15, 4, 80, 0], **ints),
         sample_of_row_R=torch.tensor([2, 0, 1, 0], **ints),
         width_1=torch.tensor([5], **ints),
-        packed=torch.tensor([9, 0, 0, 0, 0, 5, 0, 0, 0, 0, 8, 7, 6, 3, 4], **ints),
+        packed=torch.tensor([9, 0, 0, 0, 0, 5, 0, 0, 0, 0, 8, 7, 6, 3, 4, 0, 0, 0, 0, 0], **ints),
     )
     drawn, out = torch.tensor([11, 12, 13, 14], **ints), torch.zeros(3, 8, **ints)
     token_ids, tables = torch.zeros(4, **ints), torch.zeros(4, 7, **ints)

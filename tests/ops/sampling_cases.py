@@ -197,7 +197,7 @@ def _score(logits, states, temperature, scores, num_tokens, stride, BLOCK: tl.co
     inside = token < num_tokens
     low, high = key_of(states, sample)
     value = tl.load(logits + sample * stride + token, mask=inside).to(tl.float32)
-    score = value / tl.load(temperature + sample) + gumbel(token.to(tl.uint32), low, high)
+    score = tl.div_rn(value, tl.load(temperature + sample)) + gumbel(token.to(tl.uint32), low, high)
     tl.store(scores + sample * num_tokens + token, score, mask=inside)
 
 
@@ -255,10 +255,14 @@ ENDS = [(1654281, 819), (2232082, 591), (1343759, 21), (2077678, 410)]
 
 def check_ends(seed: int, token: int, device: torch.device) -> None:
     """A token of extreme noise alone, and beside one that is nearly as good, or better or worse by far, or as good."""
+    noise_V = check_scores(torch.zeros(1, 1100, device=device), 1100, seed=seed, counter=0)[0].cpu()
     key_S2 = torch.from_numpy(noise.keys(np.array([seed], np.uint64), np.zeros(1, np.int32)))
-    of_all_V = noise.gumbel(key_S2, 1100)[0]
-    rival = (token + 137) % 512  # in another piece of the same chunk, or in another chunk
-    equal = np.float32(of_all_V[token] - of_all_V[rival])
+    torch.testing.assert_close(noise_V, noise.gumbel(key_S2, 1100)[0])
+    # In another piece of the same chunk, or in another chunk, and such that the two can have equal scores.
+    rivals = (token + 137 + 32 * torch.arange(8)) % 512
+    equals = noise_V[token] - noise_V[rivals]
+    i = int((equals + noise_V[rivals] == noise_V[token]).nonzero()[0])
+    rival, equal = int(rivals[i]), equals[i].numpy()
     ahead = [-np.inf, -3, -1, -1e-3, 1e-3, 1, 3, *(np.spacing(equal) * np.arange(-4, 5))]
     logits_SV = torch.full((len(ahead), 1100), float("-inf"), device=device)
     logits_SV[:, token] = 0.0

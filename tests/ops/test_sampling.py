@@ -66,6 +66,12 @@ def test_a_chunk_s_best_is_that_of_all_scores(cases, small, kind, temperature):
         cases.check_scores(cases.logits(kind, 6, 700, CPU).bfloat16(), 693, temperature=temperature, top_p=top_p)
 
 
+def test_bounds_that_give_their_last_bits_to_the_piece_s_number(cases):
+    """The most pieces, and scores so large that these bits are worth more than the noise."""
+    for temperature in (0.05, 1.0):
+        cases.check_scores(cases.logits("huge", 12, 8200, CPU), 8200, temperature=temperature)
+
+
 def test_scores_of_other_types(cases, small):
     for dtype in (torch.float32, torch.float16):
         cases.check_scores(cases.logits("wide", 3, 700, CPU).to(dtype), 700)

@@ -165,7 +165,7 @@ def _best_within(bound, row, start, num_tokens, heat, low, high, PIECES: tl.cons
     """The best score among pieces whose tokens begin at `start`, and the lowest token that has it. `bound` is above the
     scores of a piece, in base 2 and less 32: pieces are scored in its order until what is left is below the best."""
     piece = tl.arange(0, PIECES)
-    # Bounds as integers, rounded up so that the last bits are free: for the piece's number, the lowest above others.
+    # Bounds as integers whose last bits are the piece's number, the lowest above others.
     key = (_key(bound, 0) | (PIECES - 1)) - piece
     key = tl.where(bound == bound, key, -0x80000000)  # no logit of such a piece is a number
     nearest = tl.max(key, 0)
@@ -176,7 +176,7 @@ def _best_within(bound, row, start, num_tokens, heat, low, high, PIECES: tl.cons
         chosen = ~nearest & (PIECES - 1)
         token = start + chosen * PIECE + tl.arange(0, PIECE)
         value = tl.load(row + token, mask=token < num_tokens, other=float("-inf")).to(tl.float32)
-        score = value / heat + gumbel(token.to(tl.uint32), low, high)
+        score = tl.div_rn(value, heat) + gumbel(token.to(tl.uint32), low, high)
         top_here = tl.max(score, 0)
         here = tl.min(tl.where(score == top_here, token, 0x7FFFFFFF), 0)
         first = tl.where(top_here > top, here, tl.where(top_here == top, tl.minimum(here, first), first))
@@ -185,7 +185,8 @@ def _best_within(bound, row, start, num_tokens, heat, low, high, PIECES: tl.cons
         nearest = tl.max(key, 0)
         least = top * _LOG2_E - 32
         least = tl.minimum(least * (1 - _SLACK_OF_SCORE), least * (1 + _SLACK_OF_SCORE)) - _SLACK
-        going = (nearest >= _key(least, 0)) & (nearest > -0x7F800001)  # that of -inf, which cannot win
+        # Without the bits that the pieces' keys gave away; and above that of -inf, which cannot win.
+        going = (nearest >= (_key(least, 0) & -PIECES)) & (nearest > -0x7F800001)
     return top, first
 
 
