@@ -95,6 +95,33 @@ def test_fused_chain(ops, rows, width, outputs, in_fp8):
     cases.each_dtype(lambda dtype: cases.check_fused(ops, CUDA, dtype, rows, width, outputs, in_fp8=in_fp8))
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("rows", [2, 8, 9, 16, 31, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1024, 1024), (4096, 6144), (12288, 4096), (896, 1250), (128, 8200)])
+def test_products_whose_weights_stream(rows, inputs, outputs):
+    """Outputs that end within a program, inputs that cannot be cut, one stage and many."""
+    from octavo.ops.triton import streamed
+
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(rows, inputs, device=CUDA).to(dtype)
+        weight = (torch.randn(outputs, inputs, device=CUDA) * inputs**-0.5).to(dtype)
+        bias = torch.randn(outputs, device=CUDA).to(dtype)
+        assert streamed.suits(x, weight)
+        wanted = x.double() @ weight.double().t()
+        for _ in range(3):  # the next is launched while this one runs
+            parts = streamed.in_parts(x, weight, pdl=True)
+            alone = streamed.product(x, weight, None, pdl=True)
+            biased = streamed.product(x, weight, bias, pdl=True)
+            gated = streamed.silu_product(x, weight, bias, pdl=True)
+        torch.testing.assert_close(parts.sum(0).double(), wanted, atol=1e-4, rtol=1e-4)
+        cases.close(alone, wanted)
+        cases.close(biased, wanted + bias)
+        cases.close(gated, cases.reference.silu_mul(wanted + bias))
+    assert len(streamed.in_parts(x, weight, pdl=True)) > 1 or outputs > 4224 or inputs % 256
+
+
 @pytest.mark.parametrize("heads", [(16, 8, 128), (32, 8, 128), (9, 3, 64), (8, 1, 256), (12, 12, 80)], ids=str)
 def test_invariant_attention(heads):
     ops = cases.TritonOps(CUDA, 256)

@@ -3,6 +3,8 @@
 `tests/gpu` runs the same cases and more on the device.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -93,11 +95,31 @@ def test_a_step_that_goes_on_counts_for_itself(cases):
     cases.check_steps(CPU)
 
 
-def test_one_and_two_rows_keep_the_products_that_take_in_what_stands_in_front(cases):
-    from octavo.ops.triton import halves, matvec
+def test_products_whose_weights_stream_are_taken_in(cases, ops, monkeypatch):
+    """Which of them is asked for what; the kernels are for a GPU alone, so torch stands in for them."""
+    from octavo.ops import reference
+    from octavo.ops.triton import TritonOps, fused
 
-    square, long = (torch.empty(4096, inputs, dtype=torch.bfloat16, device="meta") for inputs in (4096, 12288))
-    assert not any(halves.suits(rows, long) for rows in range(1, matvec.MOST_ROWS + 1))
-    assert all(halves.suits(rows, long) for rows in (matvec.MOST_ROWS + 1, 16, 64))
-    assert halves.suits(16, square)
-    assert not halves.suits(17, square)
+    calls = []
+
+    def write_product(x, weight, bias, out, *, pdl):
+        calls.append("product")
+        out.copy_(reference.linear(x, weight, bias))
+
+    def in_parts(x, weight, *, pdl):
+        calls.append("parts")
+        half = x.shape[1] // 2
+        return torch.stack((x[:, :half] @ weight.t()[:half], x[:, half:] @ weight.t()[half:]))
+
+    def silu_product(x, weight, bias, *, pdl):
+        calls.append("silu")
+        return reference.silu_mul(reference.linear(x, weight, bias))
+
+    stand_in = SimpleNamespace(write_product=write_product, in_parts=in_parts, silu_product=silu_product)
+    monkeypatch.setattr(fused, "streamed", stand_in)
+    monkeypatch.setattr(TritonOps, "_streams", staticmethod(lambda x, weight: len(x) >= 2))
+    for rows in (1, 2, 5):
+        calls.clear()
+        cases.check_fused(ops, CPU, torch.float32, rows, 64, 48, in_fp8=False)
+        # `hidden` has a second reader, which has it computed once more; `alone` is nobody's.
+        assert calls == (["silu", "parts", "product", "product"] if rows > 1 else [])

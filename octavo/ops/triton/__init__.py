@@ -21,6 +21,11 @@ from octavo.ops.triton.shared import shared_attention
 from octavo.ops.triton.silu_mul import silu_mul
 from octavo.ops.weight import Fp8Weight, Weight
 
+try:
+    from octavo.ops.triton import streamed
+except ImportError:  # another version of Triton
+    streamed = None  # type: ignore[assignment]
+
 _COUNTERS = 4096
 
 
@@ -88,6 +93,8 @@ class TritonOps:
         assert isinstance(weight_OI, torch.Tensor | Fp8Weight), "packed weights belong to the CPU's kernels"
         if self.invariant:
             return product.product(x_TI, weight_OI, bias_O)
+        if isinstance(weight_OI, torch.Tensor) and self._streams(x_TI, weight_OI):
+            return streamed.product(x_TI, weight_OI, bias_O, pdl=self.pdl)
         if len(x_TI) <= matvec.MOST_ROWS:
             return matvec.matvec(x_TI, weight_OI, bias_O, pdl=self.pdl)
         if matmul.suits(len(x_TI), weight_OI):
@@ -96,6 +103,10 @@ class TritonOps:
             way = fp8.linear if fp8.suits(x_TI, weight_OI) else product.product
             return way(x_TI, weight_OI, bias_O)
         return reference.linear(x_TI, weight_OI, bias_O)
+
+    @staticmethod
+    def _streams(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+        return streamed is not None and streamed.suits(x_TI, weight_OI)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float

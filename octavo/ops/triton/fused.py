@@ -6,10 +6,12 @@ a result before `finish`. What is taken in here:
 
     rows      what waits                          who takes it in
     1 to 2    addition and norm, SiLU             the product behind it (`matvec`)
+    2 to 64   a product                           the addition and norm, or the SiLU, behind it (`streamed`)
     3 to 16   a product                           the addition, or the SiLU, behind it (`matmul`)
               a norm whose squares are known      the product behind it
-    3 to 64   a large product, in halves          the addition and norm behind it (`halves`)
     to 64     rotation and cache                  attention (`decode`), unless beginnings are shared
+
+`streamed` is for Hopper; the products beside it are for what it does not take.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 
 from octavo.ops import reference
-from octavo.ops.triton import TritonOps, halves, matmul, matvec
+from octavo.ops.triton import TritonOps, matmul, matvec, streamed
 from octavo.ops.triton.matmul import Normed
 from octavo.ops.triton.norm import write_add_rms_norm, write_rms_norm
 from octavo.ops.triton.rope import Heads, write_rope_and_cache
@@ -39,7 +41,8 @@ class _Waiting:
     norm: Normed | None = None
     product: tuple[torch.Tensor, Normed | None, Dense, torch.Tensor | None] | None = None
     heads: Heads | None = None
-    halves: tuple[torch.Tensor, torch.Tensor] | None = None
+    parts: Callable[[], torch.Tensor] | None = None  # [P, T, O], whose sum is the result
+    silu: Callable[[], torch.Tensor] | None = None
 
 
 class FusedOps(TritonOps):
@@ -78,9 +81,12 @@ class FusedOps(TritonOps):
 
     def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(weight_OI, torch.Tensor | Fp8Weight), "packed weights belong to the CPU's kernels"
-        waiting = self._waiting
         if not self._recording:
             return super().linear(x_TI, weight_OI, bias_O)
+        if isinstance(weight_OI, torch.Tensor) and self._streams(x_TI, weight_OI):
+            self._settle(x_TI)
+            return self._streamed(x_TI, weight_OI, bias_O)
+        waiting = self._waiting
         if len(x_TI) <= matvec.MOST_ROWS:
             if waiting is not None and waiting.matvec is not None and self._take(x_TI):
                 return waiting.matvec(weight_OI, bias_O)
@@ -95,17 +101,17 @@ class FusedOps(TritonOps):
             )
             return out_TO
         self._settle(x_TI)
-        if (
-            x_TI.is_cuda
-            and isinstance(weight_OI, torch.Tensor)
-            and bias_O is None
-            and halves.suits(len(x_TI), weight_OI)
-        ):
-            out_TO = x_TI.new_empty(len(x_TI), len(weight_OI))
-            write = lambda: torch.mm(x_TI, weight_OI.t(), out=out_TO)  # noqa: E731
-            self._waiting = _Waiting(out_TO, write, halves=(x_TI, weight_OI))
-            return out_TO
         return super().linear(x_TI, weight_OI, bias_O)
+
+    def _streamed(self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        out_TO = x_TI.new_empty(len(x_TI), len(weight_OI))
+        self._waiting = _Waiting(
+            out_TO,
+            lambda: streamed.write_product(x_TI, weight_OI, bias_O, out_TO, pdl=self.pdl),
+            parts=None if bias_O is not None else lambda: streamed.in_parts(x_TI, weight_OI, pdl=self.pdl),
+            silu=lambda: streamed.silu_product(x_TI, weight_OI, bias_O, pdl=self.pdl),
+        )
+        return out_TO
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -119,10 +125,10 @@ class FusedOps(TritonOps):
                 out, lambda: write_rms_norm(stream, weight, eps, out), norm=Normed(stream, squares_PT, weight, eps)
             )
             return out, stream
-        if self._recording and waiting is not None and waiting.halves is not None and self._take(x):
+        if self._recording and waiting is not None and waiting.parts is not None and self._take(x):
             self._settle(residual)
             stream = torch.empty_like(x)
-            write_add_rms_norm(halves.in_halves(*waiting.halves), residual, weight, eps, out, stream, pdl=self.pdl)
+            write_add_rms_norm(waiting.parts(), residual, weight, eps, out, stream, pdl=self.pdl)
             return out, stream
         self._settle(x, residual)
         stream = torch.empty_like(x)
@@ -140,6 +146,8 @@ class FusedOps(TritonOps):
         waiting = self._waiting
         if self._recording and waiting is not None and waiting.product is not None and self._take(gate_up_T2F):
             return matmul.silu_matmul(*waiting.product, pdl=self.pdl)
+        if self._recording and waiting is not None and waiting.silu is not None and self._take(gate_up_T2F):
+            return waiting.silu()
         self._settle(gate_up_T2F)
         if not self._recording or len(gate_up_T2F) > matvec.MOST_ROWS:
             return super().silu_mul(gate_up_T2F)
