@@ -60,6 +60,19 @@ class HeldStep:
     place: Ints | None  # on the device of each row; None: they stand in the batch's order
 
 
+def fused(ops: TritonOps, *, singles: bool) -> TritonOps:
+    """The ops for a step's `forward`: those that change no bits of a result, or those that are fastest."""
+    return ops if ops.invariant else FusedOps(ops, singles=singles)
+
+
+def forward(model: Decoder, ctx: ForwardContext) -> torch.Tensor:
+    """Hidden states of a step, [T, D], all of them computed."""
+    hidden_TD = model.forward(ctx)
+    if isinstance(ctx.ops, FusedOps):
+        ctx.ops.finish()
+    return hidden_TD
+
+
 class StepGraphs:
     """Steps of one kind as graphs. Use it on one stream alone, with the memory `pool` of all graphs.
 
@@ -220,10 +233,8 @@ class DecodeGraphs(StepGraphs):
         return RecordedStep(graph, ctx, hidden_RD)
 
     def _compute(self, bucket: int, shared: bool, draws: bool) -> tuple[ForwardContext, torch.Tensor]:
-        ctx = self._context(self._ops if self._ops.invariant else FusedOps(self._ops), bucket, shared)
-        hidden_RD = self._model.forward(ctx)
-        if isinstance(ctx.ops, FusedOps):
-            ctx.ops.finish()
+        ctx = self._context(fused(self._ops, singles=True), bucket, shared)
+        hidden_RD = forward(self._model, ctx)
         if draws:
             self._draw(ctx, hidden_RD, bucket)
             publish(self._drawn_S, self._buffers.control, self._buffers.drawn)

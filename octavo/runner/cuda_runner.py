@@ -28,7 +28,7 @@ from octavo.ops.triton.penalties import penalize
 from octavo.ops.triton.prepare import look_up, publish
 from octavo.ops.triton.sampling import MIN_TEMPERATURE, Asked, draw
 from octavo.runner import sampler
-from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of
+from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of, forward, fused
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prompt_graphs import PromptGraphs, most_rows, room_for
 from octavo.runner.step_buffers import TURNS, StepBuffers
@@ -79,7 +79,7 @@ class CudaForward:
             self._ctx, hidden_TD = self._graphs.hidden(batch)
             return hidden_TD
         self._ctx = self._context(batch)
-        return self._model.forward(self._ctx)
+        return forward(self._model, self._ctx)
 
     def draw(self, batch: Batch) -> Ints:
         """The whole step: its samples, all of them `plain`, are drawn into the beginning of `drawn_S`, and into memory
@@ -91,7 +91,7 @@ class CudaForward:
         if tokens is not None:
             return tokens
         ctx = self._context(batch)
-        hidden_TD = self._model.forward(ctx)
+        hidden_TD = forward(self._model, ctx)
         count = len(batch.sample_index)
         if count:
             self._draw(ctx, hidden_TD, count)
@@ -154,7 +154,7 @@ class CudaForward:
         rope = self._model.rope
         cos_Tr, sin_Tr = rope.cos_sin(positions_T, self._buffers.at(places[6], torch.float32) if stretched else None)
         return ForwardContext(
-            ops=self._ops,
+            ops=fused(self._ops, singles=False),
             caches=self._kv_cache.layers,
             token_ids_T=look_up(given_T, self.drawn_S),
             positions_T=positions_T,

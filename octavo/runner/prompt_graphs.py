@@ -18,7 +18,7 @@ from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext
 from octavo.ops.triton import leading_singles
 from octavo.ops.triton.prepare import look_up, publish, spread
-from octavo.runner.cuda_graphs import StepGraphs
+from octavo.runner.cuda_graphs import StepGraphs, forward, fused
 from octavo.runner.step_buffers import padded
 
 _SINGLES = (0, 4, 16, 64, 128, 256, 384, 512, 768, 1024)
@@ -128,7 +128,7 @@ class PromptGraphs(StepGraphs):
         rope = self._model.rope
         cos, sin = rope.cos_sin(positions)
         ctx = ForwardContext(
-            ops=self._ops,
+            ops=fused(self._ops, singles=False),
             caches=self._kv_cache.layers,
             token_ids_T=look_up(given, self._drawn_S),
             positions_T=positions,
@@ -143,5 +143,5 @@ class PromptGraphs(StepGraphs):
             query_start_host=np.array([*range(S + 1), *[S + T] * P], np.int32),
             seq_lens_host=np.zeros(S + P, np.int32),
         )
-        self._draw(ctx, self._model.forward(ctx), S + P)
+        self._draw(ctx, forward(self._model, ctx), S + P)
         publish(self._drawn_S, self._buffers.control, self._buffers.drawn)

@@ -168,7 +168,7 @@ def check_turned(
     factor = torch.rand(R, device=device) + 1
     old = torch.randn(2, sum(counts), B, K, H, device=device).to(dtype)
     results = []
-    fused = FusedOps(ops)
+    fused = FusedOps(ops, singles=True)
     for which, kind in ((fused, dtype), (reference, torch.float64)):
         caches = old.to(kind).clone()
         q, k, v = qkv.to(kind).split((N, K, K), dim=1)
@@ -293,7 +293,30 @@ def check_fused(
         unread = which.silu_mul(torch.cat((stream, stream), dim=1))
         return [stream, hidden, last, stream2, alone, unread]
 
-    which = FusedOps(ops)
+    which = FusedOps(ops, singles=True)
+    found = chain(which, dtype)
+    which.finish()
+    for one, other in zip(found, chain(reference, torch.float64), strict=True):
+        near(one, other)
+
+
+def check_added(ops: TritonOps, device: torch.device, dtype: torch.dtype, rows: int, width: int, outputs: int) -> None:
+    """Products that add themselves to the residual stream, in its own memory."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, device=device) * shape[-1] ** -0.5).to(dtype)
+
+    x, residual, norm = tensor(rows, width) * width**0.5, tensor(rows, width), tensor(width) * width**0.5
+    weights = [(tensor(2 * outputs, width), tensor(width, outputs)) for _ in range(2)]
+
+    def chain(which: Ops, kind: torch.dtype) -> list[torch.Tensor]:
+        normed, stream = which.add_rms_norm(x.to(kind), residual.to(kind), norm.to(kind), 1e-5)
+        for up, down in weights:
+            hidden = which.linear(which.silu_mul(which.linear(normed, up.to(kind))), down.to(kind))
+            normed, stream = which.add_rms_norm(hidden, stream, norm.to(kind), 1e-5)
+        return [normed, stream]
+
+    which = FusedOps(ops, singles=False)
     found = chain(which, dtype)
     which.finish()
     for one, other in zip(found, chain(reference, torch.float64), strict=True):

@@ -95,6 +95,17 @@ def test_a_step_that_goes_on_counts_for_itself(cases):
     cases.check_steps(CPU)
 
 
+def test_products_that_add_themselves(cases, ops, monkeypatch):
+    from octavo.ops.triton import fused
+
+    added, addmm = [], torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *given: (added.append(given), addmm(*given))[1])
+    monkeypatch.setattr(fused, "LEAST_ADDED", 5)
+    for rows in (4, 5):
+        cases.check_added(ops, CPU, torch.float32, rows, 64, 48)
+        assert len(added) == (2 if rows == 5 else 0)
+
+
 def test_products_whose_weights_stream_are_taken_in(cases, ops, monkeypatch):
     """Which of them is asked for what; the kernels are for a GPU alone, so torch stands in for them."""
     from octavo.ops import reference

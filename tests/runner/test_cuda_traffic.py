@@ -113,7 +113,7 @@ class NoOps:
     invariant = False
     prefix = None
 
-    def __init__(self, *given):
+    def __init__(self, *given, singles=True):
         pass
 
     def sharing(self, prefix):

@@ -1,4 +1,4 @@
-"""The ops of a decode step while it is recorded as a graph: one may wait for the next and be taken in by its kernel.
+"""The ops of a step while its layers run: one may wait for the next and be taken in by its kernel.
 
 Layers call one op after another and know nothing of it. An op that another may take in writes nothing at first: what it
 is about is remembered, and the next op either takes it in or has it computed. So whoever is not an op must not look at
@@ -9,6 +9,7 @@ a result before `finish`. What is taken in here:
     2 to 64   a product                           the addition and norm, or the SiLU, behind it (`streamed`)
     3 to 16   a product                           the addition, or the SiLU, behind it (`matmul`)
               a norm whose squares are known      the product behind it
+    many      a product                           the addition behind it
     to 64     rotation and cache                  attention (`decode`), unless beginnings are shared
 
 `streamed` is for Hopper; the products beside it are for what it does not take.
@@ -29,6 +30,10 @@ from octavo.ops.triton.silu_mul import write_silu_mul
 from octavo.ops.weight import Dense, Fp8Weight, Weight
 
 MOST_TURNED = 64
+# Results that were taken in and can still be computed for a second reader: more than a layer has.
+_KEPT = 8
+# Rows from which on cuBLAS adds the residual stream in less time than the norm behind it.
+LEAST_ADDED = 1024
 
 
 @dataclass(slots=True)
@@ -43,22 +48,28 @@ class _Waiting:
     heads: Heads | None = None
     parts: Callable[[], torch.Tensor] | None = None  # [P, T, O], whose sum is the result
     silu: Callable[[], torch.Tensor] | None = None
+    add_to: Callable[[torch.Tensor], torch.Tensor] | None = None  # adds the result to a tensor
 
 
 class FusedOps(TritonOps):
-    """`TritonOps` for one recording; after `finish` these ops are as any others."""
+    """`TritonOps` for the layers of one step; after `finish` these ops are as any others.
 
-    def __init__(self, ops: TritonOps):
+    `singles` says that all rows have one token. What is added to a residual stream is not read again, nor is the stream
+    as it was: where there are many rows, the sum takes its place.
+    """
+
+    def __init__(self, ops: TritonOps, *, singles: bool):
         self.__dict__.update(ops.__dict__)
+        self._singles = singles
         self._waiting: _Waiting | None = None
         self._taken: dict[int, _Waiting] = {}  # by memory: what was taken in, for a second reader
-        self._recording = True
+        self._going = True
 
     def finish(self) -> None:
         """Computes what still waits."""
         self._settle()
         self._taken.clear()
-        self._recording = False
+        self._going = False
 
     def _settle(self, *read: torch.Tensor) -> None:
         """Has computed what waits, and what of `read` was only taken in so far."""
@@ -70,18 +81,21 @@ class FusedOps(TritonOps):
             if taken is not None:
                 taken.write()
 
-    def _take(self, x: torch.Tensor) -> _Waiting | None:
-        """The waiting op if `x` is its result."""
+    def _take(self, x: torch.Tensor, *, last: bool = False) -> _Waiting | None:
+        """The waiting op if `x` is its result; `last` if nobody else will read that."""
         waiting = self._waiting
         if waiting is None or waiting.result is not x:
             return None
         self._waiting = None
-        self._taken[_memory(x)] = waiting
+        if not last:
+            self._taken[_memory(x)] = waiting
+            if len(self._taken) > _KEPT:
+                del self._taken[next(iter(self._taken))]
         return waiting
 
     def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(weight_OI, torch.Tensor | Fp8Weight), "packed weights belong to the CPU's kernels"
-        if not self._recording:
+        if not self._going:
             return super().linear(x_TI, weight_OI, bias_O)
         if isinstance(weight_OI, torch.Tensor) and self._streams(x_TI, weight_OI):
             self._settle(x_TI)
@@ -101,6 +115,14 @@ class FusedOps(TritonOps):
             )
             return out_TO
         self._settle(x_TI)
+        if isinstance(weight_OI, torch.Tensor) and bias_O is None and len(x_TI) >= LEAST_ADDED:
+            out_TO = x_TI.new_empty(len(x_TI), len(weight_OI))
+            self._waiting = _Waiting(
+                out_TO,
+                lambda: torch.mm(x_TI, weight_OI.t(), out=out_TO),
+                add_to=lambda residual: residual.addmm_(x_TI, weight_OI.t()),
+            )
+            return out_TO
         return super().linear(x_TI, weight_OI, bias_O)
 
     def _streamed(self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
@@ -118,21 +140,26 @@ class FusedOps(TritonOps):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         waiting = self._waiting
         out = torch.empty_like(x)
-        if self._recording and waiting is not None and waiting.product is not None and self._take(x):
+        if self._going and waiting is not None and waiting.product is not None and self._take(x):
             self._settle(residual)
             stream, squares_PT = matmul.add_matmul(*waiting.product, residual, pdl=self.pdl)
             self._waiting = _Waiting(
                 out, lambda: write_rms_norm(stream, weight, eps, out), norm=Normed(stream, squares_PT, weight, eps)
             )
             return out, stream
-        if self._recording and waiting is not None and waiting.parts is not None and self._take(x):
+        if self._going and waiting is not None and waiting.parts is not None and self._take(x):
             self._settle(residual)
             stream = torch.empty_like(x)
             write_add_rms_norm(waiting.parts(), residual, weight, eps, out, stream, pdl=self.pdl)
             return out, stream
+        if self._going and waiting is not None and waiting.add_to is not None and self._take(x, last=True):
+            self._settle(residual)
+            stream = waiting.add_to(residual)
+            write_rms_norm(stream, weight, eps, out)
+            return out, stream
         self._settle(x, residual)
         stream = torch.empty_like(x)
-        if self._recording and len(x) <= matvec.MOST_ROWS:
+        if self._going and len(x) <= matvec.MOST_ROWS:
             self._waiting = _Waiting(
                 out,
                 lambda: write_add_rms_norm(x, residual, weight, eps, out, stream, pdl=self.pdl),
@@ -144,12 +171,12 @@ class FusedOps(TritonOps):
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         waiting = self._waiting
-        if self._recording and waiting is not None and waiting.product is not None and self._take(gate_up_T2F):
+        if self._going and waiting is not None and waiting.product is not None and self._take(gate_up_T2F):
             return matmul.silu_matmul(*waiting.product, pdl=self.pdl)
-        if self._recording and waiting is not None and waiting.silu is not None and self._take(gate_up_T2F):
+        if self._going and waiting is not None and waiting.silu is not None and self._take(gate_up_T2F):
             return waiting.silu()
         self._settle(gate_up_T2F)
-        if not self._recording or len(gate_up_T2F) > matvec.MOST_ROWS:
+        if not self._going or len(gate_up_T2F) > matvec.MOST_ROWS:
             return super().silu_mul(gate_up_T2F)
         out_TF = gate_up_T2F.new_empty(len(gate_up_T2F), gate_up_T2F.shape[1] // 2)
         self._waiting = _Waiting(
@@ -178,7 +205,7 @@ class FusedOps(TritonOps):
         heads = Heads(q_TNH, k_TKH, v_TKH, cos_Tr, sin_Tr, slots_T, q_scale_T, q_norm_H, k_norm_H, eps)
         out_TNH = q_TNH.new_empty(q_TNH.shape)
         write = lambda: write_rope_and_cache(heads, k_cache_PBKH, v_cache_PBKH, out_TNH, pdl=self.pdl)  # noqa: E731
-        if self._recording and self._prefix is None and len(q_TNH) <= MOST_TURNED:
+        if self._going and self._singles and self._prefix is None and len(q_TNH) <= MOST_TURNED:
             self._waiting = _Waiting(out_TNH, write, heads=heads)
         else:
             write()

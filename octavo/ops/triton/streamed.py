@@ -30,7 +30,7 @@ _OUTPUTS = 64
 _BOX = 64  # inputs
 # Bytes of a program's stages: two programs share 227 KiB.
 _STAGED = 108 * 1024
-_MOST_PARTS = 8
+_MOST_PARTS = 4
 # As many as one of two places on each multiprocessor holds: the other is for the kernel behind.
 _PROGRAMS = 132
 
