@@ -95,7 +95,7 @@ def test_fused_chain(ops, rows, width, outputs, in_fp8):
     cases.each_dtype(lambda dtype: cases.check_fused(ops, CUDA, dtype, rows, width, outputs, in_fp8=in_fp8))
 
 
-@pytest.mark.parametrize("rows", [64, 65, 1023, 1024, 1500])
+@pytest.mark.parametrize("rows", [64, 65, 300, 1500])
 def test_products_that_add_themselves(ops, rows):
     cases.each_dtype(lambda dtype: cases.check_added(ops, CUDA, dtype, rows, 1024, 2048))
 

@@ -32,8 +32,8 @@ from octavo.ops.weight import Dense, Fp8Weight, Weight
 MOST_TURNED = 64
 # Results that were taken in and can still be computed for a second reader: more than a layer has.
 _KEPT = 8
-# Rows from which on cuBLAS adds the residual stream in less time than the norm behind it.
-LEAST_ADDED = 1024
+# Rows from which on products are cuBLAS', which adds the residual stream in less time than the norm behind it.
+LEAST_ADDED = 65
 
 
 @dataclass(slots=True)
