@@ -53,8 +53,10 @@ class SwapSpace:
         return self.num_blocks - len(self._free)
 
     def suits(self, sequences: list[Sequence], blocks: BlockManager) -> bool:
-        """Whether `sequences`, all of a request, should go to host memory and not be computed again. Asked once for each
-        preemption: new host memory is made when enough have gone without it to pay for that."""
+        """Whether `sequences`, all of a request, should go to host memory and not be computed again.
+
+        Asked once for each preemption: host memory is made when enough have gone without it to pay for that.
+        """
         leader = sequences[0]
         if self._mode == "recompute" or leader.num_computed < leader.fills:
             return False  # a block that is still to be filled for siblings is nothing to keep

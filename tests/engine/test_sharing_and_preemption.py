@@ -210,6 +210,7 @@ def test_host_memory_is_made_when_enough_have_gone_without_it():
         bench.preempt()
         swaps.append(bench.scheduler.stats().swaps)
     assert swaps == [0, 0, 1, 2, 3, 4]  # the memory is there, and for a tenth block enough was saved
+    assert bench.scheduler.swap._forgone == 24 + 24 + 25 + 27 - 7.5 * 10  # what was made is paid for
     bench.run()
     assert bench.answers["a", 0] == expected(prompt_of(32), 20, 1)
 
