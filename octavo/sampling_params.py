@@ -98,6 +98,11 @@ class SamplingParams:
         return max(self.n, self.beam_width)
 
     @property
+    def ends_at_limit(self) -> bool:
+        """Whether nothing ends an answer but its length."""
+        return self.ignore_eos and not self.stop and not self.stop_token_ids
+
+    @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 

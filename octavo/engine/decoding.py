@@ -2,7 +2,7 @@
 
 A request that does nothing but decode joins with all its samples, and leaves when it ends, is aborted or preempted.
 While it is here the columns are the truth. Its `Sequence`s keep their block tables, but `token_ids`, `num_computed` and
-`num_pending` stay as they were until `leave` or `flush` writes them, and full blocks are offered to the prefix cache by
+`num_pending` stay as they were until `leave` writes them, and full blocks are offered to the prefix cache by
 `leave` alone. A member's last token is always the only one to compute, and it has no block that it does not need yet.
 """
 
@@ -31,9 +31,23 @@ class Columns(NamedTuple):
     length: Ints = _NONE  # tokens, those that are being drawn among them
     known: Ints = _NONE  # tokens without those
     max_len: Ints = _NONE
+    min_len: Ints = _NONE  # as `RequestState`'s
+    borrowed: Ints = _NONE  # blocks of the table that somebody else held when it was given them
     num_prompt: Ints = _NONE
     next_token: Ints = _NONE  # to compute, as in `Batch`
     heeds_eos: NDArray[np.bool_] = np.empty(0, np.bool_)
+
+
+class Growth(NamedTuple):
+    """What running sequences hold and may still take, numbers by sequence."""
+
+    held: Ints = _NONE  # blocks, without those that somebody else held before
+    may_grow: Ints = _NONE  # tokens at most
+    must_grow: Ints = _NONE  # tokens at least
+
+    @classmethod
+    def of(cls, sequences: list[tuple[int, int, int]]) -> "Growth":
+        return cls(*np.array(sequences, np.int32).reshape(-1, 3).T)
 
 
 @dataclass(slots=True, eq=False)
@@ -118,10 +132,10 @@ class Decoding:
 
     # ---- coming and going -------------------------------------------------------------------------------------
 
-    def join(self, joining: list[tuple[Sequence, int]], step: int) -> None:
-        """Takes in sequences, each with its `max_len`, that draw in `step`, the last to be scheduled, and have computed
-        all before. Those with two tokens on their way draw in the step before that as well."""
-        sequences = [seq for seq, _ in joining]
+    def join(self, joining: list[tuple[Sequence, int, int]], step: int) -> None:
+        """Takes in sequences, each with its `min_len` and `max_len`, that draw in `step`, the last to be scheduled, and
+        have computed all before. Those with two tokens on their way draw in the step before that as well."""
+        sequences = [seq for seq, _, _ in joining]
         for seq in sequences:
             needed = self._blocks.blocks_for(seq.num_computed)
             assert len(seq.block_table) == needed, "a sequence has blocks that it does not need yet"
@@ -130,7 +144,9 @@ class Decoding:
             row=np.array([seq.row for seq in sequences], np.int32),
             length=np.array([len(seq.token_ids) for seq in sequences], np.int32),
             known=np.array([seq.num_known for seq in sequences], np.int32),
-            max_len=np.array([max_len for _, max_len in joining], np.int32),
+            max_len=np.array([max_len for _, _, max_len in joining], np.int32),
+            min_len=np.array([min_len for _, min_len, _ in joining], np.int32),
+            borrowed=np.array([seq.num_borrowed for seq in sequences], np.int32),
             num_prompt=np.array([seq.num_prompt for seq in sequences], np.int32),
             next_token=np.array([seq.token_ids[-1] for seq in sequences], np.int32),
             heeds_eos=np.array([not seq.request.params.ignore_eos for seq in sequences], np.bool_),
@@ -168,11 +184,6 @@ class Decoding:
             known=self._known + np.int32(self._taken),
             next_token=_drawn(len(self)) if self._tokens is None else self._tokens,
         )
-
-    def flush(self) -> None:
-        """Writes to all members what has become of them so far."""
-        for seq in self._members.sequences:
-            self._write_back(seq)
 
     def _write_back(self, seq: Sequence) -> None:
         i = int(self._member[seq.row])
@@ -230,7 +241,8 @@ class Decoding:
         Returns what members drew, those of them that this completes with their place there, and the samples of others.
         """
         if self._log_start < 0 or step - self._log_start == _LOG_STEPS:
-            self.flush()
+            for seq in self._members.sequences:
+                self._write_back(seq)
             self._log_start = step
         self._seen = step
         drawing, start = self._members, self._members.start
@@ -261,6 +273,18 @@ class Decoding:
         none = repeat(None)
         outputs = list(zip(drawing.request_ids, drawing.indexes, tokens.tolist(), none, none, none, strict=False))
         return outputs, [(i, drawing.sequences[i]) for i in np.flatnonzero(completes).tolist()], others
+
+    # ---- for others to know -----------------------------------------------------------------------------------
+
+    def computed(self) -> tuple[Ints, Ints]:
+        """The members' rows, and how many of their tokens have their K/V in blocks."""
+        return self._members.start.row, self._members.start.length + np.int32(self._made - 1)
+
+    def growth(self) -> Growth:
+        start = self._members.start
+        length = start.length + np.int32(self._made)
+        held = -((1 - length) // np.int32(self._blocks.block_size)) - start.borrowed
+        return Growth(held, start.max_len - length, np.maximum(start.min_len - length, np.int32(0)))
 
     def empty_slots(self) -> int:
         """Slots in the members' blocks that no token fills."""

@@ -5,9 +5,11 @@ With each go the things that it holds: blocks, host blocks, rows. Changes of sta
 
 import bisect
 
+import numpy as np
+
 from octavo.config import EngineConfig
 from octavo.engine.block_manager import BlockManager
-from octavo.engine.decoding import Decoding
+from octavo.engine.decoding import Decoding, Growth
 from octavo.engine.fair_share import FairShare
 from octavo.engine.rows import RowTable
 from octavo.engine.state import RequestState
@@ -30,6 +32,7 @@ class Registry:
         self.states: dict[str, RequestState] = {}
         self.waiting: list[RequestState] = []
         self.running: list[RequestState] = []
+        self.must_grow = 0  # tokens that the answers of all who run have at least
         self._num_decoding = 0
 
     def of(self, seq: Sequence) -> RequestState:
@@ -46,10 +49,29 @@ class Registry:
             return []
         return [state for state in self.running if not state.decoding]
 
-    def up_to_date(self) -> list[RequestState]:
-        """The running requests, with all that is known of them."""
-        self.decoding.flush()
-        return self.running
+    def growth(self) -> Growth:
+        """Of the running sequences."""
+        others: list[tuple[int, int, int]] = []
+        for state in self.others():
+            others += state.growth([len(seq.block_table) - seq.num_borrowed for seq in state.sequences])
+        both = zip(self.decoding.growth(), Growth.of(others), strict=True)
+        return Growth._make(map(np.concatenate, both))
+
+    def exclusive_tokens(self) -> dict[RequestState, int]:
+        """Of each running request the tokens with K/V in blocks that no other holds: what it may cost to compute it
+        again."""
+        rows, computed = self.decoding.computed()
+        by_row = np.zeros(self.rows.max_rows, np.int32)
+        by_row[rows] = computed
+        for state in self.others():
+            leader = state.sequences[0]
+            filling = leader.num_computed < leader.fills  # blocks that its siblings hold as well, and wait for
+            for seq in state.sequences:
+                by_row[seq.row] = leader.num_computed if filling else seq.num_computed
+        own = [(seq.row, i) for i, state in enumerate(self.running) for seq in state.sequences]
+        held_rows, owner = np.array(own, np.int32).reshape(-1, 2).T
+        tokens = self.rows.exclusive_tokens(held_rows, by_row[held_rows], owner)
+        return dict(zip(self.running, tokens.tolist(), strict=True))
 
     # ---- coming, running, going -------------------------------------------------------------------------------
 
@@ -69,12 +91,14 @@ class Registry:
             self.rows.add(seq)
         self.waiting.remove(state)
         self.running.append(state)
+        self.must_grow += state.must_grow
 
     def withdraw(self, state: RequestState) -> None:
         """A running request, whose blocks have been taken back, waits again at its old place."""
         for seq in state.sequences:
             self.rows.remove(seq)
         self.running.remove(state)
+        self.must_grow -= state.must_grow
         self._enqueue(state)
 
     def start_decoding(self, states: list[RequestState], step: int) -> None:
@@ -82,7 +106,7 @@ class Registry:
         for state in states:
             state.decoding = True
         self._num_decoding += len(states)
-        self.decoding.join([(seq, state.max_len) for state in states for seq in state.sequences], step)
+        self.decoding.join([(seq, state.min_len, state.max_len) for state in states for seq in state.sequences], step)
 
     def stop_decoding(self, state: RequestState) -> None:
         """Has `state` run as any other, which may do what it likes; nothing if it does."""
@@ -115,10 +139,15 @@ class Registry:
         self._num_decoding -= state.decoding
         if self.fair is not None:
             self.fair.leaves(state.request.tenant)
-        (self.running if state in self.running else self.waiting).remove(state)
+        if state in self.running:
+            self.running.remove(state)
+            self.must_grow -= state.must_grow
+        else:
+            self.waiting.remove(state)
 
     def check(self) -> None:
         """Asserts the invariants of blocks and host blocks. For tests."""
         self.blocks.check([seq for state in self.states.values() for seq in state.sequences])
         self.swap.check(state.sequences for state in self.states.values())
         assert self._num_decoding == sum(state.decoding for state in self.running)
+        assert self.must_grow == sum(state.must_grow for state in self.running)

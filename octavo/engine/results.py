@@ -45,8 +45,7 @@ class Results:
             reason, stop = self._ending(state, seq, token)
             assert reason is not None, "a sequence is complete, but has no reason to end"
             output.tokens[i] = (name, index, token, reason, stop, None)
-            self._forecast.ended(seq.num_known - seq.num_prompt)
-            self._requests.end(state, seq, reason)
+            self._end(state, seq, reason)
 
     def _take_others(self, plan: Plan, result: StepResult, samples: list[int], output: StepOutput) -> None:
         """Takes in what these samples of a step drew, sequence by sequence."""
@@ -87,8 +86,7 @@ class Results:
             logprobs = token_logprobs(result.logprobs, sample, wanted)
         output.tokens.append((seq.request.request_id, seq.index, token, reason, stop, logprobs))
         if reason is not None:
-            self._forecast.ended(seq.num_known - seq.num_prompt)
-            self._requests.end(state, seq, reason)
+            self._end(state, seq, reason)
 
     def _fork(self, seq: Sequence, index: int) -> Sequence:
         """Sample `index` of a request whose prompt `seq` has just computed; it shares all blocks."""
@@ -134,9 +132,13 @@ class Results:
         """Ends a search with its answers."""
         output.add_answers(state.request.request_id, search.answers())
         for answer in search.answers():
-            self._forecast.ended(answer.length)
+            self._forecast.ended(answer.length, len(state.request.prompt_token_ids) + answer.length >= state.max_len)
         for seq in list(state.sequences):
             self._requests.end(state, seq, "stop")
+
+    def _end(self, state: RequestState, seq: Sequence, reason: FinishReason) -> None:
+        self._forecast.ended(seq.num_known - seq.num_prompt, seq.num_known >= state.max_len)
+        self._requests.end(state, seq, reason)
 
     def _ending(self, state: RequestState, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
         """Whether `token` ends `seq`: the reason, and the stop token id if that was it."""

@@ -39,6 +39,7 @@ class RowTable:
     """Rows 0 to `max_rows` - 1, each free or held by one sequence (`Sequence.row`)."""
 
     def __init__(self, max_rows: int, max_blocks: int, block_size: int, eos_token_ids: tuple[int, ...]):
+        self.max_rows = max_rows
         self._block_size = block_size
         self._eos = frozenset(eos_token_ids)
         self._every_row = np.arange(max_rows + 1, dtype=np.int32)
@@ -89,6 +90,24 @@ class RowTable:
         self._free.append(seq.row)
         self._token_counts.pop(seq.row, None)
         seq.row = -1
+
+    def exclusive_tokens(self, rows: Ints, num_computed: Ints, owner: Ints) -> Ints:
+        """Of each owner, numbered from 0, the tokens computed in blocks that no other owner's rows hold.
+
+        `rows` are all that hold blocks, each with its computed tokens, in their owners' order. A block counts once.
+        """
+        size = np.int32(self._block_size)
+        counts = -(-num_computed // size)
+        places = np.arange(counts.max(initial=0), dtype=np.int32)
+        holds = places < counts[:, None]
+        blocks = self._blocks[rows, : len(places)][holds]
+        filled = np.minimum(num_computed[:, None] - places * size, size)[holds]
+        owner_of_entry = np.repeat(owner, counts)
+        owner_of, tokens = np.zeros((2, blocks.max(initial=0) + 1), np.int32)  # by block
+        owner_of[blocks] = owner_of_entry  # whoever comes last
+        tokens[blocks] = filled
+        tokens[blocks[owner_of[blocks] != owner_of_entry]] = 0
+        return np.bincount(owner_of, tokens, int(owner[-1]) + 1).astype(np.int32)
 
     def step(self, plan: Plan) -> Batch | NextStep:
         """What `plan` says, for a device: who only decodes, then each (sequence, n) of `entries` with the last n of

@@ -15,7 +15,7 @@ from octavo.config import EngineConfig
 from octavo.engine.admission import Admission
 from octavo.engine.beam_search import BeamSearch
 from octavo.engine.fair_share import FairShare
-from octavo.engine.forecast import Forecast
+from octavo.engine.forecast import TOKENS_OF_A_STEP, Forecast
 from octavo.engine.limits import Limits
 from octavo.engine.prefix_store import PrefixStore
 from octavo.engine.registry import Registry
@@ -43,7 +43,7 @@ class Scheduler:
         self._eos = frozenset(config.model.eos_token_ids)
         self._steps: deque[Plan] = deque()
         self._started: list[tuple[str, float, int]] = []
-        self._forecast = Forecast(config.max_num_seqs)
+        self._forecast = Forecast(config.max_num_seqs, TOKENS_OF_A_STEP[config.device])
         self._results = Results(self._requests, self._forecast, self._eos)
         self._numbers = itertools.count()
         self._step_numbers = itertools.count()
@@ -55,6 +55,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Puts `request` into the queue; raises `RequestError` if it could never run."""
         self.limits.check(request)
+        params = request.params
         assert request.request_id not in self._requests.states, f"request id {request.request_id} is in use"
         number, num_prompt = next(self._numbers), len(request.prompt_token_ids)
         first = Sequence(
@@ -71,11 +72,12 @@ class Scheduler:
             order=(request.priority, request.arrival, number),
             sequences=[first],
             max_len=num_prompt + max_tokens,
-            forked=request.params.num_sequences == 1,
-            search=BeamSearch(request.params, self._eos, max_tokens) if request.params.beams else None,
+            min_len=num_prompt + (max_tokens if params.ends_at_limit else min(params.min_tokens, max_tokens)),
+            forked=params.num_sequences == 1,
+            search=BeamSearch(params, self._eos, max_tokens) if params.beams else None,
             bound=bool(request.bad_words_token_ids),
-            penalized=request.params.has_penalties,
-            plain=self._fair is None and request.params.logprobs is None and not changes_logits(request),
+            penalized=params.has_penalties,
+            plain=self._fair is None and params.logprobs is None and not changes_logits(request),
         )
         self._requests.arrive(state)
 
@@ -97,6 +99,8 @@ class Scheduler:
         filling = leader.num_computed < leader.fills
         for seq in list(state.sequences):
             if index is None or seq.index == index:
+                if seq.num_known > seq.num_prompt:  # a stop string ends an answer in this way too
+                    self._forecast.ended(seq.num_known - seq.num_prompt, False)
                 self._requests.end(state, seq, "abort")
         if state.sequences and filling and leader.finish_reason:
             self._preempt(state, None)  # what it was filling for its siblings would stay empty
@@ -136,7 +140,6 @@ class Scheduler:
             return None  # who gives way is chosen when everybody's tokens are known
         plan = Plan(budget=self._config.max_num_batched_tokens)
         if short:
-            self._requests.decoding.flush()
             self._make_room(plan)
         elif self._fair is not None:
             self._even_out(self._fair, plan)
@@ -289,10 +292,8 @@ class Scheduler:
         return self._cheapest(among if self._fair is None else self._fair.largest(among))
 
     def _cheapest(self, states: list[RequestState]) -> RequestState:
-        return min(
-            states,
-            key=lambda state: (self.blocks.computed_tokens(state.sequences, exclusive=True), -state.order[2]),
-        )
+        tokens = self._requests.exclusive_tokens()
+        return min(states, key=lambda state: (tokens[state], -state.order[2]))
 
     def _preempt(self, state: RequestState, plan: Plan | None) -> None:
         """Takes all blocks of a running request back and queues it again at its old place.
@@ -343,7 +344,7 @@ class Scheduler:
 
     def _fits_ahead(self, state: RequestState, owned_hits: int) -> bool:
         """Whether the running requests will probably not have to give way soon if `state` joins them."""
-        return self._forecast.fits(state, self._requests.up_to_date, self.blocks, owned_hits)
+        return self._forecast.fits(state, self._requests, owned_hits)
 
     def _count_admission(self, state: RequestState, found: int) -> None:
         leader, stats = state.sequences[0], self._stats

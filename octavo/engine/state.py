@@ -22,6 +22,7 @@ class RequestState:
     order: tuple[int, float, int]  # priority, arrival, number: the queue's order
     sequences: list[Sequence]
     max_len: int  # tokens of prompt and answer at which a sequence ends
+    min_len: int  # and before which it does not, unless somebody aborts it
     forked: bool  # whether its samples or beams exist; until the prompt is computed there is one sequence
     search: BeamSearch | None = None
     bound: bool = False  # whether its draws depend on the very last token: bad words
@@ -39,6 +40,19 @@ class RequestState:
         if self.forked and self.search is None:
             return len(self.sequences)
         return self.request.params.num_sequences
+
+    @property
+    def must_grow(self) -> int:
+        """Tokens that all its answers together have at least."""
+        return (self.min_len - len(self.request.prompt_token_ids)) * self.request.params.num_sequences
+
+    def growth(self, held: list[int]) -> list[tuple[int, int, int]]:
+        """As `Growth`, of its sequences, which hold so many blocks, and of samples and beams that do not exist yet and
+        will grow beside the first."""
+        lengths = [len(seq.token_ids) for seq in self.sequences]
+        lengths += [lengths[0]] * (self.num_rows - len(lengths))
+        held = held + [0] * (len(lengths) - len(held))
+        return [(n, self.max_len - k, max(0, self.min_len - k)) for n, k in zip(held, lengths, strict=True)]
 
     @property
     def runs_ahead(self) -> bool:

@@ -58,6 +58,7 @@ class Bench:
         output = self.scheduler.update(self.oracle.result())
         self.scheduler.check()
         self.poison()
+        self.check_counts()
         for name, index, _, score in output.beam_scores:
             self.scores[name, index] = score
         for name, index, token, reason, stop, _ in output.tokens:
@@ -80,6 +81,20 @@ class Bench:
         self.poison()
         self.scheduler.check()
         return state
+
+    def check_counts(self):
+        """What arrays say of all who run is what walking over their sequences says, once these are up to date."""
+        requests = self.scheduler._requests
+        if not requests.running:
+            return
+        tokens, growth = requests.exclusive_tokens(), np.stack(requests.growth(), axis=1).tolist()
+        walked = []
+        for state in requests.running:
+            for seq in state.sequences if state.decoding else ():
+                requests.decoding._write_back(seq)
+            assert tokens[state] == requests.blocks.computed_tokens(state.sequences, exclusive=True)
+            walked += state.growth([len(seq.block_table) - seq.num_borrowed for seq in state.sequences])
+        assert sorted(map(tuple, growth)) == sorted(walked)
 
     def poison(self):
         """Nobody may rely on what lies in a block that is free."""

@@ -199,6 +199,22 @@ def test_auto_takes_the_cheaper_kind_of_preemption():
     assert not few.suits(state.sequences, bench.scheduler.blocks)
 
 
+def test_host_memory_is_made_when_enough_have_gone_without_it():
+    bench = Bench(num_host_blocks=20, preemption_mode="auto")
+    # 32 tokens in 8 blocks: 24 s are saved, but 60 are to be spent first.
+    bench.scheduler.swap._cost = SwapCost(per_block=1.0, per_token=1.0, per_new_block=7.5)
+    bench.add("a", prompt_of(32), max_tokens=20)
+    swaps = []
+    for _ in range(6):
+        bench.step()
+        bench.preempt()
+        swaps.append(bench.scheduler.stats().swaps)
+    assert swaps == [0, 0, 1, 2, 3, 4]  # the memory is there, and for a tenth block enough was saved
+    assert bench.scheduler.swap._forgone == 24 + 24 + 25 + 27 - 7.5 * 10  # what was made is paid for
+    bench.run()
+    assert bench.answers["a", 0] == expected(prompt_of(32), 20, 1)
+
+
 def test_preemption_changes_no_answer_and_is_counted():
     bench = Bench(eager=True, num_blocks=30, max_model_len=100)
     prompts = {f"r{i}": prompt_of(9 + i, seed=i) for i in range(8)}
