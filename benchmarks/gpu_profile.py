@@ -20,6 +20,7 @@ from octavo.sampling_params import SamplingParams
 BYTES = 3.03e12
 FLOPS = 782e12
 _STEPS = 8
+_WANTED = 256  # tokens of a row: more than it draws until it has been measured
 
 
 def profile(engine: Engine, name: str, folder: Path) -> None:
@@ -29,7 +30,7 @@ def profile(engine: Engine, name: str, folder: Path) -> None:
     for rows, given in ((1, 256), (8, 256), (256, 768)):
         rows = min(rows, _room(engine, given))
         for i in range(rows):
-            _add(engine, f"profile-{rows}-{i}", given, 10_000)
+            _add(engine, f"profile-{rows}-{i}", given, _WANTED)
         _settle(engine, rows)
         seconds, kernels = _record(engine)
         weights = 2 * (model.num_parameters() - model.vocab_size * model.hidden_size * (not model.tie_word_embeddings))
@@ -40,7 +41,7 @@ def profile(engine: Engine, name: str, folder: Path) -> None:
         _drain(engine)
     rows = min(256, _room(engine, 2176))
     for i in range(rows):
-        _add(engine, f"profile-shared-{i}", 2176, 10_000, common=2048)
+        _add(engine, f"profile-shared-{i}", 2176, _WANTED, common=2048)
     _settle(engine, rows)
     seconds, kernels = _record(engine)
     limit = (weights + (2048 + rows * 160) * model.kv_bytes_per_token(engine.config.dtype)) / BYTES
@@ -61,14 +62,13 @@ def profile(engine: Engine, name: str, folder: Path) -> None:
 
 
 def _room(engine: Engine, given: int) -> int:
-    """Rows that are let in together: the scheduler keeps a quarter of a mean answer free behind each."""
-    return engine.config.num_blocks * engine.config.block_size // (given + 256)
+    """Rows that are let in together: the scheduler keeps room for all that they will draw."""
+    return engine.config.num_blocks * engine.config.block_size // (given + _WANTED)
 
 
 def _add(engine: Engine, request_id: str, given: int, wanted: int, common: int = 0) -> None:
     random = Random(request_id)
     prompt = [7919 * i % 10_000 for i in range(common)] + [random.randrange(10_000) for _ in range(given - common)]
-    wanted = min(wanted, engine.config.max_model_len - given)
     engine.add(Request(request_id, prompt, SamplingParams(temperature=0.8, ignore_eos=True, max_tokens=wanted)))
 
 

@@ -23,6 +23,7 @@ from octavo.sampling_params import SamplingParams
 PARTS = {"schedule": "#2f6f4f", "submit": "#7fb069", "update": "#e6aa68"}
 GOAL = 150.0
 STEPS, ROUNDS = 100, 5
+ADMITTED = 150  # tokens that a row draws before it is measured, at most
 BAR, GAP, LEFT, WIDTH = 24, 12, 90, 520
 FONT = 'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" fill="#1f2933"'
 
@@ -37,7 +38,7 @@ def idle_loop() -> float:
 
 def measure(engine: Engine, rows: int) -> dict[str, float]:
     for i, prompt in enumerate(fixed(rows, 300, 1)[0]):
-        params = SamplingParams(temperature=0.8, ignore_eos=True, max_tokens=2000)
+        params = SamplingParams(temperature=0.8, ignore_eos=True, max_tokens=ADMITTED + STEPS * ROUNDS)
         engine.add(Request(f"{rows}-{i}", prompt, params))
     while engine.stats().waiting:
         engine.step()
