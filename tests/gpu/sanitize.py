@@ -1,5 +1,6 @@
-"""Every Triton kernel once on small shapes, for NVIDIA's compute-sanitizer; what it finds it prints. Those in Gluon, which
-read by bulk copies that know the tensors' bounds, are not among them.
+"""Every Triton kernel once on small shapes, for NVIDIA's compute-sanitizer; what it finds it prints.
+
+Those in Gluon, which read by bulk copies that know the tensors' bounds, are not among them.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.gpu.sanitize
 
