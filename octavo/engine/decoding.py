@@ -2,8 +2,9 @@
 
 A request that does nothing but decode joins with all its samples, and leaves when it ends, is aborted or preempted.
 While it is here the columns are the truth. Its `Sequence`s keep their block tables, but `token_ids`, `num_computed` and
-`num_pending` stay as they were until `leave` writes them, and full blocks are offered to the prefix cache by
-`leave` alone. A member's last token is always the only one to compute, and it has no block that it does not need yet.
+`num_pending` stay as they were until `leave` writes them, or `take` now and then, and full blocks are offered to the
+prefix cache by `leave` alone. A member's last token is always the only one to compute, and it has no block that it does
+not need yet.
 """
 
 from collections.abc import Callable

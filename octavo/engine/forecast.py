@@ -64,7 +64,7 @@ class Forecast:
         """
         blocks, size = requests.blocks, requests.blocks.block_size
         joining = sum(blocks.blocks_for(seq.num_tokens) for seq in state.sequences) - owned_hits
-        most = self._max_rows * self.growth + requests.must_grow + state.must_grow
+        most = self._max_rows * (self.growth + size) + requests.must_grow + state.must_grow  # each ends within a block
         if (blocks.num_owned + joining) * size + most <= blocks.num_blocks * size:
             return True  # even if there were as many rows as there may be
         own = Growth.of(state.growth([blocks.blocks_for(seq.num_tokens) for seq in state.sequences]))
@@ -76,7 +76,7 @@ class Forecast:
             remainder = np.minimum(may_grow, SHARE_OF_MEAN * self._mean)
         else:
             remainder = np.maximum(must_grow, np.minimum(may_grow, self.growth))
-        return peak(held * size, remainder) <= blocks.num_blocks * size
+        return peak(held * size, np.ceil(remainder / size) * size) <= blocks.num_blocks * size
 
 
 def peak(held: Ints, remainder: NDArray[np.float64]) -> int:

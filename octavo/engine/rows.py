@@ -98,10 +98,10 @@ class RowTable:
         """
         size = np.int32(self._block_size)
         counts = -(-num_computed // size)
-        places = np.arange(counts.max(initial=0), dtype=np.int32)
-        holds = places < counts[:, None]
-        blocks = self._blocks[rows, : len(places)][holds]
-        filled = np.minimum(num_computed[:, None] - places * size, size)[holds]
+        ends = np.cumsum(counts)
+        place = np.arange(ends[-1], dtype=np.int32) - np.repeat(ends - counts, counts)
+        blocks = self._blocks[np.repeat(rows, counts), place]
+        filled = np.minimum(np.repeat(num_computed, counts) - place * size, size)
         owner_of_entry = np.repeat(owner, counts)
         owner_of, tokens = np.zeros((2, blocks.max(initial=0) + 1), np.int32)  # by block
         owner_of[blocks] = owner_of_entry  # whoever comes last

@@ -90,10 +90,11 @@ class Bench:
         tokens, growth = requests.exclusive_tokens(), np.stack(requests.growth(), axis=1).tolist()
         walked = []
         for state in requests.running:
-            for seq in state.sequences if state.decoding else ():
+            copies = [replace(seq, token_ids=list(seq.token_ids)) for seq in state.sequences]
+            for seq in copies if state.decoding else ():
                 requests.decoding._write_back(seq)
-            assert tokens[state] == requests.blocks.computed_tokens(state.sequences, exclusive=True)
-            walked += state.growth([len(seq.block_table) - seq.num_borrowed for seq in state.sequences])
+            assert tokens[state] == requests.blocks.computed_tokens(copies, exclusive=True)
+            walked += replace(state, sequences=copies).growth([len(s.block_table) - s.num_borrowed for s in copies])
         assert sorted(map(tuple, growth)) == sorted(walked)
 
     def poison(self):

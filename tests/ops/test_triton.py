@@ -65,6 +65,25 @@ def test_attention_that_turns_heads(cases, ops, rotary, norm):
     cases.check_turned(ops, CPU, torch.float32, (6, 2, 16), [1, 16, 40, 300], rotary, norm=norm)
 
 
+def test_heads_are_turned_at_once_where_rows_have_several_tokens(ops):
+    from octavo.ops import reference
+    from octavo.ops.triton.fused import FusedOps
+
+    q, k, v = torch.randn(3, 5, 2, 16)
+    turn, slots, caches = torch.randn(5, 8), torch.arange(5, dtype=torch.int32), torch.zeros(2, 2, 16, 2, 16)
+    which = FusedOps(ops, singles=False)
+    found = which.rope_and_cache(q, k, v, turn.cos(), turn.sin(), *caches, slots)
+    wanted = reference.rope_and_cache(q, k, v, turn.cos(), turn.sin(), *caches.clone(), slots)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_without_gluon_no_weights_stream(monkeypatch):
+    from octavo.ops import triton
+
+    monkeypatch.setattr(triton, "streamed", None)
+    assert not triton.TritonOps._streams(torch.empty(8, 2048), torch.empty(2048, 2048))
+
+
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 32, 24), (2, 640, 40), (3, 1024, 40), (5, 512, 512)])
 @pytest.mark.parametrize("in_fp8", [False, True])
 def test_fused_chain(cases, ops, rows, width, outputs, in_fp8):

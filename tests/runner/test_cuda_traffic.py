@@ -102,6 +102,7 @@ class PagedModel:
             assert (common == common[:1]).all()
 
     def lm_head(self, hidden_S1, ctx):
+        assert ctx.ops.finished
         return hidden_S1
 
     logits = lm_head
@@ -114,7 +115,7 @@ class NoOps:
     prefix = None
 
     def __init__(self, *given, singles=True):
-        pass
+        self.finished = False
 
     def sharing(self, prefix):
         ops = NoOps()
@@ -122,7 +123,7 @@ class NoOps:
         return ops
 
     def finish(self):
-        pass
+        self.finished = True
 
 
 def draw(logits_S1, asked, num_tokens, out_S):

@@ -6,10 +6,11 @@ a result before `finish`. What is taken in here:
 
     rows      what waits                          who takes it in
     1 to 2    addition and norm, SiLU             the product behind it (`matvec`)
-    2 to 64   a product                           the addition and norm, or the SiLU, behind it (`streamed`)
+    2 to 64   a product without bias              the addition and norm behind it (`streamed`)
+              a product                           the SiLU behind it (`streamed`)
     3 to 16   a product                           the addition, or the SiLU, behind it (`matmul`)
               a norm whose squares are known      the product behind it
-    many      a product                           the addition behind it
+    from 65   a product without bias              the addition behind it (cuBLAS)
     to 64     rotation and cache                  attention (`decode`), unless beginnings are shared
 
 `streamed` is for Hopper; the products beside it are for what it does not take.
@@ -32,7 +33,7 @@ from octavo.ops.weight import Dense, Fp8Weight, Weight
 MOST_TURNED = 64
 # Results that were taken in and can still be computed for a second reader: more than a layer has.
 _KEPT = 8
-# Rows from which on products are cuBLAS', which adds the residual stream in less time than the norm behind it.
+# Rows from which on cuBLAS adds the residual stream in less time than the norm behind it, as measured in 0083.
 LEAST_ADDED = 65
 
 
@@ -81,17 +82,17 @@ class FusedOps(TritonOps):
             if taken is not None:
                 taken.write()
 
-    def _take(self, x: torch.Tensor, *, last: bool = False) -> _Waiting | None:
-        """The waiting op if `x` is its result; `last` if nobody else will read that."""
+    def _take(self, x: torch.Tensor, way: str, *, last: bool = False) -> Any:
+        """What `_Waiting` holds for this way of taking it in, if `x` is what waits; `last` if nobody else reads `x`."""
         waiting = self._waiting
-        if waiting is None or waiting.result is not x:
+        if waiting is None or waiting.result is not x or getattr(waiting, way) is None:
             return None
         self._waiting = None
         if not last:
             self._taken[_memory(x)] = waiting
             if len(self._taken) > _KEPT:
                 del self._taken[next(iter(self._taken))]
-        return waiting
+        return getattr(waiting, way)
 
     def linear(self, x_TI: torch.Tensor, weight_OI: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(weight_OI, torch.Tensor | Fp8Weight), "packed weights belong to the CPU's kernels"
@@ -100,12 +101,11 @@ class FusedOps(TritonOps):
         if isinstance(weight_OI, torch.Tensor) and self._streams(x_TI, weight_OI):
             self._settle(x_TI)
             return self._streamed(x_TI, weight_OI, bias_O)
-        waiting = self._waiting
         if len(x_TI) <= matvec.MOST_ROWS:
-            if waiting is not None and waiting.matvec is not None and self._take(x_TI):
-                return waiting.matvec(weight_OI, bias_O)
+            if multiply := self._take(x_TI, "matvec"):
+                return multiply(weight_OI, bias_O)
         elif matmul.suits(len(x_TI), weight_OI):
-            norm = waiting.norm if waiting is not None and waiting.norm is not None and self._take(x_TI) else None
+            norm = self._take(x_TI, "norm")
             self._settle(*(() if norm else (x_TI,)))
             out_TO = x_TI.new_empty(len(x_TI), len(weight_OI))
             self._waiting = _Waiting(
@@ -138,23 +138,22 @@ class FusedOps(TritonOps):
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        waiting = self._waiting
         out = torch.empty_like(x)
-        if self._going and waiting is not None and waiting.product is not None and self._take(x):
+        if product := self._take(x, "product"):
             self._settle(residual)
-            stream, squares_PT = matmul.add_matmul(*waiting.product, residual, pdl=self.pdl)
+            stream, squares_PT = matmul.add_matmul(*product, residual, pdl=self.pdl)
             self._waiting = _Waiting(
                 out, lambda: write_rms_norm(stream, weight, eps, out), norm=Normed(stream, squares_PT, weight, eps)
             )
             return out, stream
-        if self._going and waiting is not None and waiting.parts is not None and self._take(x):
+        if in_parts := self._take(x, "parts"):
             self._settle(residual)
             stream = torch.empty_like(x)
-            write_add_rms_norm(waiting.parts(), residual, weight, eps, out, stream, pdl=self.pdl)
+            write_add_rms_norm(in_parts(), residual, weight, eps, out, stream, pdl=self.pdl)
             return out, stream
-        if self._going and waiting is not None and waiting.add_to is not None and self._take(x, last=True):
+        if add_to := self._take(x, "add_to", last=True):
             self._settle(residual)
-            stream = waiting.add_to(residual)
+            stream = add_to(residual)
             write_rms_norm(stream, weight, eps, out)
             return out, stream
         self._settle(x, residual)
@@ -170,11 +169,10 @@ class FusedOps(TritonOps):
         return out, stream
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
-        waiting = self._waiting
-        if self._going and waiting is not None and waiting.product is not None and self._take(gate_up_T2F):
-            return matmul.silu_matmul(*waiting.product, pdl=self.pdl)
-        if self._going and waiting is not None and waiting.silu is not None and self._take(gate_up_T2F):
-            return waiting.silu()
+        if product := self._take(gate_up_T2F, "product"):
+            return matmul.silu_matmul(*product, pdl=self.pdl)
+        if multiply := self._take(gate_up_T2F, "silu"):
+            return multiply()
         self._settle(gate_up_T2F)
         if not self._going or len(gate_up_T2F) > matvec.MOST_ROWS:
             return super().silu_mul(gate_up_T2F)
@@ -212,9 +210,8 @@ class FusedOps(TritonOps):
         return out_TNH
 
     def paged_attention(self, q_TNH: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        waiting = self._waiting
-        if waiting is not None and waiting.heads is not None and self._take(q_TNH):
-            return self._attend(q_TNH, *arguments, **(named | {"heads": waiting.heads}))
+        if heads := self._take(q_TNH, "heads"):
+            return self._attend(q_TNH, *arguments, **(named | {"heads": heads}))
         self._settle(q_TNH)
         return super().paged_attention(q_TNH, *arguments, **named)
 

@@ -41,7 +41,11 @@ def suits(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
         LEAST_ROWS <= len(x_TI) <= MOST_ROWS
         and weight_OI.numel() >= _LEAST_WEIGHTS
         and weight_OI.dtype in (torch.bfloat16, torch.float16)
+        and x_TI.dtype == weight_OI.dtype
         and weight_OI.shape[1] % (2 * _BOX) == 0
+        and x_TI.is_contiguous()
+        and weight_OI.is_contiguous()
+        and (x_TI.data_ptr() | weight_OI.data_ptr()) % 16 == 0
         and x_TI.is_cuda
         and torch.cuda.get_device_capability(x_TI.device)[0] == 9
     )
