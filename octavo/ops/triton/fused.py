@@ -102,10 +102,11 @@ class FusedOps(TritonOps):
             self._settle(x_TI)
             return self._streamed(x_TI, weight_OI, bias_O)
         if len(x_TI) <= matvec.MOST_ROWS:
-            if multiply := self._take(x_TI, "matvec"):
+            multiply: Callable[..., torch.Tensor] | None = self._take(x_TI, "matvec")
+            if multiply:
                 return multiply(weight_OI, bias_O)
         elif matmul.suits(len(x_TI), weight_OI):
-            norm = self._take(x_TI, "norm")
+            norm: Normed | None = self._take(x_TI, "norm")
             self._settle(*(() if norm else (x_TI,)))
             out_TO = x_TI.new_empty(len(x_TI), len(weight_OI))
             self._waiting = _Waiting(
@@ -141,7 +142,8 @@ class FusedOps(TritonOps):
         out = torch.empty_like(x)
         if product := self._take(x, "product"):
             self._settle(residual)
-            stream, squares_PT = matmul.add_matmul(*product, residual, pdl=self.pdl)
+            x_TI, norm, weight_OI, bias_O = product
+            stream, squares_PT = matmul.add_matmul(x_TI, norm, weight_OI, bias_O, residual, pdl=self.pdl)
             self._waiting = _Waiting(
                 out, lambda: write_rms_norm(stream, weight, eps, out), norm=Normed(stream, squares_PT, weight, eps)
             )
@@ -171,7 +173,8 @@ class FusedOps(TritonOps):
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         if product := self._take(gate_up_T2F, "product"):
             return matmul.silu_matmul(*product, pdl=self.pdl)
-        if multiply := self._take(gate_up_T2F, "silu"):
+        multiply: Callable[[], torch.Tensor] | None = self._take(gate_up_T2F, "silu")
+        if multiply:
             return multiply()
         self._settle(gate_up_T2F)
         if not self._going or len(gate_up_T2F) > matvec.MOST_ROWS:
