@@ -99,9 +99,8 @@ class Scheduler:
         filling = leader.num_computed < leader.fills
         for seq in list(state.sequences):
             if index is None or seq.index == index:
-                if (
-                    state.search is None and seq.num_known > seq.num_prompt
-                ):  # a stop string ends an answer in this way, too
+                # Stop strings end an answer in this way, too; of a search only the answers that it chooses count.
+                if state.search is None and seq.num_known > seq.num_prompt:
                     self._forecast.ended(seq.num_known - seq.num_prompt, False)
                 self._requests.end(state, seq, "abort")
         if state.sequences and filling and leader.finish_reason:

@@ -35,7 +35,10 @@ class Ops(Protocol):
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(rms_norm(x + residual), x + residual)`: the next sublayer's input, and the residual stream."""
+        """`(rms_norm(x + residual), x + residual)`: the next sublayer's input, and the residual stream.
+
+        `x` and `residual` are given away: the sum may stand in the memory of either, and nobody reads them again.
+        """
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up`, [T, F]; the gate is the first half of each row."""

@@ -11,7 +11,7 @@ a result before `finish`. What is taken in here:
     3 to 16   a product                           the addition, or the SiLU, behind it (`matmul`)
               a norm whose squares are known      the product behind it
     from 65   a product without bias              the addition behind it (cuBLAS)
-    to 64     rotation and cache                  attention (`decode`), unless beginnings are shared
+    to 64     rotation and cache of single tokens attention (`decode`), unless beginnings are shared
 
 `streamed` is for Hopper; the products beside it are for what it does not take.
 """
@@ -31,7 +31,7 @@ from octavo.ops.triton.silu_mul import write_silu_mul
 from octavo.ops.weight import Dense, Fp8Weight, Weight
 
 MOST_TURNED = 64
-# Results that were taken in and can still be computed for a second reader: more than a layer has.
+# Results that were taken in and can still be computed for a second reader: more than a layer has of them.
 _KEPT = 8
 # Rows from which on cuBLAS adds the residual stream in less time than the norm behind it, as measured in 0083.
 LEAST_ADDED = 65
@@ -53,10 +53,9 @@ class _Waiting:
 
 
 class FusedOps(TritonOps):
-    """`TritonOps` for the layers of one step; after `finish` these ops are as any others.
+    """`TritonOps` for the layers of one step, whose rows have one token each if they are `singles`.
 
-    `singles` says that all rows have one token. What is added to a residual stream is not read again, nor is the stream
-    as it was: where there are many rows, the sum takes its place.
+    After `finish` these ops are as any others.
     """
 
     def __init__(self, ops: TritonOps, *, singles: bool):

@@ -9,7 +9,6 @@ Shapes as in `octavo.ops`. No windows, no soft caps; `suits` says what it takes.
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,11 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from octavo.ops.triton.tiles import LOG2_E
+from octavo.ops.triton.tiles import LOG2_E, check_gluon
 
-if not triton.__version__.startswith("3.6."):
-    # Gluon's functions change with each version of Triton (3.9 takes this kernel no more); 3.6 is the one it ran on.
-    raise ImportError(f"prefill attention for Hopper is written for Triton 3.6, not {triton.__version__}")
+check_gluon("prefill attention for Hopper")
 
 _PAIRS = 128  # of a query and a head, in a tile
 _KEYS = 128

@@ -19,9 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-if not triton.__version__.startswith("3.6."):
-    # Gluon's functions change with each version of Triton; 3.6 is the one that this ran on.
-    raise ImportError(f"streamed products are written for Triton 3.6, not {triton.__version__}")
+from octavo.ops.triton.tiles import check_gluon
+
+check_gluon("the product whose weights stream")
 
 # One row is faster by `matvec`, which takes in what stands in front.
 LEAST_ROWS, MOST_ROWS = 2, 64

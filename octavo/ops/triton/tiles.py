@@ -1,4 +1,4 @@
-"""What the kernels agree on: scores in base 2, how fp32 products are taken, a tanh, and fetching ahead."""
+"""What the kernels agree on: scores in base 2, how fp32 products are taken, which Gluon, a tanh, and fetching ahead."""
 
 from functools import cache
 
@@ -20,6 +20,12 @@ def room(device: torch.device) -> int:
     if capability in ((8, 0), (8, 7)):
         return 163 * _KIB
     return (64 if capability == (7, 5) else 96) * _KIB
+
+
+def check_gluon(what: str) -> None:
+    """Raises `ImportError` if Gluon is another than `what` is written in: its functions change with each version."""
+    if not triton.__version__.startswith("3.6."):
+        raise ImportError(f"{what} is written for Triton 3.6, not {triton.__version__}")
 
 
 def dot_precision(dtype: torch.dtype) -> str:
