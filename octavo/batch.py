@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
+# What a sampler gives in place of a token where none can be sampled: all logits are -inf, or one is NaN or +inf.
+NO_TOKEN, NOT_FINITE = -1, -2
+
 
 @dataclass(slots=True)
 class SamplingColumns:
@@ -136,6 +139,12 @@ class Batch:
     def num_rows(self) -> int:
         return len(self.seq_lens)
 
+    def check_ids(self, vocab_size: int, num_drawn: int = 0) -> None:
+        """Asserts that every token is in the vocabulary, or one of `num_drawn` that the step before may have drawn:
+        a device reads its embedding without asking."""
+        least, most = int(self.token_ids.min(initial=0)), int(self.token_ids.max(initial=0))
+        assert -num_drawn <= least <= most < vocab_size, f"a step holds token ids from {least} to {most}"
+
     def whole(self) -> "Batch":
         return self
 
@@ -175,11 +184,23 @@ class LogprobColumns:
             rank=np.concatenate([part.rank for part in parts]),
         )
 
+    @classmethod
+    def spread(cls, parts: "Sequence[LogprobColumns]", columns: SamplingColumns) -> "LogprobColumns":
+        """One entry a sample, from entries for those that ask; the others are zeros that nobody reads."""
+        found = cls.of(parts)
+        asks = columns.num_logprobs >= 0
+        if asks.all():
+            return found
+        arrays = (found.token_ids, found.logprobs, found.rank)
+        whole = cls(*(np.zeros((len(asks), *array.shape[1:]), array.dtype) for array in arrays))
+        whole.token_ids[asks], whole.logprobs[asks], whole.rank[asks] = arrays
+        return whole
+
 
 @dataclass(slots=True)
 class StepResult:
     """What a step gives back: the only copy from device to host."""
 
-    token_ids: Ints  # [S]
+    token_ids: Ints  # [S]; NO_TOKEN or NOT_FINITE where none could be sampled
     logprobs: LogprobColumns | None = None  # E = S when any sample asks
     prompt_logprobs: LogprobColumns | None = None  # E = entries of Batch.prompt_logprobs

@@ -298,9 +298,10 @@ class ServerOptions:
         },
     )
     max_queued_requests: int = option(1024, "waiting requests before new ones get 429")
-    max_body_bytes: int = option(32 * 1024**2, "largest request body", metavar="SIZE", parse=parse_size)
+    max_body_bytes: int = option(4 * 1024**2, "largest request body", metavar="SIZE", parse=parse_size)
     drain_seconds: float = option(30.0, "how long running requests may go on after SIGTERM")
-    watchdog_seconds: float = option(120.0, "a step pending for longer makes /health false")
+    confirm_timeout: float = option(5.0, "seconds after which a request that the engine has not confirmed is refused")
+    stall_timeout: float = option(120.0, "seconds of silence of an engine with work that make /health false")
     on_engine_death: Literal["restart", "exit"] = option("restart", "what to do when the engine process dies")
 
 

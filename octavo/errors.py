@@ -6,6 +6,11 @@ Nothing here knows about HTTP: `server` maps these classes to status codes.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
+
+# Of a name that is compared with known ones: the comparison takes the square of its length.
+_LONGEST_NAME = 100
+_SHOWN = 60  # characters of a value in an error
 
 
 class OctavoError(Exception):
@@ -47,7 +52,35 @@ class EngineDeadError(OctavoError):
     """The engine stopped working; open requests are lost."""
 
 
+class EngineStalledError(OctavoError):
+    """The engine did not confirm a request in time; the same request may succeed later."""
+
+
+class InternalError(OctavoError):
+    """A request failed by a fault of Octavo's; other requests are not concerned."""
+
+
+def internal_error(error: BaseException) -> InternalError:
+    """An unexpected exception that belongs to a request, for whoever asked."""
+    text = " ".join(str(error).split())[:200]
+    return InternalError(f"an unexpected error ended this request: {type(error).__name__}: {text}")
+
+
+def short(value: object) -> str:
+    """`value` as it stands in an error: its repr, cut where it is long."""
+    if isinstance(value, str | bytes | list | tuple):
+        value = value[: _SHOWN + 1]
+    elif isinstance(value, dict):
+        value = dict(islice(value.items(), _SHOWN))
+    elif isinstance(value, int) and value.bit_length() > 4 * _SHOWN:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the closest of `known`, or an empty string when nothing is close."""
+    if len(name) > _LONGEST_NAME:
+        return ""
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -13,7 +13,8 @@ from typing import Any
 from octavo.checkpoint import Checkpoint, TokenizerData, open_engine_checkpoint, open_tokenizer_data
 from octavo.config import EngineOptions
 from octavo.engine.engine import Engine
-from octavo.engine.process import Arrived, EngineClient
+from octavo.engine.process import EngineClient
+from octavo.engine.stream import Arrived
 from octavo.errors import ConfigError, RequestError, nearest
 from octavo.progress import Progress
 from octavo.request import CompletionOutput, Request, RequestOutput

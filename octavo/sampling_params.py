@@ -1,14 +1,21 @@
 """How a request's tokens are drawn and when it ends. Names and meanings are those that vLLM's users know."""
 
-import math
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from octavo.errors import RequestError, nearest
+from octavo.errors import RequestError, nearest, short
 
 MAX_LOGPROBS = 100
 MAX_N = 128
 MAX_BEAM_WIDTH = 32
+# Each of these is looked for at every token.
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 256, 1024  # strings; characters of one
+MAX_BAD_WORDS = 1024
+# Below this the temperature is greedy: the noise of a sample divides two logits only if they are equal in fp32.
+MIN_TEMPERATURE = 1e-5
+# Within these limits no number overflows where it meets a logit in fp32.
+MAX_TEMPERATURE, MAX_BIAS, MAX_REPETITION_PENALTY = 1_000_000, 1_000_000, 1000
 # What a beam search has no use for, with the value at which it is off: the search follows the model's own distribution.
 _NOT_WITH_BEAMS: dict[str, Any] = {
     "temperature": 0.0,
@@ -70,6 +77,7 @@ class SamplingParams:
             self.top_k = 0
         if self.logit_bias is not None:
             self.logit_bias = self._integer_keys(self.logit_bias)
+        self._check_counts()
         self._check_types()
         self._check_ranges()
         self._check_beams()
@@ -85,7 +93,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def beams(self) -> bool:
@@ -110,8 +118,13 @@ class SamplingParams:
     def _integer_keys(bias: dict[Any, float]) -> dict[int, float]:
         try:
             return {int(token): float(value) for token, value in bias.items()}
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError, OverflowError):
             raise RequestError("logit_bias must map token ids to numbers", "logit_bias") from None
+
+    def _check_counts(self) -> None:
+        for name, most in (("stop", MAX_STOP_STRINGS), ("bad_words", MAX_BAD_WORDS)):
+            if len(getattr(self, name)) > most:
+                raise RequestError(f"{name} has {len(getattr(self, name))} entries; it may have {most}", name)
 
     def _check_types(self) -> None:
         for name in ("n", "top_k", "min_tokens", "beam_width"):
@@ -124,8 +137,8 @@ class SamplingParams:
             *("repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty"),
         ):
             _require(name, getattr(self, name), (int, float))
-            if not math.isfinite(getattr(self, name)):
-                raise RequestError(f"{name} is {getattr(self, name)}; it must be a finite number", name)
+            if not abs(getattr(self, name)) <= sys.float_info.max:
+                raise RequestError(f"{name} is {short(getattr(self, name))}; it must be a finite number", name)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             _require(name, getattr(self, name), bool)
         for name in ("stop", "bad_words"):
@@ -133,13 +146,24 @@ class SamplingParams:
                 _require(name, item, str)
                 if not item:
                     raise RequestError(f"{name} holds an empty string; leave it out", name)
+        for item in self.stop:
+            if len(item) > MAX_STOP_LENGTH:
+                raise RequestError(f"stop holds a string of {len(item)} characters, above {MAX_STOP_LENGTH}", "stop")
         for name in ("stop_token_ids", "allowed_token_ids"):
-            for item in getattr(self, name) or ():
-                _require(name, item, int)
+            given = getattr(self, name) or ()
+            if set(map(type, given)) - {int}:  # a list may be as long as the vocabulary
+                for item in given:
+                    _require(name, item, int)
+        for token, value in (self.logit_bias or {}).items():
+            if not abs(value) <= MAX_BIAS:
+                raise RequestError(
+                    f"logit_bias of token {token} is {value}; it must be from {-MAX_BIAS} to {MAX_BIAS}",
+                    "logit_bias",
+                )
 
     def _check_ranges(self) -> None:
         _in_range("n", self.n, 1, MAX_N)
-        _in_range("temperature", self.temperature, 0, None)
+        _in_range("temperature", self.temperature, 0, MAX_TEMPERATURE)
         _in_range("top_k", self.top_k, 0, None)
         _in_range("min_p", self.min_p, 0, 1)
         _in_range("presence_penalty", self.presence_penalty, -2, 2)
@@ -147,10 +171,7 @@ class SamplingParams:
         _in_range("min_tokens", self.min_tokens, 0, None)
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1", "top_p")
-        if self.repetition_penalty <= 0:
-            raise RequestError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be above 0", "repetition_penalty"
-            )
+        _in_range("repetition_penalty", self.repetition_penalty, 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         if self.seed is not None:
             _in_range("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None:
@@ -193,10 +214,10 @@ class SamplingParams:
 def _require(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = kind.__name__ if isinstance(kind, type) else "number"
-        raise RequestError(f"{name} is {value!r}; it must be of type {wanted}", name)
+        raise RequestError(f"{name} is {short(value)}; it must be of type {wanted}", name)
 
 
 def _in_range(name: str, value: float, low: float, high: float | None) -> None:
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name} is {value}; it must be {wanted}", name)
+        raise RequestError(f"{name} is {short(value)}; it must be {wanted}", name)

@@ -265,7 +265,7 @@ class Decoding:
                 self._tokens[at] = np.where(seen, tokens, self._tokens[at])
             drawing = drawing.only(at.tolist(), Columns._make(column[at] for column in start))
         self._log[step - self._log_start, drawing.start.row] = tokens
-        completes = self._known[at] + self._taken >= drawing.start.max_len
+        completes = (self._known[at] + self._taken >= drawing.start.max_len) | (tokens < 0)  # none could be sampled
         for eos in self._eos:
             completes |= (tokens == eos) & drawing.start.heeds_eos
         for i, stops in drawing.watched:

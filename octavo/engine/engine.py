@@ -11,8 +11,8 @@ import numpy as np
 
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig, EngineOptions
+from octavo.engine.info import EngineInfo
 from octavo.engine.prefix_store import PrefixStore, open_folder
-from octavo.engine.process import EngineInfo
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.state import StepOutput
 from octavo.log import logger

@@ -79,10 +79,10 @@ class Limits:
                 "beam_width",
             )
         self._check_blocks(request)
-        self._check_ids("prompt", prompt)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
-        self._check_ids("logit_bias", params.logit_bias or ())
+        self.check_ids("prompt", prompt)
+        self.check_ids("stop_token_ids", params.stop_token_ids)
+        self.check_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self.check_ids("logit_bias", params.logit_bias or ())
 
     def _check_blocks(self, request: Request) -> None:
         """The samples or beams of a request share the prompt's full blocks; all together must fit the cache."""
@@ -100,7 +100,8 @@ class Limits:
             "max_tokens" if room > 0 else name,
         )
 
-    def _check_ids(self, name: str, ids: Collection[int]) -> None:
+    def check_ids(self, name: str, ids: Collection[int]) -> None:
+        """Raises `RequestError` for the first of `ids`, field `name`, that is outside the vocabulary."""
         # A long prompt is looked through twice in C and not once in Python.
         if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):
             return

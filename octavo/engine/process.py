@@ -1,169 +1,144 @@
-"""The one process boundary: `EngineClient` in the HTTP process, `run_engine` in the engine process, a pipe between.
+"""The engine as the HTTP process sees it: `EngineClient` starts the engine process and talks to it over a channel.
 
-Plain values cross: requests one way, one message a step the other way. The client wakes each request's reader at most
-once a step and hands it all that has come since, so a reader that lags gets merged pieces instead of a longer queue.
-Nothing polls: the engine sleeps while it has no work, and a dead engine shows as the pipe's end. No torch here.
+Requests go one way, one message a step comes the other way. The engine confirms each request that it has received;
+what it does not confirm in time is refused, so nothing that was sent is lost in silence. Readers are woken at most once
+a step and get all that has come since. Nothing polls: a dead engine shows as the channel's end. No torch here.
 """
 
 import asyncio
 import atexit
-import contextlib
-import gc
-import multiprocessing
-import queue
+import itertools
+import multiprocessing.spawn
+import os
 import signal
-import threading
+import subprocess
+import sys
 import time
-import traceback
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-from octavo import errors, log
+from octavo import errors
 from octavo.config import EngineOptions
-from octavo.engine.limits import Limits
-from octavo.engine.report import Report
+from octavo.engine.channel import ClientChannel, Message, connected_pair
+from octavo.engine.info import EngineInfo
 from octavo.engine.state import StepOutput
-from octavo.errors import EngineDeadError, OctavoError, QueueFullError
+from octavo.engine.stream import Stream, Wake
+from octavo.errors import EngineDeadError, EngineStalledError, OctavoError, QueueFullError, RequestError
 from octavo.metrics import EngineStats
-from octavo.request import BeamScore, Request, TokenLogprobs, TokenOutput
-from octavo.timeline import Timeline, process_age
+from octavo.request import Request
 
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What an engine says of itself when it is ready. `timeline` holds (phase, seconds) of the start."""
-
-    limits: Limits
-    device: str
-    dtype: str
-    plan: list[str]
-    timeline: Timeline
+# Bounds on what waits, so that no burst fills the memory: bytes on their way to the engine, of which a request may be
+# the last to pass the bound, and tokens of prompts in the queue, each of which takes some 40 bytes in either process.
+MAX_UNCONFIRMED_BYTES = 64 * 2**20
+MAX_QUEUED_TOKENS = 2**24
+CONFIRM_SECONDS = 5.0
+_CLOSING_SECONDS = 5.0
+# A timer that is later than this was held up with the whole event loop, and so was what the engine has said.
+_LATE_SECONDS = 0.5
 
 
 @dataclass(slots=True)
-class Arrived:
-    """What has come for one request since its reader last looked."""
+class _Sent:
+    """A request that the engine has not confirmed; `since` is in seconds of `time.monotonic`."""
 
-    tokens: list[TokenOutput] = field(default_factory=list)
-    prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
-    beam_scores: list[BeamScore] = field(default_factory=list)
-    queue_seconds: float | None = None  # set once, when the request was admitted
-    cached_tokens: int = 0
-
-
-class Stream:
-    """The outputs of one request, in pieces; ends when all its sequences have.
-
-    `open` holds the indices of the sequences that have not ended; `first_token` is when the first token came, in
-    seconds of `time.monotonic`. With `whole` the reader is woken only at the end, or by an error.
-    """
-
-    def __init__(self, request: Request, whole: bool = False):
-        self.request = request
-        self.started = False
-        self.open = set(range(request.params.n))
-        self.first_token: float | None = None
-        self._whole = whole
-        self._arrived: Arrived | None = None
-        self._error: OctavoError | None = None
-        self._wake = asyncio.Event()
-
-    def pending(self) -> Arrived:
-        """Where the next piece gathers; the reader is woken."""
-        if self._arrived is None:
-            self._arrived = Arrived()
-        if not self._whole:
-            self._wake.set()
-        return self._arrived
-
-    def take(self, token: TokenOutput) -> bool:
-        """Gathers `token`, unless its sequence has ended here already; True if it ends the last sequence."""
-        if token[1] not in self.open:
-            return False
-        if self.first_token is None:
-            self.first_token = time.monotonic()
-        self.pending().tokens.append(token)
-        return token[3] is not None and self.end_sequence(token[1])
-
-    def end_sequence(self, index: int) -> bool:
-        """Notes that sequence `index` has ended; True if it was the last."""
-        self.open.discard(index)
-        if not self.open:
-            self._wake.set()
-        return not self.open
-
-    def fail(self, error: OctavoError) -> None:
-        self._error = error
-        self._wake.set()
-
-    async def __aiter__(self) -> AsyncIterator[Arrived]:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            # Again and again: more may come, even the end, while the reader is busy with a piece.
-            while self._arrived is not None:
-                arrived, self._arrived = self._arrived, None
-                yield arrived
-            if self._error is not None:
-                raise self._error
-            if not self.open:
-                return
+    request_id: str
+    num_bytes: int
+    since: float
+    refused: bool = False
 
 
 class EngineClient:
-    """The engine as the HTTP process sees it. All methods belong to one event loop."""
+    """The engine process and the requests that it has. All methods belong to one event loop.
 
-    def __init__(self, options: EngineOptions, *, max_queued_requests: int = 1024, verbose: bool = False):
+    `confirm_timeout`: seconds after which a request that the engine has not confirmed is refused.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        max_queued_requests: int = 1024,
+        confirm_timeout: float = CONFIRM_SECONDS,
+        verbose: bool = False,
+    ):
         self.options = options
         self.max_queued_requests = max_queued_requests
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self.on_death: Callable[[str], None] = lambda reason: None
+        self._confirm_timeout = confirm_timeout
         self._verbose = verbose
         self._streams: dict[str, Stream] = {}
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._connection: Connection | None = None
-        self._step_began: Any = None
-        self._queued = 0
-        self._last_words = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: ClientChannel | None = None
+        self._num_queued = self._queued_tokens = 0
+        self._unconfirmed: deque[_Sent] = deque()
+        self._unconfirmed_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._heard = 0.0  # when the engine last said something, or was given work while it had none
+        self._exit_reason = ""
         self._ready: asyncio.Future[EngineInfo] | None = None
-        self._mourning: asyncio.Future[None] | None = None
+        self._burying: asyncio.Future[None] | None = None
 
     async def start(self) -> EngineInfo:
         """Starts the engine process and waits until its model is loaded; raises what went wrong there."""
-        context = multiprocessing.get_context("spawn")  # a fork would inherit the sockets
-        self._connection, theirs = context.Pipe()
-        self._step_began = context.RawValue("d", 0.0)
-        self._last_words = ""
-        arguments = (theirs, self._step_began, self.options, self._verbose)
-        self._process = context.Process(target=run_engine, args=arguments, name="octavo-engine", daemon=True)
-        self._process.start()
-        atexit.register(self._process.kill)  # for a parent that ends without `close`
-        theirs.close()
-        loop = asyncio.get_running_loop()
-        self._ready = loop.create_future()
-        loop.add_reader(self._connection.fileno(), self._receive)
+        self._exit_reason = ""
+        ours, theirs = connected_pair()
+        with theirs:
+            self._process = _start_process(theirs.fileno())
+        atexit.register(self._kill_process)  # for a parent that ends without `close`
+        self._ready = asyncio.get_running_loop().create_future()
+        self._channel = await ClientChannel.open(ours, self)
+        self._channel.send(("start", self.options, self._verbose))
         self.info = await self._ready
         return self.info
 
-    def submit(self, request: Request, *, whole: bool = False) -> Stream:
-        """Queues `request`. Raises `RequestError`, `QueueFullError` or `EngineDeadError` at once if it cannot run.
-
-        `whole`: the caller wants the stream in one piece, at its end.
-        """
-        if self.info is None or self._connection is None:
-            raise EngineDeadError(f"the engine is not running{_because(self._last_words)}")
+    def check(self, request: Request) -> None:
+        """Raises `RequestError` if `request` could never run, or `EngineDeadError` if nothing can."""
+        if self.info is None or self._channel is None:
+            raise EngineDeadError(f"the engine is not running{_because(self._exit_reason)}")
         self.info.limits.check(request)
-        if self._queued >= self.max_queued_requests:
-            raise QueueFullError(
-                f"{self._queued} requests are waiting, the most that --max-queued-requests allows; try again later"
-            )
-        stream = self._streams[request.request_id] = Stream(request, whole)
-        self._queued += 1
-        self._send(("add", request))
+
+    def submit(self, request: Request, *, whole: bool = False, wake: Wake | None = None) -> Stream:
+        """Queues `request`. Raises at once if it cannot run: `RequestError`, or `QueueFullError`, `EngineStalledError`
+        and `EngineDeadError`, after which it may later.
+
+        `whole`: the caller wants the stream in one piece, at its end. `wake`: as in `Stream`.
+        """
+        self.check(request)
+        self._check_queue(request)
+        if not self._streams:
+            self._heard = time.monotonic()
+        stream = self._streams[request.request_id] = Stream(request, whole, wake)
+        self._num_queued += 1
+        self._queued_tokens += len(request.prompt_token_ids)
+        num_bytes = self._send(("add", request))
+        self._unconfirmed.append(_Sent(request.request_id, num_bytes, time.monotonic()))
+        self._unconfirmed_bytes += num_bytes
+        self._watch_confirmations()
         return stream
+
+    def _check_queue(self, request: Request) -> None:
+        if request.request_id in self._streams:
+            raise RequestError(f"request_id {request.request_id[:100]!r} is that of an open request", "request_id")
+        if self._unconfirmed and self._unconfirmed[0].refused:
+            raise EngineStalledError(self._stalled())
+        if self._num_queued >= self.max_queued_requests:
+            raise QueueFullError(
+                f"{self._num_queued} requests are waiting, the most that --max-queued-requests allows; try again later"
+            )
+        if self._num_queued and self._queued_tokens + len(request.prompt_token_ids) > MAX_QUEUED_TOKENS:
+            raise QueueFullError(
+                f"requests with {self._queued_tokens} tokens are waiting, and at most {MAX_QUEUED_TOKENS} may;"
+                " try again later"
+            )
+        if self._unconfirmed_bytes > MAX_UNCONFIRMED_BYTES:
+            raise QueueFullError(
+                f"{self._unconfirmed_bytes} bytes of requests are on their way to the engine, and at most"
+                f" {MAX_UNCONFIRMED_BYTES} may be; try again later"
+            )
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or its sample `index`; nothing happens if it has ended already."""
@@ -179,71 +154,71 @@ class EngineClient:
         """Requests that have not ended."""
         return len(self._streams)
 
-    def trouble(self, watchdog_seconds: float) -> str | None:
-        """Why the engine is not healthy, or None: it must be alive, and no step may be pending for too long."""
-        if self.info is None or self._process is None or not self._process.is_alive():
-            return f"the engine is not running{_because(self._last_words)}"
-        began = self._step_began.value
-        if began and time.monotonic() - began > watchdog_seconds:
-            return f"a step has been pending for {time.monotonic() - began:.0f} s"
+    def trouble(self, stall_timeout: float) -> str | None:
+        """Why the engine is not healthy, or None: it must be alive, and while it has work say something within
+        `stall_timeout` seconds. What it has not even confirmed counts as work after it was refused, too."""
+        if self._process is None or self._process.poll() is not None:
+            return f"the engine is not running{_because(self._exit_reason)}"
+        now = time.monotonic()
+        if self._unconfirmed and now - self._unconfirmed[0].since > stall_timeout:
+            return self._stalled()
+        if self._streams and now - self._heard > stall_timeout:
+            return f"a step has been pending for {now - self._heard:.0f} s"
         return None
 
     async def close(self) -> None:
         """Stops the engine process; open requests end with an error."""
-        if self._mourning is not None:
-            self._mourning.cancel()
+        if self._burying is not None:
+            self._burying.cancel()
         self._fail_all("the server is shutting down")
-        if self._connection is not None:
-            self._send(("stop",))
-            self._disconnect()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.send(("stop",))
+            channel.close()
         if self._process is not None:
             process, self._process = self._process, None
-            atexit.unregister(process.kill)
-            if self.info is None:  # it is still loading, and hears nothing
+            atexit.unregister(self._kill_process)
+            if self.info is None:  # it is still loading, and may be long about it
                 process.terminate()
-            await asyncio.to_thread(process.join, 5)
-            if process.is_alive():
+            if not await asyncio.to_thread(_ends, process, _CLOSING_SECONDS):
                 process.kill()
-                await asyncio.to_thread(process.join)
+                await asyncio.to_thread(process.wait)
+        if channel is not None:
+            channel.abort()
 
-    # ---- the pipe ---------------------------------------------------------------------------------------------
+    # ---- the channel ------------------------------------------------------------------------------------------
 
-    def _send(self, message: tuple[Any, ...]) -> None:
-        # A broken pipe shows on the reading side too, and is dealt with there.
-        if self._connection is not None:
-            with contextlib.suppress(OSError):
-                self._connection.send(message)
+    def _send(self, message: Message) -> int:
+        """Sends `message`, if there is an engine; its size in bytes."""
+        return 0 if self._channel is None else self._channel.send(message)
 
-    def _receive(self) -> None:
-        assert self._connection is not None
-        try:
-            while self._connection is not None and self._connection.poll():
-                self._take(self._connection.recv())
-        except (EOFError, OSError):
-            self._disconnect()
-            process, self._process, self.info = self._process, None, None
-            self._mourning = asyncio.ensure_future(self._mourn(process))
-
-    def _take(self, message: tuple[Any, ...]) -> None:
+    def receive(self, message: Message) -> None:
+        """Takes in a message of the engine's."""
         kind, *values = message
+        self._heard = time.monotonic()
         if kind == "step":
             self.stats = values[1]
             self._deliver(values[0])
+        elif kind == "confirmed":
+            self._confirm()
         elif kind == "ready" and self._ready is not None:
             self._ready.set_result(values[0])
-        elif kind == "refused" and (stream := self._streams.get(values[0])):
-            self._forget(stream)
-            stream.fail(values[1])
+        elif kind == "refused":
+            self._fail(*values)
         elif kind == "failed":
-            self._last_words = values[0]
+            self._exit_reason = values[0]
             if self._ready is not None and not self._ready.done():
                 self._ready.set_exception(getattr(errors, values[1], EngineDeadError)(values[0]))
+
+    def lost(self) -> None:
+        """The channel has ended without being closed here: the engine is dead, or as good as dead."""
+        process, self._process, self._channel, self.info = self._process, None, None, None
+        self._burying = asyncio.ensure_future(self._bury(process))
 
     def _deliver(self, output: StepOutput) -> None:
         for request_id, seconds, cached in output.started:
             if stream := self._streams.get(request_id):
-                stream.started = True
-                self._queued -= 1
+                self._leave_queue(stream)
                 arrived = stream.pending()
                 arrived.queue_seconds, arrived.cached_tokens = seconds, cached
         for request_id, start, entries in output.prompt_logprobs:
@@ -256,104 +231,115 @@ class EngineClient:
             stream = self._streams.get(token[0])
             if stream is not None and stream.take(token):
                 self._forget(stream)
+        for request_id, error in output.failed:
+            self._fail(request_id, error)
+
+    def _fail(self, request_id: str, error: OctavoError) -> None:
+        if stream := self._streams.get(request_id):
+            self._forget(stream)
+            stream.fail(error)
+
+    def _leave_queue(self, stream: Stream) -> None:
+        if not stream.started:
+            stream.started = True
+            self._num_queued -= 1
+            self._queued_tokens -= len(stream.request.prompt_token_ids)
 
     def _forget(self, stream: Stream) -> None:
-        if self._streams.pop(stream.request.request_id, None) and not stream.started:
-            self._queued -= 1
+        if self._streams.pop(stream.request.request_id, None):
+            self._leave_queue(stream)
 
-    async def _mourn(self, process: multiprocessing.process.BaseProcess | None) -> None:
+    # ---- confirmations ----------------------------------------------------------------------------------------
+
+    def _confirm(self) -> None:
+        """The engine has the oldest request that it had not confirmed."""
+        self._unconfirmed_bytes -= self._unconfirmed.popleft().num_bytes
+
+    def _watch_confirmations(self) -> None:
+        """Sees to it that the timer runs while a request may become due for refusal."""
+        waiting = next((sent for sent in self._unconfirmed if not sent.refused), None)
+        if self._timer is None and waiting is not None:
+            self._set_timer(waiting.since + self._confirm_timeout - time.monotonic())
+
+    def _set_timer(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._refuse_late, time.monotonic() + seconds)
+
+    def _refuse_late(self, due: float) -> None:
+        """Refuses what the engine has not confirmed in time. `due`: when this should have been called."""
+        self._timer = None
+        now = time.monotonic()
+        if now - due > _LATE_SECONDS:
+            self._set_timer(_LATE_SECONDS)
+            return
+        late = itertools.takewhile(lambda sent: now - sent.since >= self._confirm_timeout, self._unconfirmed)
+        for sent in [sent for sent in late if not sent.refused]:
+            sent.refused = True
+            if stream := self._streams.get(sent.request_id):
+                self.abort(sent.request_id)
+                stream.fail(EngineStalledError(self._stalled()))
+        self._watch_confirmations()
+
+    def _stalled(self) -> str:
+        seconds = time.monotonic() - self._unconfirmed[0].since
+        return (
+            f"the engine has not confirmed a request for {seconds:.0f} s (it has {self._confirm_timeout:g} s,"
+            " --confirm-timeout); try again later"
+        )
+
+    # ---- the end ----------------------------------------------------------------------------------------------
+
+    async def _bury(self, process: "subprocess.Popen[bytes] | None") -> None:
         """The engine process has ended without being asked to."""
         if process is not None:
-            atexit.unregister(process.kill)
-            await asyncio.to_thread(process.join, 1)  # its pipe may close a moment before it ends
-            code = process.exitcode
-            if not self._last_words and code is not None and code < 0:
-                self._last_words = f"killed by {signal.Signals(-code).name}"
-        self._fail_all(f"the engine stopped{_because(self._last_words)}")
+            atexit.unregister(self._kill_process)
+            if not await asyncio.to_thread(_ends, process, 1):  # its channel may close a moment before it ends
+                process.kill()
+                await asyncio.to_thread(process.wait)
+            if not self._exit_reason and (code := process.returncode):
+                name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with code {code}"
+                self._exit_reason = name
+        self._fail_all(f"the engine stopped{_because(self._exit_reason)}")
         if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(EngineDeadError(f"the engine stopped{_because(self._last_words)}"))
+            self._ready.set_exception(EngineDeadError(f"the engine stopped{_because(self._exit_reason)}"))
         elif self._ready is not None and not self._ready.exception():
-            self.on_death(self._last_words or "no reason given")
+            self.on_death(self._exit_reason or "no reason given")
+
+    def _kill_process(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     def _fail_all(self, reason: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._unconfirmed.clear()
+        self._unconfirmed_bytes = 0
         for stream in list(self._streams.values()):
             self._forget(stream)
             stream.fail(EngineDeadError(reason))
 
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            asyncio.get_running_loop().remove_reader(self._connection.fileno())
-            self._connection.close()
-            self._connection = None
+
+def _start_process(descriptor: int) -> "subprocess.Popen[bytes]":
+    """The engine process on its end of the channel. It is no `multiprocessing` child, which would import the caller's
+    script once more, and fail where that has no main guard."""
+    paths = [path or str(Path.cwd()) for path in sys.path]
+    return subprocess.Popen(
+        [os.fsdecode(multiprocessing.spawn.get_executable()), "-P", "-m", "octavo.engine", str(descriptor)],
+        pass_fds=(descriptor,),
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+def _ends(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
+    """Waits for the process to end, at most for so long."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _because(reason: str) -> str:
     return f": {reason}" if reason else ""
-
-
-# ---- the engine process ---------------------------------------------------------------------------------------
-
-
-def run_engine(connection: Connection, step_began: Any, options: EngineOptions, verbose: bool) -> None:
-    """Main function of the engine process: loads the model, then steps while there is work and sleeps otherwise."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    log.setup(verbose, process="engine")
-    inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-    try:
-        from octavo.engine.engine import Engine
-
-        began = process_age()
-        engine = Engine.build(options)
-        engine.timeline.insert(0, ("engine process", began))
-        # Who stops a process group stops the parent too, which may let requests finish first. It says when to stop,
-        # and its end is the pipe's end.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        connection.send(("ready", engine.info()))
-        threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
-        gc.collect()
-        gc.freeze()
-        _serve(engine, connection, inbox, step_began)
-    except (BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone
-    except BaseException as error:
-        if not isinstance(error, OctavoError):
-            traceback.print_exc()
-        text = str(error) if isinstance(error, OctavoError) else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):
-            connection.send(("failed", text, type(error).__name__))
-        raise SystemExit(1) from None
-
-
-def _read(connection: Connection, inbox: "queue.SimpleQueue[tuple[Any, ...]]") -> None:
-    """Empties the pipe while a step runs, so that the parent's send never has to wait for one."""
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            inbox.put(connection.recv())
-    inbox.put(("stop",))
-
-
-def _serve(engine: Any, connection: Connection, inbox: "queue.SimpleQueue[tuple[Any, ...]]", step_began: Any) -> None:
-    report = Report()
-    while True:
-        while not inbox.empty() or not engine.has_work():
-            while inbox.empty() and engine.save_idle():
-                pass
-            kind, *values = inbox.get()
-            if kind == "stop":
-                engine.shutdown()
-                return
-            if kind == "abort":
-                engine.abort(*values)
-                if not engine.has_work():  # no step will tell that the blocks are back
-                    connection.send(("step", StepOutput(tokens=[]), engine.stats()))
-            elif kind == "add":
-                try:
-                    engine.add(values[0])
-                except OctavoError as error:
-                    connection.send(("refused", values[0].request_id, error))
-        step_began.value = time.monotonic()
-        output = engine.step()
-        step_began.value = 0.0
-        stats = engine.stats()
-        connection.send(("step", output, stats))
-        report.step(stats)

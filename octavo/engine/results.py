@@ -3,15 +3,19 @@
 Beams are sequences like others, but `beam_search` says what they become.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
-from octavo.batch import StepResult
+from octavo.batch import NO_TOKEN, StepResult
 from octavo.engine.beam_search import BeamSearch
 from octavo.engine.fair_share import DRAWN_TOKEN
 from octavo.engine.forecast import Forecast
 from octavo.engine.registry import Registry
 from octavo.engine.rows import FORK_STRIDE
 from octavo.engine.state import Plan, RequestState, StepOutput, token_logprobs
+from octavo.errors import InternalError, OctavoError, RequestError, internal_error
+from octavo.log import logger
 from octavo.request import FinishReason, Sequence
 
 
@@ -37,6 +41,11 @@ class Results:
 
     def _end_decoding(self, complete: list[tuple[int, Sequence]], output: StepOutput) -> None:
         """Ends sequences that only decoded, whose last tokens are those at these places of `output`."""
+        failed = {self._requests.of(seq): output.tokens[i][2] for i, seq in complete if output.tokens[i][2] < 0}
+        for state, token in failed.items():
+            self._requests.stop_decoding(state)
+            self._fail(state, _no_token(token), output)
+        complete = [(i, seq) for i, seq in complete if seq.finish_reason is None]
         if complete:
             self._requests.decoding.leave([seq for _, seq in complete])
         for i, seq in complete:
@@ -46,6 +55,8 @@ class Results:
             assert reason is not None, "a sequence is complete, but has no reason to end"
             output.tokens[i] = (name, index, token, reason, stop, None)
             self._end(state, seq, reason)
+        if failed:
+            output.tokens = [token for token in output.tokens if token[2] >= 0]
 
     def _take_others(self, plan: Plan, result: StepResult, samples: list[int], output: StepOutput) -> None:
         """Takes in what these samples of a step drew, sequence by sequence."""
@@ -63,14 +74,28 @@ class Results:
             if seq.finish_reason is not None:
                 continue  # it ended while this step was under way
             state = self._requests.of(seq)
-            if state.search is None:
-                self._append(seq, tokens[i], result, i, output)
+            if tokens[i] < 0:
+                self._fail(state, _no_token(tokens[i]), output)
+            elif state.search is None:
+                with self._own_affair(state, output):
+                    self._append(seq, tokens[i], result, i, output)
             else:
                 assert result.logprobs is not None, "beams ask for their likeliest tokens"
                 state.search.put(seq.index, token_logprobs(result.logprobs, i, state.search.num_candidates))
                 searching[state] = None
         for state in searching:
-            self._advance(state, output)
+            if state.sequences:
+                with self._own_affair(state, output):
+                    self._advance(state, output)
+
+    @contextmanager
+    def _own_affair(self, state: RequestState, output: StepOutput) -> Iterator[None]:
+        """An exception inside ends the request of `state`, and no other."""
+        try:
+            yield
+        except Exception as error:
+            logger.exception("an unexpected error ended request %s", state.request.request_id)
+            self._fail(state, internal_error(error), output)
 
     def _append(self, seq: Sequence, token: int, result: StepResult, sample: int, output: StepOutput) -> None:
         """Appends what sample number `sample` of a step drew, and ends the sequence if that completes it."""
@@ -140,6 +165,12 @@ class Results:
         self._forecast.ended(seq.num_known - seq.num_prompt, seq.num_known >= state.max_len)
         self._requests.end(state, seq, reason)
 
+    def _fail(self, state: RequestState, error: OctavoError, output: StepOutput) -> None:
+        """Ends a whole request, which has left `decoding`, with an error of its own; others go on."""
+        for seq in list(state.sequences):
+            self._requests.end(state, seq, "error")
+        output.failed.append((state.request.request_id, error))
+
     def _ending(self, state: RequestState, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
         """Whether `token` ends `seq`: the reason, and the stop token id if that was it."""
         params = seq.request.params
@@ -149,3 +180,13 @@ class Results:
             if token in self._eos and not params.ignore_eos:
                 return "stop", None
         return ("length", None) if seq.num_known >= state.max_len else (None, None)
+
+
+def _no_token(token: int) -> OctavoError:
+    """Why a sampler gave `token`, which is none."""
+    if token == NO_TOKEN:
+        return RequestError(
+            "allowed_token_ids, logit_bias, bad_words and min_tokens together leave no token that may come next;"
+            " allow more"
+        )
+    return InternalError("the model's logits are not finite (NaN or infinity), so that no token can be sampled")

@@ -4,13 +4,13 @@ What a request fixes (sampling parameters, its block table as it grows) is writt
 is a handful of array look-ups instead of a walk over Python objects. Knows nothing of budgets or order.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.batch import Batch, Ints, NextStep, PromptLogprobs, SamplingColumns
+from octavo.batch import Batch, Floats, Ints, NextStep, PromptLogprobs, SamplingColumns
 from octavo.engine.beam_search import num_candidates
 from octavo.engine.decoding import Advance, Members
 from octavo.engine.state import Plan
@@ -19,6 +19,7 @@ from octavo.request import Request, Sequence
 
 # A request's sample k draws from the random stream seed + k * FORK_STRIDE (modulo 2**64): no two samples share one.
 FORK_STRIDE = 0x9E3779B97F4A7C15
+_OFF_TOP_K = 2**31 - 1  # as good as off: no vocabulary is larger
 # Columns of gathered tables that are still empty.
 _SPARE_BLOCKS = 16
 
@@ -33,6 +34,28 @@ def changes_logits(request: Request) -> bool:
         or params.has_penalties
         or request.bad_words_token_ids
     )
+
+
+@dataclass(slots=True)
+class LogitChanges:
+    """What a request's logit_bias, min_tokens and allowed_token_ids say, as arrays: a list may be as long as the
+    vocabulary, and stands in every step of the request's samples, of which `num_rows` have a row."""
+
+    bias_token: Ints
+    bias_value: Floats
+    ends: Ints  # what may not come before min_tokens
+    allowed: Ints | None
+    num_rows: int = 0
+
+    @classmethod
+    def of(cls, request: Request, eos: frozenset[int]) -> "LogitChanges":
+        params, bias = request.params, request.params.logit_bias or {}
+        return cls(
+            bias_token=np.fromiter(bias.keys(), np.int32, len(bias)),
+            bias_value=np.fromiter(bias.values(), np.float32, len(bias)),
+            ends=np.array(sorted({*eos, *params.stop_token_ids}), np.int32),
+            allowed=None if params.allowed_token_ids is None else np.array(params.allowed_token_ids, np.int32),
+        )
 
 
 class RowTable:
@@ -56,6 +79,7 @@ class RowTable:
         self._seed = np.zeros(max_rows, np.uint64)
         self._num_logprobs = np.full(max_rows, -1, np.int32)
         self._token_counts: dict[int, TokenCounts] = {}  # of rows with penalties
+        self._changes: dict[str, LogitChanges] = {}  # of requests whose logits are changed
         self._changed = np.zeros(max_rows, np.bool_)  # whose logits are changed before the draw, or may be
 
     def add(self, seq: Sequence) -> None:
@@ -63,13 +87,18 @@ class RowTable:
         row = seq.row = self._free.pop()
         params = seq.request.params
         self._ntk_alpha[row] = seq.ntk_alpha
-        self._temperature[row] = params.temperature
-        self._top_k[row] = params.top_k
+        self._temperature[row] = 0.0 if params.greedy else params.temperature
+        self._top_k[row] = min(params.top_k, _OFF_TOP_K)
         self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
         self._seed[row] = seq.seed
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._changed[row] = changes_logits(seq.request)
+        if self._changed[row]:
+            name = seq.request.request_id
+            if name not in self._changes:
+                self._changes[name] = LogitChanges.of(seq.request, self._eos)
+            self._changes[name].num_rows += 1
         if params.beams:
             self._num_logprobs[row] = max(self._num_logprobs[row], num_candidates(params, self._eos))
         self.write_blocks(seq, 0)
@@ -89,6 +118,10 @@ class RowTable:
     def remove(self, seq: Sequence) -> None:
         self._free.append(seq.row)
         self._token_counts.pop(seq.row, None)
+        if (changes := self._changes.get(seq.request.request_id)) is not None:
+            changes.num_rows -= 1
+            if not changes.num_rows:
+                del self._changes[seq.request.request_id]
         seq.row = -1
 
     def exclusive_tokens(self, rows: Ints, num_computed: Ints, owner: Ints) -> Ints:
@@ -213,29 +246,36 @@ class RowTable:
         if self._changed[rows].any():
             numbered = [(i, seq) for i, (seq, _) in enumerate(samples, len(counter))]
             self._write_bias(numbered, columns)
-            _write_allowed(numbered, columns)
+            self._write_allowed(numbered, columns)
             self._write_penalties(numbered, columns)
         return columns
 
     def _write_bias(self, samples: list[tuple[int, Sequence]], columns: SamplingColumns) -> None:
         """logit_bias, and -inf for what may not come yet (min_tokens) or next (bad words)."""
-        triples: list[tuple[int, int, float]] = []
+        parts: list[tuple[int, Ints, Floats]] = []
         for i, seq in samples:
-            request, params = seq.request, seq.request.params
-            if params.logit_bias:
-                triples += [(i, token, value) for token, value in params.logit_bias.items()]
-            if seq.num_output < params.min_tokens:
-                triples += [(i, token, -np.inf) for token in {*self._eos, *params.stop_token_ids}]
-            for word in request.bad_words_token_ids:
-                *begin, last = word
-                answer = seq.num_output
-                if len(begin) <= answer and (not begin or seq.token_ids[-len(begin) :] == begin):
-                    triples.append((i, last, -np.inf))
-        if triples:
-            sample, token, value = zip(*triples, strict=True)
-            columns.bias_sample = np.array(sample, np.int32)
-            columns.bias_token = np.array(token, np.int32)
-            columns.bias_value = np.array(value, np.float32)
+            if not self._changed[seq.row]:
+                continue
+            changes = self._changes[seq.request.request_id]
+            if len(changes.bias_token):
+                parts.append((i, changes.bias_token, changes.bias_value))
+            forbidden = _completing(seq, seq.request.bad_words_token_ids)
+            if seq.num_output < seq.request.params.min_tokens:
+                forbidden = np.concatenate((forbidden, changes.ends))
+            if len(forbidden):
+                parts.append((i, forbidden, np.full(len(forbidden), -np.inf, np.float32)))
+        if parts:
+            sample, tokens, values = zip(*parts, strict=True)
+            columns.bias_sample = np.repeat(np.array(sample, np.int32), [len(part) for part in tokens])
+            columns.bias_token, columns.bias_value = np.concatenate(tokens), np.concatenate(values)
+
+    def _write_allowed(self, samples: list[tuple[int, Sequence]], columns: SamplingColumns) -> None:
+        changes = [(i, self._changes[seq.request.request_id]) for i, seq in samples if self._changed[seq.row]]
+        lists = [(i, change.allowed) for i, change in changes if change.allowed is not None]
+        if lists:
+            columns.allowed_sample = np.array([i for i, _ in lists], np.int32)
+            columns.allowed_start = np.cumsum([0, *(len(allowed) for _, allowed in lists)], dtype=np.int32)
+            columns.allowed_token = np.concatenate([allowed for _, allowed in lists])
 
     def _write_penalties(self, samples: list[tuple[int, Sequence]], columns: SamplingColumns) -> None:
         chosen = [(i, seq) for i, seq in samples if seq.request.params.has_penalties]
@@ -261,13 +301,13 @@ def _pairs(copies: list[tuple[int, int]]) -> Ints:
     return np.array(copies, np.int32).reshape(-1, 2)
 
 
-def _write_allowed(samples: list[tuple[int, Sequence]], columns: SamplingColumns) -> None:
-    chosen = [(i, seq.request.params.allowed_token_ids) for i, seq in samples]
-    lists = [(i, allowed) for i, allowed in chosen if allowed is not None]
-    if lists:
-        columns.allowed_sample = np.array([i for i, _ in lists], np.int32)
-        columns.allowed_start = np.cumsum([0, *(len(allowed) for _, allowed in lists)], dtype=np.int32)
-        columns.allowed_token = np.array([token for _, allowed in lists for token in allowed], np.int32)
+def _completing(seq: Sequence, words: list[list[int]]) -> Ints:
+    """The tokens that would complete one of `words` after the tokens that `seq` has."""
+    answer = seq.num_output
+    found = [
+        last for *start, last in words if len(start) <= answer and (not start or seq.token_ids[-len(start) :] == start)
+    ]
+    return np.array(found, np.int32)
 
 
 def _prompt_logprobs(

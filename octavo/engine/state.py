@@ -11,6 +11,7 @@ from octavo.batch import Ints, LogprobColumns
 from octavo.engine.beam_search import BeamSearch, Hypothesis
 from octavo.engine.decoding import Advance
 from octavo.engine.prefix_store import Bytes
+from octavo.errors import OctavoError
 from octavo.request import BeamScore, Request, Sequence, TokenLogprobs, TokenOutput
 
 
@@ -111,6 +112,8 @@ class StepOutput:
     # (request id, prompt position of the first entry, one entry a position)
     prompt_logprobs: list[tuple[str, int, list[TokenLogprobs]]] = field(default_factory=list)
     beam_scores: list[BeamScore] = field(default_factory=list)
+    # Requests that ended by a fault of their own: (request id, what it was).
+    failed: list[tuple[str, OctavoError]] = field(default_factory=list)
 
     def add_answers(self, request_id: str, answers: list[Hypothesis]) -> None:
         """Adds a search's answers, token by token."""

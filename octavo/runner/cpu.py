@@ -1,8 +1,7 @@
 """A model on the CPU's own kernels: packed weights, the kernels' cache, the step graph over both, and the draw.
 
-All of it is numpy's arrays: torch, whose import takes longer than everything else at a start, is loaded by the first
-request that asks for what only `sampler` has (log probabilities, penalties, lists of tokens), or by a model that cannot
-be recorded (docs/decisions/0105).
+All of it is numpy's arrays: torch, whose import takes longer than everything else at a start, is loaded by a model that
+cannot be recorded, and else by nobody (docs/decisions/0105).
 
 Shapes: T tokens, S samples, D model width, V vocabulary.
 """
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.batch import Batch, Floats, Ints, SamplingColumns, StepResult
+from octavo.batch import Batch, Floats, Ints, LogprobColumns, SamplingColumns, StepResult
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineConfig
 from octavo.kernels import library
@@ -28,7 +27,7 @@ from octavo.log import logger
 from octavo.models.decoder import Decoder
 from octavo.models.packed import load_packed
 from octavo.ops.cpu.tape import NotRecordableError
-from octavo.runner import noise
+from octavo.runner import host_sampler, noise
 from octavo.runner.kernel_cache import KernelCache
 from octavo.runner.step_graph import StepGraph
 
@@ -117,16 +116,14 @@ class KernelRunner:
 
     def run(self, batch: Batch) -> StepResult:
         """Copies blocks, computes the step's tokens, draws the samples."""
+        batch.check_ids(self.model.config.vocab_size)
         self.kv_cache.move_blocks(batch)
         hidden_TD = self.forward.hidden(batch)
         result = StepResult(token_ids=np.empty(0, np.int32))
         if batch.prompt_logprobs is not None and len(batch.prompt_logprobs.target):
-            from octavo.runner import sampler
-
-            with _torch_on_one_thread():
-                result.prompt_logprobs = sampler.prompt_logprobs(
-                    lambda index: _tensor(self.forward.logits(hidden_TD[index])), batch.prompt_logprobs
-                )
+            result.prompt_logprobs = host_sampler.prompt_logprobs(
+                lambda index: self.forward.logits(hidden_TD[index]), batch.prompt_logprobs
+            )
         if len(batch.sample_index):
             self._sample(self._sample_logits(hidden_TD, batch.sample_index), batch.sampling, result)
         return result
@@ -139,19 +136,13 @@ class KernelRunner:
         return self.forward.logits(hidden_TD[index])[inverse]
 
     def _sample(self, logits_SV: Floats, columns: SamplingColumns, result: StepResult) -> None:
-        if columns.only_draws:
-            result.token_ids = self.draw(logits_SV, columns)
-            return
-        from octavo.runner import sampler
-
-        def draw(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
-            return _tensor(self.draw(_array(logits_SV), columns)).long()
-
-        with _torch_on_one_thread():
-            tokens_S, found = sampler.sample(_tensor(logits_SV), columns, draw)
-            if found is not None:
-                result.logprobs = sampler.spread([found.columns()], columns)
-        result.token_ids = _array(tokens_S.int())
+        asks = np.flatnonzero(columns.num_logprobs >= 0)
+        raw_EV = logits_SV[asks]
+        host_sampler.change_logits(logits_SV, columns)
+        result.token_ids = self.draw(logits_SV, columns)
+        if len(asks):
+            found = host_sampler.logprobs(raw_EV, result.token_ids[asks], int(columns.num_logprobs.max()))
+            result.logprobs = LogprobColumns.spread([found], columns)
 
 
 class KernelDraw:

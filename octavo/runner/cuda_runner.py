@@ -52,7 +52,7 @@ class SubmittedStep:
         self.done.synchronize()
         logprobs = None
         if self.found and self.sampling is not None:
-            logprobs = sampler.spread([each.columns() for each in self.found], self.sampling)
+            logprobs = LogprobColumns.spread([each.columns() for each in self.found], self.sampling)
         return StepResult(self.token_ids.copy(), logprobs, self.prompt_logprobs)
 
 
@@ -204,6 +204,7 @@ class CudaRunner:
     @torch.inference_mode()
     def _start(self, batch: Batch) -> SubmittedStep:
         forward = self.forward
+        batch.check_ids(self.model.config.vocab_size, len(forward.drawn_S))
         with torch.cuda.stream(self._stream):
             self.kv_cache.move_blocks(batch, self._ops)
             if batch.prompt_logprobs is None and plain(batch.sampling):

@@ -34,6 +34,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """Copies blocks, computes the step's tokens, draws the samples."""
+        batch.check_ids(self.model.config.vocab_size)
         self.kv_cache.move_blocks(batch, self.ops)
         hidden_TD = self.forward.hidden(batch)
         result = StepResult(token_ids=np.empty(0, np.int32))
@@ -58,7 +59,7 @@ class ModelRunner:
         found = [each.columns() for _, each in parts if each is not None]
         return (
             np.concatenate([tokens for tokens, _ in parts]),
-            sampler.spread(found, batch.sampling) if found else None,
+            LogprobColumns.spread(found, batch.sampling) if found else None,
         )
 
     def _draw_samples(

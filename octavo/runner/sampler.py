@@ -6,7 +6,7 @@ operations that treat rows apart are used. Work that a row does not ask for is n
 Shapes: S samples, V vocabulary, F samples that ask for a feature, E entries of log probabilities.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.batch import Floats, Ints, LogprobColumns, PromptLogprobs, SamplingColumns
+from octavo.batch import NO_TOKEN, NOT_FINITE, Floats, Ints, LogprobColumns, PromptLogprobs, SamplingColumns
 from octavo.ops.transfer import on_device
 from octavo.runner import noise
 
@@ -28,7 +28,7 @@ class Draw(Protocol):
     """The last part of sampling: temperature, filters, and the draw; it may use the logits up."""
 
     def __call__(self, logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
-        """A token a row, [S] int64."""
+        """A token a row, or `NO_TOKEN` or `NOT_FINITE`, [S] int64."""
 
 
 @dataclass(slots=True)
@@ -113,6 +113,12 @@ def _column(values: Floats | Ints, like: torch.Tensor) -> torch.Tensor:
 
 def draw(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
     """`Draw` in torch, on any device."""
+    most_S = logits_SV.amax(dim=-1)  # NaN if there is one
+    nothing_S = torch.where(most_S == float("-inf"), NO_TOKEN, NOT_FINITE)
+    return torch.where(most_S.isfinite(), _draw(logits_SV, columns), nothing_S)
+
+
+def _draw(logits_SV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
     drawn = np.flatnonzero(columns.temperature > 0)
     if not len(drawn):
         return logits_SV.argmax(dim=-1)
@@ -176,7 +182,9 @@ def _edge(logits: torch.Tensor, probs: torch.Tensor, top_p: Floats) -> tuple[tor
 
 
 def logprobs(logits_EV: torch.Tensor, tokens_E: torch.Tensor, k: int) -> Found:
-    """Log probabilities of `tokens_E` and of the `k` likeliest tokens; ties share the better rank."""
+    """Log probabilities of `tokens_E` and of the `k` likeliest tokens; ties share the better rank. A token below 0
+    stands for none, and its numbers for nothing."""
+    tokens_E = tokens_E.clamp(min=0)
     all_EV = torch.log_softmax(logits_EV, dim=-1)
     chosen_E1 = all_EV.gather(1, tokens_E[:, None])
     best = all_EV.topk(min(k, all_EV.shape[1]), dim=-1)
@@ -197,19 +205,3 @@ def prompt_logprobs(logits_of: Callable[[Ints], torch.Tensor], asked: PromptLogp
         found = logprobs(logits, _index(asked.target[part], logits), k)
         parts.append(Found(*(tensor.cpu() for tensor in (found.token_ids_EK, found.logprobs_EK, found.rank_E))))
     return LogprobColumns.of([part.columns() for part in parts])
-
-
-def spread(parts: Sequence[LogprobColumns], columns: SamplingColumns) -> LogprobColumns:
-    """One entry a sample, from entries for those that ask; the others are zeros that nobody reads."""
-    found = LogprobColumns.of(parts)
-    asks = columns.num_logprobs >= 0
-    if asks.all():
-        return found
-    whole = LogprobColumns(
-        *(
-            np.zeros((len(asks), *array.shape[1:]), array.dtype)
-            for array in (found.token_ids, found.logprobs, found.rank)
-        )
-    )
-    whole.token_ids[asks], whole.logprobs[asks], whole.rank[asks] = found.token_ids, found.logprobs, found.rank
-    return whole

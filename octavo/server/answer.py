@@ -9,12 +9,16 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from octavo.engine.process import Arrived, EngineClient, Stream
-from octavo.errors import OctavoError, RequestError
+from octavo.engine.process import EngineClient
+from octavo.engine.stream import Arrived, Stream, Wake
+from octavo.errors import RequestError
 from octavo.request import Request, RequestOutput
 from octavo.server.failure import ClientGoneError
 from octavo.server.metrics import Metrics
 from octavo.server.model import RequestText, ServedModel, TextDelta
+
+# Of prompts, which are put into messages without a break: some milliseconds.
+_TOKENS_AT_ONCE = 100_000
 
 
 @dataclass(slots=True)
@@ -37,37 +41,39 @@ class Usage:
 
 
 class Answer:
-    """Submits `requests` and reads their deltas. `prompts` are their texts, where these are known.
+    """Requests that were submitted together; reads their deltas."""
 
-    `whole`: nobody reads deltas as they come. Raises what `EngineClient.submit` raises, and then leaves none behind.
-    """
+    def __init__(self, engine: EngineClient, model: ServedModel, metrics: Metrics):
+        self.model = model
+        self.parts: list[Part] = []
+        self._engine = engine
+        self._metrics = metrics
+        self._wake = Wake()
 
-    def __init__(
-        self,
-        engine: EngineClient,
-        model: ServedModel,
-        metrics: Metrics,
-        requests: Sequence[Request],
-        prompts: Sequence[str | None],
-        whole: bool,
-    ):
+    async def submit(self, requests: Sequence[Request], prompts: Sequence[str | None], whole: bool) -> None:
+        """Submits `requests`, whose `prompts` are their texts, where these are known.
+
+        `whole`: nobody reads deltas as they come. Raises what `EngineClient.submit` raises, and then leaves none
+        behind. Others have their turn while many are submitted.
+        """
+        engine, model = self._engine, self.model
         if len(requests) > engine.max_queued_requests:
             raise RequestError(
                 f"prompt holds {len(requests)} prompts; the queue takes {engine.max_queued_requests}"
                 " (--max-queued-requests)",
                 "prompt",
             )
-        self.model = model
-        self.parts: list[Part] = []
-        self._engine = engine
-        self._metrics = metrics
-        self._pumps: list[asyncio.Task[None]] = []
         try:
+            submitted = 0  # tokens since the last turn of others
             for request, prompt in zip(requests, prompts, strict=True):
                 # A stop string must be seen at once, to end the sequence in the engine.
-                stream = engine.submit(request, whole=whole and not request.params.stop)
+                stream = engine.submit(request, whole=whole and not request.params.stop, wake=self._wake)
                 text = model.text_of(request, prompt)
                 self.parts.append(Part(request, text, stream, len(self.parts) * request.params.n))
+                submitted += len(request.prompt_token_ids)
+                if submitted > _TOKENS_AT_ONCE:
+                    submitted = 0
+                    await asyncio.sleep(0)
         except BaseException:
             self.close()
             raise
@@ -112,30 +118,19 @@ class Answer:
         for part in self.parts:
             if part.stream.open:
                 self._engine.abort(part.request.request_id)
-        for pump in self._pumps:
-            pump.cancel()
 
     async def _merged(self) -> AsyncIterator[tuple[Part, Arrived | None]]:
         """The parts' pieces as they come, each with its part; None ends a part."""
-        # One place: while the reader is busy, pieces gather in their streams and merge there.
-        pieces: asyncio.Queue[tuple[Part, Arrived | OctavoError | None]] = asyncio.Queue(maxsize=1)
-
-        async def pump(part: Part) -> None:
-            try:
-                async for arrived in part.stream:
-                    await pieces.put((part, arrived))
-                await pieces.put((part, None))
-            except OctavoError as error:
-                await pieces.put((part, error))
-
-        self._pumps = [asyncio.create_task(pump(part)) for part in self.parts]
-        left = len(self.parts)
-        while left:
-            part, piece = await pieces.get()
-            if isinstance(piece, OctavoError):
-                raise piece
-            left -= piece is None
-            yield part, piece
+        part_of = {part.stream: part for part in self.parts}
+        while part_of:
+            for stream in await self._wake.wait():
+                if (part := part_of.get(stream)) is None:
+                    continue
+                while (arrived := stream.collect()) is not None:
+                    yield part, arrived
+                if not stream.open:
+                    del part_of[stream]
+                    yield part, None
 
     def _take(self, part: Part, arrived: Arrived) -> list[TextDelta]:
         if arrived.queue_seconds is not None:

@@ -17,13 +17,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from octavo import __version__
-from octavo.errors import OctavoError, RequestError, nearest
+from octavo.errors import OctavoError, nearest
 from octavo.server.chat import start_chat
 from octavo.server.completions import start_completion
 from octavo.server.failure import ClientGoneError, Failure, RefusedError
 from octavo.server.front import Front
 from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.model import ServedModel
+from octavo.server.off_loop import off_loop
 from octavo.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -31,7 +32,6 @@ from octavo.server.protocol import (
     SamplingFields,
     TokenizeRequest,
     parse,
-    plain_messages,
 )
 from octavo.server.service import Service
 from octavo.server.stream import Json, Reply, StreamedResponse, json_response, whole_response
@@ -40,6 +40,10 @@ from octavo.server.stream import Json, Reply, StreamedResponse, json_response, w
 OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+_SHORT_BODY = 64 * 1024  # bytes that are parsed in at most 2 ms
+_BYTES_OF_A_VALUE = 6  # as of a token id with its comma
+_MANY_TOKENS = 8192
 
 
 def build_app(service: Service) -> ASGIApp:
@@ -71,7 +75,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/ping")
     @app.get("/health")
     async def health() -> Response:
-        """Whether the engine is alive and stepping."""
+        """Liveness: false when the engine is stuck. True while a model loads, as that ends."""
         trouble = service.trouble()
         return json_response(
             {"status": "ok"} if trouble is None else {"status": "unhealthy", "reason": trouble},
@@ -80,7 +84,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/ready")
     async def ready() -> Response:
-        """Whether new requests are taken."""
+        """Readiness: whether new requests are taken."""
         reason = service.unready() or service.trouble()
         return json_response(
             {"status": "ready"} if reason is None else {"status": "not ready", "reason": reason},
@@ -115,8 +119,8 @@ def _add_model(app: FastAPI, service: Service) -> None:
         model = service.model_named(asked.model)
         asked.check()
         if asked.messages is not None:
-            messages = plain_messages(asked.messages)
-            tokens = await model.encode_chat(messages, asked.add_generation_prompt, asked.chat_template_kwargs or {})
+            variables, longest = asked.chat_template_kwargs or {}, service.limits.max_model_len
+            tokens = await model.encode_chat(asked.messages, asked.add_generation_prompt, variables, longest)
         else:
             tokens = await model.encode(asked.prompt or "", asked.add_special_tokens is not False)
         return json_response({"count": len(tokens), "max_model_len": service.limits.max_model_len, "tokens": tokens})
@@ -126,11 +130,10 @@ def _add_model(app: FastAPI, service: Service) -> None:
         asked = await _parsed(service, request, DetokenizeRequest)
         model = service.model_named(asked.model)
         asked.check()
-        size = service.limits.vocab_size
-        for token in asked.tokens:
-            if not 0 <= token < size:
-                raise RequestError(f"tokens holds token id {token}, outside the vocabulary of {size}", "tokens")
-        return json_response({"prompt": model.decode(asked.tokens, asked.skip_special_tokens)})
+        service.limits.check_ids("tokens", asked.tokens)
+        many = len(asked.tokens) > _MANY_TOKENS
+        decoded = (asked.tokens, asked.skip_special_tokens)
+        return json_response({"prompt": await off_loop(model.decode, *decoded) if many else model.decode(*decoded)})
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
@@ -177,7 +180,19 @@ async def _answered(service: Service, reply: Reply, stream: bool | None, request
 
 async def _parsed(service: Service, request: Request, kind: type[Any]) -> Any:
     service.ready_model()  # a draining server does not read bodies
-    return parse(kind, await _body(request, service.options.max_body_bytes))
+    limit = service.options.max_body_bytes
+    body = await _body(request, limit)
+    if len(body) <= _SHORT_BODY:
+        return parse(kind, body)
+    # Parsing holds the interpreter's lock, and takes its time by values as much as by bytes.
+    if body.count(b",") > limit // _BYTES_OF_A_VALUE:
+        raise RefusedError(
+            413,
+            f"the body holds more than {limit // _BYTES_OF_A_VALUE} values, the most that this server takes (a"
+            f" {_BYTES_OF_A_VALUE}th of --max-body-bytes)",
+            code="body_too_large",
+        )
+    return await off_loop(parse, kind, body)
 
 
 async def _body(request: Request, limit: int) -> bytes:
@@ -209,10 +224,10 @@ def _failed(failure: Failure) -> Response:
 def _no_route(app: FastAPI, service: Service, request: Request, error: HTTPException) -> Response:
     path = request.url.path
     if error.status_code == 405:
-        message = f"{path} does not take {request.method}"
+        message = f"{path[:100]} does not take {request.method}"
     else:
         known = [route.path for route in app.routes if hasattr(route, "path")]
-        message = f"there is no {path} here.{nearest(path, known)}"
+        message = f"there is no {path[:100]} here.{nearest(path, known)}"
     code = "not_found" if error.status_code == 404 else None
     failure = service.dialect.failure(RefusedError(error.status_code, message, code=code))
     failure.headers.update(error.headers or {})

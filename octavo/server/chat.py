@@ -21,15 +21,15 @@ async def start_chat(service: Service, asked: ChatRequest, tenant: str = "") -> 
     asked.check()
     service.dialect.check_chat(model)
     token_ids = await model.encode_chat(
-        asked.plain_messages(), asked.add_generation_prompt, asked.chat_template_kwargs or {}
+        asked.messages, asked.add_generation_prompt, asked.chat_template_kwargs or {}, service.limits.max_model_len
     )
     limit = service.dialect.chat_tokens(asked.limit, service.limits.room(len(token_ids), asked.num_sequences))
     params = asked.sampling(model.sampling_defaults, max_tokens=limit, logprobs=asked.num_logprobs)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-    bad_words = model.bad_words(params.bad_words)
+    bad_words = await model.bad_words(params.bad_words)
     request = Request(answer_id, token_ids, params, asked.priority, asked.cache_salt, bad_words, tenant=tenant)
     try:
-        answer = service.answer([request], [None], whole=not asked.stream)
+        answer = await service.answer([request], [None], whole=not asked.stream)
     except RequestError as error:
         error.param = {"prompt": "messages"}.get(error.param or "", error.param)
         raise

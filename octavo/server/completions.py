@@ -23,23 +23,20 @@ async def start_completion(service: Service, asked: CompletionRequest, tenant: s
     asked.check()
     service.dialect.check_completion(model)
     prompts = asked.prompts()
-    encoded = [
-        await model.encode(prompt, asked.add_special_tokens) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
+    encoded = await model.encode_prompts(prompts, asked.add_special_tokens, service.limits.max_model_len)
     room = service.limits.room(max(map(len, encoded), default=0), asked.num_sequences)
     limit = service.dialect.completion_tokens(asked.max_tokens, room)
     params = asked.sampling(model.sampling_defaults, max_tokens=limit, logprobs=asked.logprobs)
     if asked.echo and asked.logprobs is not None and params.prompt_logprobs is None:
         params.prompt_logprobs = asked.logprobs
-    bad_words = model.bad_words(params.bad_words)
+    bad_words = await model.bad_words(params.bad_words)
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     requests = [
         Request(f"{answer_id}-{place}", token_ids, params, asked.priority, asked.cache_salt, bad_words, tenant=tenant)
         for place, token_ids in enumerate(encoded)
     ]
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-    answer = service.answer(requests, texts, whole=not asked.stream)
+    answer = await service.answer(requests, texts, whole=not asked.stream)
     return CompletionReply(answer, answer_id, model, asked, params)
 
 

@@ -6,7 +6,14 @@ A client reads of its own request and of the server's state here, never of anoth
 import json
 from dataclasses import dataclass, field
 
-from octavo.errors import EngineDeadError, OctavoError, QueueFullError, RequestError
+from octavo.errors import (
+    EngineDeadError,
+    EngineStalledError,
+    InternalError,
+    OctavoError,
+    QueueFullError,
+    RequestError,
+)
 
 RETRY_SECONDS = 1  # after a full queue: a slot opens with every request that ends
 RESTART_SECONDS = 10  # after a dead, loading or draining server
@@ -53,13 +60,15 @@ def failure_of(error: Exception) -> Failure:
         case QueueFullError():
             headers = {"retry-after": str(RETRY_SECONDS)}
             return Failure(429, str(error), "rate_limit_error", code="queue_full", headers=headers)
-        case EngineDeadError():
+        case EngineDeadError() | EngineStalledError():
             headers = {"retry-after": str(RESTART_SECONDS)}
             return Failure(503, str(error), "server_error", code="engine_unavailable", headers=headers)
         case ClientGoneError():
             return Failure(499, str(error), "invalid_request_error")
         case RefusedError():
             return _refused(error)
+        case InternalError():
+            return Failure(500, str(error), "server_error", code="internal_error")
     return Failure(500, "an unexpected error in the server; its log says more", "server_error", code="internal_error")
 
 

@@ -3,7 +3,6 @@
 Encoding a long text takes the time of many steps, so it leaves the event loop; a short one costs less than the trip.
 """
 
-import asyncio
 import inspect
 import time
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from octavo.config import EngineOptions, ServerOptions
 from octavo.errors import RequestError
 from octavo.models import read_config
 from octavo.request import Request
+from octavo.server.off_loop import off_loop
+from octavo.server.protocol import ChatMessage, plain_messages
 from octavo.text.chat_template import encode_chat
 from octavo.text.output import RequestText, TextDelta, bad_words_to_ids
 from octavo.text.tokenizer import Tokenizer
@@ -23,6 +24,9 @@ from octavo.text.tokenizer import Tokenizer
 __all__ = ["RequestText", "ServedModel", "TextDelta", "load_model"]
 
 LONG_TEXT = 16_384  # characters; about 2 ms of encoding
+# What a message of a chat, and a prompt, take besides their characters, in characters.
+_MESSAGE, _PROMPT = 200, 50
+_LOOKED_AT = 8  # characters of a text for each token of the context that are encoded to find it too long
 # Sampling defaults that a model's generation_config.json may set, as vLLM's users expect.
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # What `encode_chat` takes besides the template's variables.
@@ -44,28 +48,82 @@ class ServedModel:
         return self.tokenizer.chat_template is not None
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt."""
+        """Token ids of a text."""
         if len(text) > LONG_TEXT:
-            return await asyncio.to_thread(self.tokenizer.encode, text, add_bos=add_special_tokens)
+            return await off_loop(self.tokenizer.encode, text, add_bos=add_special_tokens)
         return self.tokenizer.encode(text, add_bos=add_special_tokens)
 
+    async def encode_prompts(
+        self, prompts: Sequence[str | list[int]], add_special_tokens: bool, max_model_len: int
+    ) -> list[list[int]]:
+        """Token ids of each prompt; raises `RequestError` for one that is much too long before it is encoded."""
+
+        def encode() -> list[list[int]]:
+            made = []
+            for prompt in prompts:
+                if isinstance(prompt, str):
+                    self._check_length((prompt,), max_model_len, "prompt")
+                made.append(
+                    self.tokenizer.encode(prompt, add_bos=add_special_tokens) if isinstance(prompt, str) else prompt
+                )
+            return made
+
+        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) + _PROMPT * len(prompts) > LONG_TEXT:
+            return await off_loop(encode)
+        return encode()
+
     async def encode_chat(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, variables: dict[str, Any]
+        self,
+        messages: Sequence[ChatMessage],
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+        max_model_len: int,
     ) -> list[int]:
         """Token ids of a chat, by the model's template; raises `RequestError` if it refuses.
 
-        `variables` are the client's own words to the template.
+        `variables` are the client's own words to the template. A chat that is much too long is refused before it is
+        rendered.
         """
         for name in variables.keys() & _RESERVED:
             field = f"chat_template_kwargs.{name}"
             raise RequestError(f"{field} cannot be set: it is not for clients, or has its own field", field)
 
         def encode() -> list[int]:
-            return encode_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **variables)
+            plain = plain_messages(messages)
+            self._check_length([message["content"] for message in plain], max_model_len, "messages")
+            return self.encode_messages(plain, add_generation_prompt, variables)
 
-        if sum(len(message["content"]) for message in messages) > LONG_TEXT:
-            return await asyncio.to_thread(encode)
+        characters = sum(len(message.content or "") for message in messages)
+        if characters + _MESSAGE * len(messages) + len(repr(variables)) > LONG_TEXT:
+            return await off_loop(encode)
         return encode()
+
+    def encode_messages(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: dict[str, Any]
+    ) -> list[int]:
+        """As `encode_chat`, at once, of messages as templates know them."""
+        return encode_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    def _check_length(self, texts: Sequence[str], max_model_len: int, field: str) -> None:
+        """Raises `RequestError` if the beginning of `texts` alone fills the context.
+
+        Encoding takes some 200 bytes of memory a character, so a text of megabytes is not encoded just to be counted.
+        """
+        most = _LOOKED_AT * max_model_len
+        if sum(map(len, texts)) <= most:
+            return
+        count = 0
+        for text in texts:
+            if most <= 0:
+                return
+            count += len(self.tokenizer.encode(text[:most], add_bos=False))
+            most -= len(text)
+            if count > max_model_len:
+                raise RequestError(
+                    f"{field} of {sum(map(len, texts))} characters are more than the {max_model_len} tokens of this"
+                    " context; shorten the prompt or raise --max-model-len",
+                    field,
+                )
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -74,8 +132,9 @@ class ServedModel:
         """The text of `request`'s answer, to be fed with its tokens."""
         return RequestText(request, self.tokenizer, prompt)
 
-    def bad_words(self, words: Sequence[str]) -> list[list[int]]:
-        return bad_words_to_ids(self.tokenizer, words) if words else []
+    async def bad_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Token ids of each word."""
+        return await off_loop(bad_words_to_ids, self.tokenizer, words) if words else []
 
     def num_characters(self, token_id: int, skip_special_tokens: bool) -> int:
         """Characters of the text that begin in a token; one that is cut belongs to the token of its first byte."""

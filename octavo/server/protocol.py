@@ -4,12 +4,13 @@ Nothing is accepted and ignored. A field that Octavo cannot honour is refused un
 empty list of tools, say); an unknown field is refused with the nearest known name. Knows nothing of tokens or engines.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from octavo.errors import RequestError, nearest
+from octavo.errors import RequestError, nearest, short
 from octavo.sampling_params import MAX_BEAM_WIDTH, SamplingParams
 
 # Fields of OpenAI and vLLM that Octavo knows but cannot honour, with the values that ask for nothing.
@@ -70,6 +71,15 @@ _WANTED = {
     "early_stopping": 'true, false or "never"',
 }
 
+# Bounds on lists of which each entry costs far more than its bytes.
+MAX_PROMPTS = 16_384
+MAX_MESSAGES = 8192
+_LONGEST_PLACE = 100  # characters of a field's name in an error
+
+# Lists are given up at their first bad entry: an error for each of a million takes seconds.
+_Item = TypeVar("_Item")
+_List = Annotated[list[_Item], Field(fail_fast=True)]
+
 _IN_ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -82,10 +92,10 @@ class _Fields(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name not in not_yet:
                 near = nearest(name, [*type(self).model_fields, *not_yet])
-                raise RequestError(f"unknown field {_short(where + name)}.{near}", where + name)
+                raise RequestError(f"unknown field {short(where + name)}.{near}", (where + name)[:_LONGEST_PLACE])
             if value not in not_yet[name]:
                 raise RequestError(
-                    f"{where}{name} is not supported yet (its value is {_short(value)}); leave it out", where + name
+                    f"{where}{name} is not supported yet (its value is {short(value)}); leave it out", where + name
                 )
 
 
@@ -110,11 +120,11 @@ class SamplingFields(_Fields):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: _List[int] | None = None
+    bad_words: _List[str] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | _List[str] | None = None
+    stop_token_ids: _List[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
@@ -195,7 +205,7 @@ class TextPart(_Fields):
 
 class ChatMessage(_Fields):
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[_List[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
     name: str | None = None
 
     def plain(self, where: str) -> dict[str, Any]:
@@ -204,7 +214,7 @@ class ChatMessage(_Fields):
         if self.role not in _IN_ROLES:
             known = ", ".join(_IN_ROLES)
             raise RequestError(
-                f"{where}.role is {_short(self.role)}; it must be one of {known}.{nearest(self.role, _IN_ROLES)}",
+                f"{where}.role is {short(self.role)}; it must be one of {known}.{nearest(self.role, _IN_ROLES)}",
                 f"{where}.role",
             )
         # OpenAI renamed "system" to "developer"; templates know the old word.
@@ -222,12 +232,15 @@ class ChatMessage(_Fields):
         for i, part in enumerate(self.content):
             if part.type != "text":
                 field = f"{where}.content.{i}.type"
-                raise RequestError(f"{field} is {_short(part.type)}; only text is supported yet", field)
+                raise RequestError(f"{field} is {short(part.type)}; only text is supported yet", field)
             part.refuse_extras({}, f"{where}.content.{i}.")
             if part.text is None:
                 field = f"{where}.content.{i}.text"
                 raise RequestError(f"{field} is missing; it must be a string", field)
         return "".join(part.text or "" for part in self.content)
+
+
+Messages = Annotated[_List[ChatMessage], Field(max_length=MAX_MESSAGES)]
 
 
 class ChatTemplateFields(_Fields):
@@ -240,7 +253,7 @@ class ChatTemplateFields(_Fields):
 class ChatRequest(SamplingFields, ChatTemplateFields):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -253,10 +266,6 @@ class ChatRequest(SamplingFields, ChatTemplateFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
 
-    def plain_messages(self) -> list[dict[str, Any]]:
-        """The messages as chat templates know them."""
-        return plain_messages(self.messages)
-
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -268,7 +277,13 @@ class ChatRequest(SamplingFields, ChatTemplateFields):
 
 
 # In this order: the members of a union are tried one after the other.
-Prompt = Annotated[str | list[int] | list[str] | list[list[int]], Field(union_mode="left_to_right")]
+Prompt = Annotated[
+    str
+    | _List[int]
+    | Annotated[_List[str], Field(max_length=MAX_PROMPTS)]
+    | Annotated[_List[_List[int]], Field(max_length=MAX_PROMPTS)],
+    Field(union_mode="left_to_right"),
+]
 
 
 class CompletionRequest(SamplingFields):
@@ -294,7 +309,7 @@ class TokenizeRequest(ChatTemplateFields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
 
     def check(self) -> None:
@@ -315,14 +330,14 @@ class DetokenizeRequest(_Fields):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: _List[int]
     skip_special_tokens: bool = False
 
     def check(self) -> None:
         self.refuse_extras({})
 
 
-def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """`messages` as chat templates know them; raises `RequestError` naming the message's place."""
     if not messages:
         raise RequestError("messages is empty; it needs at least one message", "messages")
@@ -337,7 +352,9 @@ def parse(kind: type[Model], body: bytes) -> Model:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        errors = error.errors(include_url=False)
+    # Of a union's members the one that was refused for its length says what is wrong.
+    first = next((each for each in errors if each["type"] == "too_long"), errors[0])
     if first["type"] == "json_invalid":
         raise RequestError(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if not first["loc"]:
@@ -345,9 +362,11 @@ def parse(kind: type[Model], body: bytes) -> Model:
     place = _place(first["loc"])
     if first["type"] == "missing":
         raise RequestError(f"{place} is missing", place)
+    if first["type"] == "too_long":
+        raise RequestError(f"{place} has more than {first['ctx']['max_length']} entries; send fewer at once", place)
     wanted = _WANTED.get(place.rsplit(".", 1)[-1])
     said = f"it must be {wanted}" if wanted else first["msg"].replace("Input should be", "it must be")
-    raise RequestError(f"{place} is {_short(first['input'])}; {said}", place)
+    raise RequestError(f"{place} is {short(first['input'])}; {said}", place)
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
@@ -357,9 +376,4 @@ def _place(loc: tuple[int | str, ...]) -> str:
         if names[-1] in _WANTED:
             break
         names.append(str(step))
-    return ".".join(names)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return ".".join(names)[:_LONGEST_PLACE]

@@ -54,7 +54,12 @@ def run_server(
         timeline.append(("files", time.monotonic() - began))
 
         async def serve_model() -> int:
-            engine = EngineClient(options, max_queued_requests=server_options.max_queued_requests, verbose=verbose)
+            engine = EngineClient(
+                options,
+                max_queued_requests=server_options.max_queued_requests,
+                confirm_timeout=server_options.confirm_timeout,
+                verbose=verbose,
+            )
             reader = load or (lambda: load_model(options, server_options))
             service = Service(engine, server_options, Metrics(lambda: engine.stats), dialect=dialect or Dialect())
             return await serve(service, reader, listener, timeline)
@@ -105,9 +110,11 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, service: Service):
         from octavo.server.app import build_app
+        from octavo.server.connection import Connection
 
         config = uvicorn.Config(
             build_app(service),
+            http=Connection,
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from octavo.config import ServerOptions
 from octavo.engine.limits import Limits
 from octavo.engine.process import EngineClient
-from octavo.errors import EngineDeadError, nearest
+from octavo.errors import EngineDeadError, nearest, short
 from octavo.request import Request
 from octavo.server.answer import Answer
 from octavo.server.dialect import Dialect
@@ -44,10 +44,8 @@ class Service:
             self.quiet.set()
 
     def trouble(self) -> str | None:
-        """Why the server is not healthy, or None."""
-        if self.loading:
-            return "the model is loading"
-        return self.engine.trouble(self.options.watchdog_seconds)
+        """Why the server should be started anew, or None. A model that is loading is no reason."""
+        return None if self.loading else self.engine.trouble(self.options.stall_timeout)
 
     def unready(self) -> str | None:
         """Why no request is taken now, or None."""
@@ -70,7 +68,7 @@ class Service:
         if name is not None and name != model.name:
             raise RefusedError(
                 404,
-                f"the model {name!r} is not served here, but {model.name!r} is.{nearest(name, [model.name])}",
+                f"the model {short(name)} is not served here, but {model.name!r} is.{nearest(name, [model.name])}",
                 param="model",
                 code="model_not_found",
             )
@@ -79,9 +77,11 @@ class Service:
     @property
     def limits(self) -> Limits:
         if self.engine.info is None:
-            raise EngineDeadError(self.trouble() or "the engine is not running")
+            raise EngineDeadError(self.unready() or self.trouble() or "the engine is not running")
         return self.engine.info.limits
 
-    def answer(self, requests: Sequence[Request], prompts: Sequence[str | None], whole: bool) -> Answer:
-        """Submits `requests`; raises what `Answer` does."""
-        return Answer(self.engine, self.ready_model(), self.metrics, requests, prompts, whole)
+    async def answer(self, requests: Sequence[Request], prompts: Sequence[str | None], whole: bool) -> Answer:
+        """Submits `requests`; raises what `Answer.submit` does."""
+        answer = Answer(self.engine, self.ready_model(), self.metrics)
+        await answer.submit(requests, prompts, whole)
+        return answer

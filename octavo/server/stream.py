@@ -105,7 +105,7 @@ class StreamedResponse(Response):
                     await wire.write(events)
                 last = _DONE
             except ClientGoneError:
-                raise
+                return  # nobody reads what would be said of it
             except Exception as error:
                 if not wire.started:
                     raise

@@ -15,8 +15,9 @@ from octavo.server.model import ServedModel
 from octavo.server.service import Service
 from octavo.timeline import Timeline
 
-QUICK_SECONDS = 60.0  # an engine that dies sooner after its start counts as a quick failure
-MAX_QUICK_FAILURES = 3
+QUICK_SECONDS = 60.0  # an engine that dies sooner after its start is started again with a delay
+MAX_DELAY_SECONDS = 8.0
+MAX_FAILED_STARTS = 3
 
 
 class Supervisor:
@@ -31,7 +32,7 @@ class Supervisor:
         self._hurry = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready_since = 0.0
-        self._quick_failures = 0
+        self._quick_deaths = 0  # in a row
         service.engine.on_death = self.engine_died
         service.loading = True
 
@@ -83,24 +84,28 @@ class Supervisor:
         self.stopped.set()
 
     async def _restart(self, reason: str) -> None:
-        """Starts the engine again until it is ready; gives up after too many quick failures."""
-        if time.monotonic() - self._ready_since > QUICK_SECONDS:
-            self._quick_failures = 0
-        while not self.service.draining:
-            self._quick_failures += 1
-            if self._quick_failures > MAX_QUICK_FAILURES:
-                self._give_up(f"the engine died {self._quick_failures} times in a row: {reason}")
-                return
-            logger.info("starting the engine again (%d of %d)", self._quick_failures, MAX_QUICK_FAILURES)
+        """Starts the engine again until it is ready.
+
+        However often requests bring it down, it comes back, later and later; what cannot even start is given up.
+        """
+        quick = time.monotonic() - self._ready_since < QUICK_SECONDS
+        self._quick_deaths = self._quick_deaths + 1 if quick else 1
+        delay = min(2.0 ** (self._quick_deaths - 2), MAX_DELAY_SECONDS) if self._quick_deaths > 1 else 0.0
+        failures = 0
+        while failures < MAX_FAILED_STARTS:
+            logger.info("starting the engine again%s", f" in {delay:g} s" if delay else "")
+            await asyncio.sleep(delay)
             await self.service.engine.close()  # clears away what is left of the old process
             try:
                 await self.service.engine.start()
             except OctavoError as error:
                 reason = str(error)
+                failures += 1
                 continue
             self._now_ready()
             logger.info("the engine is back")
             return
+        self._give_up(f"the engine could not be started {failures} times in a row: {reason}")
 
     async def _drain(self) -> None:
         """Lets open requests finish, for a while."""

@@ -105,7 +105,9 @@ class TemplateModel(ServedModel):
     def is_chat(self) -> bool:
         return not self.template.is_generation
 
-    async def encode_chat(self, messages: Any, add_generation_prompt: bool, variables: dict[str, Any]) -> list[int]:
+    def encode_messages(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: dict[str, Any]
+    ) -> list[int]:
         """Token ids of a chat; raises `RequestError`."""
         if variables or not add_generation_prompt:
             name = "chat_template_kwargs" if variables else "add_generation_prompt"

@@ -206,11 +206,10 @@ def to_logprobs(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[int, Logprob
 
 def bad_words_to_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
     """Token ids of each word as it stands at a text's beginning and after a space; equal ones once."""
-    found: list[list[int]] = []
+    found: dict[tuple[int, ...], None] = {}
     for word in words:
         bare = word.lstrip()
         for text in (bare, " " + bare) if bare else (word,):
-            ids = tokenizer.encode(text, add_bos=False)
-            if ids and ids not in found:
-                found.append(ids)
-    return found
+            if ids := tokenizer.encode(text, add_bos=False):
+                found[tuple(ids)] = None
+    return [list(ids) for ids in found]

@@ -13,8 +13,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from octavo.config import EngineOptions
+from octavo.engine.info import EngineInfo
 from octavo.engine.limits import Limits
-from octavo.engine.process import EngineClient, EngineInfo
+from octavo.engine.process import EngineClient
 from octavo.engine.state import StepOutput
 from octavo.metrics import EngineStats
 from octavo.request import Request, TokenLogprobs, TokenOutput
@@ -61,39 +62,41 @@ class EngineDouble(EngineClient):
         self._scheduled = False
 
     async def start(self) -> EngineInfo:
-        self._connection = object()  # type: ignore[assignment]
+        self._channel = object()  # type: ignore[assignment]
         self.failure = None
         self.info = EngineInfo(self.limits, "double", "float32", ["a plan"], [("engine ready", 0.0)])
         return self.info
 
-    def trouble(self, watchdog_seconds: float) -> str | None:
+    def trouble(self, stall_timeout: float) -> str | None:
         return self.failure if self.info is not None else self.failure or "the engine is not running"
 
     def die(self, reason: str) -> None:
         """What `EngineClient` does when the process ends."""
-        self.failure, self.info, self._connection = f"the engine stopped: {reason}", None, None
+        self.failure, self.info, self._channel = f"the engine stopped: {reason}", None, None
         self._open.clear()
         self._fail_all(self.failure)
         self.on_death(reason)
 
     async def close(self) -> None:
         self._fail_all("the server is shutting down")
-        self.info = self._connection = None
+        self.info = self._channel = None
 
     def release(self) -> None:
         self.held = False
         self._schedule()
 
-    def _send(self, message: tuple[Any, ...]) -> None:
+    def _send(self, message: tuple[Any, ...]) -> int:
         if message[0] == "add":
             self._new.append(message[1])
             self._schedule()
+            asyncio.get_running_loop().call_soon(self._confirm)
         elif message[0] == "abort":
             self.aborted.append(message[1:])
             for key in list(self._open):
                 if key[0] == message[1] and message[2] in (None, key[1]):
                     del self._open[key]
         self._count()
+        return 0
 
     def _schedule(self) -> None:
         if not self._scheduled:

@@ -17,7 +17,7 @@ def read(count: int, lag: float, **params) -> list[list[tuple[int, str]]]:
 
     async def whole() -> list[list[tuple[int, str]]]:
         async with serving("twelve bytes") as server:
-            answer = server.service.answer(requests(count, **params), [None] * count, whole=False)
+            answer = await server.service.answer(requests(count, **params), [None] * count, whole=False)
             pieces = []
             async for deltas in answer.deltas():
                 pieces.append([(delta.index, delta.text) for delta in deltas])
@@ -54,7 +54,7 @@ def test_a_slow_reader_gets_merged_pieces():
 def test_a_whole_answer_wakes_its_reader_once():
     async def count() -> int:
         async with serving("twelve bytes") as server:
-            answer = server.service.answer(requests(1), [None], whole=True)
+            answer = await server.service.answer(requests(1), [None], whole=True)
             return len([deltas async for deltas in answer.deltas()])
 
     assert asyncio.run(count()) == 1

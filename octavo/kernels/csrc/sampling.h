@@ -21,6 +21,10 @@ struct Draw {
   uint32_t key[2];
 };
 
+// What stands in place of a token where none can be drawn; octavo/batch.py has the same numbers.
+constexpr int32_t kNoToken = -1;      // all logits are -inf
+constexpr int32_t kNotFinite = -2;    // a logit is NaN or +inf
+
 // Natural logarithm of positive, normal numbers; error below 2 in the last place.
 OCTAVO_INLINE vf log(vf x) {
   vi bits = as_lanes(x);
@@ -63,6 +67,8 @@ class Sampler {
   // Draws from one row of logits, which is used up.
   int32_t draw(float* logits, int64_t width, const Draw& how) {
     const float most = highest(logits, width);
+    if (!(most < -kLowest)) return kNotFinite;
+    if (most == kLowest) return kNoToken;
     if (how.temperature <= 0) return int32_t(std::find(logits, logits + width, most) - logits);
     scale(logits, width, most, how.temperature);
     float edge = kLowest;
@@ -72,14 +78,24 @@ class Sampler {
     return noisiest(logits, width, edge, how.key);
   }
 
+  // NaN if there is one: a maximum does not say so by itself.
   static float highest(const float* x, int64_t width) {
-    float best = x[0];
-    vf most = set(best);
+    vf most = set(kLowest);
+    vi nan = set_lanes(0);
     int64_t i = 0;
-    for (; i + W <= width; i += W) most = max(most, load(x + i));
-    best = largest(most);
-    for (; i < width; i++) best = x[i] > best ? x[i] : best;
-    return best;
+    for (; i + W <= width; i += W) {
+      const vf value = load(x + i);
+      nan |= value != value;
+      most = max(most, value);
+    }
+    float best = largest(most);
+    bool any = false;
+    for (int l = 0; l < W; l++) any |= nan[l] != 0;
+    for (; i < width; i++) {
+      any |= x[i] != x[i];
+      best = x[i] > best ? x[i] : best;
+    }
+    return any ? __builtin_nanf("") : best;
   }
 
  private:
@@ -147,7 +163,7 @@ class Sampler {
     int32_t first = INT32_MAX;
     for (int l = 0; l < W; l++)
       if (best[l] == most && place[l] >= 0) first = std::min(first, place[l]);
-    return first;
+    return first == INT32_MAX ? kNotFinite : first;
   }
 
   std::vector<float> chosen;

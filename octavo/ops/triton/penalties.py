@@ -63,6 +63,7 @@ def _penalize(
     penalties = (tl.load(repetition + which), tl.load(presence + which), tl.load(frequency + which))
     waiting = tl.load(pending + which)
     last = tl.load(before + (-1 - waiting), mask=waiting < 0, other=-1)
+    last = tl.where(waiting < 0, tl.maximum(last, 0), -1)  # where none could be drawn, nobody reads this row
     found = 0
     end = tl.load(start + which + 1)
     for first in range(tl.load(start + which), end, BLOCK):

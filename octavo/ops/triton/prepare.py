@@ -89,7 +89,8 @@ def spread(packed: torch.Tensor, width_1: torch.Tensor, tables_RM: torch.Tensor)
 
 
 def look_up(given_T: torch.Tensor, drawn_S: torch.Tensor) -> torch.Tensor:
-    """`given_T` with entries below 0 replaced by the drawn tokens that they stand for."""
+    """`given_T` with entries below 0 replaced by the drawn tokens that they stand for; where none could be drawn, by
+    token 0, whose row is of no use to anybody."""
     out_T = torch.empty_like(given_T)
     _look_up[(triton.cdiv(len(given_T), 1024),)](given_T, drawn_S, out_T, len(given_T), BLOCK=1024)
     return out_T
@@ -131,7 +132,7 @@ def _prepare(
         if first:
             token = tl.load(given + row)
             token = tl.where(token < 0, tl.load(drawn + (-1 - token), mask=token < 0, other=0), token)
-            tl.store(token_ids + row, token)
+            tl.store(token_ids + row, tl.maximum(token, 0))
     else:
         length = tl.load(seq_lens + row)
         if first & (length > 0):
@@ -145,7 +146,8 @@ def _prepare(
             tl.store(positions + row, position)
             tl.store(seq_lens + row, length + 1)
             tl.store(states + row, tl.load(states + row) + 1)
-            tl.store(token_ids + row, tl.load(drawn + tl.load(sample_of_row + row)))
+            token = tl.load(drawn + tl.load(sample_of_row + row))
+            tl.store(token_ids + row, tl.maximum(token, 0))
     if first:
         at = tl.arange(0, BLOCK_HALF)
         angle = position.to(tl.float32) * tl.load(inv_freq + at, mask=at < HALF, other=0.0)
@@ -183,4 +185,4 @@ def _look_up(given, drawn, out, count, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(given + at, mask=at < count, other=0)
     token = tl.where(token < 0, tl.load(drawn + (-1 - token), mask=(token < 0) & (at < count), other=0), token)
-    tl.store(out + at, token, mask=at < count)
+    tl.store(out + at, tl.maximum(token, 0), mask=at < count)

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from octavo.batch import NO_TOKEN, NOT_FINITE
 from octavo.ops.triton.noise import fold, gumbel, hash32, key_of
 from octavo.ops.triton.tiles import LOG2_E
 
@@ -37,6 +38,7 @@ _PIECE = 32
 # More than the roundings of a score and of its bound add up to, in base 2: in any case, and for each unit of the score.
 _SLACK, _SLACK_OF_SCORE = tl.constexpr(1e-4), tl.constexpr(2e-6)
 _LOG2_E = tl.constexpr(LOG2_E)
+_NO_TOKEN, _NOT_FINITE = tl.constexpr(NO_TOKEN), tl.constexpr(NOT_FINITE)
 # Groups that a row's program holds at once.
 _TILE = 64
 # Bits of a logit in fp32 that are the same in all logits of a type.
@@ -54,7 +56,10 @@ class Asked(NamedTuple):
 
 
 def draw(logits_SV: torch.Tensor, asked: Asked, num_tokens: int, out_S: torch.Tensor) -> None:
-    """Writes a token for each sample into `out_S` (int32), from the first `num_tokens` of the vocabulary."""
+    """Writes a token for each sample into `out_S` (int32), from the first `num_tokens` of the vocabulary.
+
+    `NO_TOKEN` where all logits are -inf, `NOT_FINITE` where one is NaN or +inf.
+    """
     S, V = logits_SV.shape
     chunks, groups = triton.cdiv(num_tokens, _CHUNK), triton.cdiv(num_tokens, _GROUP)
     of_chunk_4SC = torch.empty((4, S, chunks), dtype=torch.float32, device=logits_SV.device)
@@ -156,7 +161,8 @@ def _look_at_chunk(
     else:
         top = tl.max(tl.max(value, 1), 0)
         first = tl.min(tl.min(tl.where(value == top, token, 0x7FFFFFFF), 1), 0)
-    tl.store(best + place, top)
+    infinite = tl.max(tl.max((value < float("inf")).to(tl.int32) ^ 1, 1), 0)  # or not a number
+    tl.store(best + place, tl.where(infinite > 0, float("nan"), top))
     tl.store(token_of_best + place, first)
 
 
@@ -236,7 +242,9 @@ def _draw_from_row(
     score = tl.load(best + place, mask=there, other=float("-inf"))
     token = tl.load(token_of_best + place, mask=there, other=0x7FFFFFFF)
     token = tl.min(tl.where(score == tl.max(score, 0), token, 0x7FFFFFFF), 0)
-    token = tl.minimum(token, num_tokens - 1)  # logits that are all NaN have no best
+    broken = tl.max((score != score).to(tl.int32), 0) > 0
+    empty = tl.max(score, 0) == float("-inf")
+    heat = tl.where(broken | empty, 0.0, heat)  # there is nothing to filter
 
     limited = (heat > 0) & (k > 0) & (k < num_tokens)
     nucleus = (heat > 0) & (p < 1)
@@ -281,7 +289,7 @@ def _draw_from_row(
                 count = _list(exists & (reach > above), group, row)
                 going = (_mass(row, scale, count, edge, above, GROUP, TILE) >= limit) & (count > 0)
             unknown = going
-    tl.store(out + sample, token)
+    tl.store(out + sample, tl.where(broken, _NOT_FINITE, tl.where(empty, _NO_TOKEN, token)))
 
 
 @triton.jit
