@@ -5,17 +5,23 @@ one in a process of its own. Names and results are those that vLLM's users know.
 """
 
 import itertools
+import os
+import threading
+import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 from octavo.checkpoint import Checkpoint, TokenizerData, open_engine_checkpoint, open_tokenizer_data
 from octavo.config import EngineOptions
+from octavo.deferred_signals import DeferredSignals
 from octavo.engine.engine import Engine
 from octavo.engine.process import EngineClient
+from octavo.engine.state import StepOutput
 from octavo.engine.stream import Arrived
-from octavo.errors import ConfigError, RequestError, nearest
+from octavo.errors import ConfigError, EngineDeadError, OctavoError, RequestError, nearest
 from octavo.progress import Progress
 from octavo.request import CompletionOutput, Request, RequestOutput
 from octavo.sampling_params import SamplingParams
@@ -36,7 +42,7 @@ def _open_tokenizer(options: EngineOptions, checkpoint: Checkpoint | None) -> tu
 
 
 class LLM:
-    """A model in this process.
+    """A model in this process. Threads may share it: their requests are computed together.
 
     `model` is a known name, a GGUF file, a folder or ORG/NAME of a hub; the keyword arguments are the fields of
     `octavo.config.EngineOptions`. Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`.
@@ -65,7 +71,12 @@ class LLM:
         # What the model's makers advise for sampling (generation_config.json); empty if they say nothing.
         self.generation_config: dict[str, Any] = dict(data.generation_config)
         self._numbers = itertools.count()
-        self._texts: dict[str, RequestText] = {}
+        self._calls: dict[str, _Call] = {}  # whose each open request is
+        self._submitted = _Call([])
+        self._lock = threading.RLock()  # over the engine and the calls
+        self._num_waiting = 0  # threads that want it
+        self._signals = DeferredSignals()
+        self._process = os.getpid()
 
     def generate(
         self,
@@ -120,33 +131,32 @@ class LLM:
         Yields (index of the prompt, its output so far, what this step added) for each prompt that moved in a step.
         Closing the iterator aborts what still runs.
         """
-        texts = self._requests(_as_list(prompts), sampling_params, None)
-        order = {text.request.request_id: i for i, text in enumerate(texts)}
-        self._add(texts)
+        call = _Call(self._requests(_as_list(prompts), sampling_params, None))
+        order = {text.request.request_id: (i, text) for i, text in enumerate(call.open.values())}
         try:
-            while any(request_id in self._texts for request_id in order):
-                for request_id, deltas in self._step().items():
-                    if request_id in order:
-                        yield order[request_id], self._texts[request_id].result(), deltas
-                        self._drop_finished(request_id)
+            self._add(call)
+            while call.active:
+                for request_id, deltas in self._advance(call).items():
+                    index, text = order[request_id]
+                    yield index, text.result(), deltas
         finally:
-            self._abort(order)
+            self._abort(call)
 
     def generate_iter(
         self, work: Iterable[tuple[Prompt, SamplingParams]], *, max_open: int | None = None
-    ) -> Iterator[tuple[int, RequestOutput | RequestError]]:
+    ) -> Iterator[tuple[int, RequestOutput | OctavoError]]:
         """Answers any number of (prompt, sampling_params), yielding (index, output) as each is finished.
 
         `work` is read only as far as `max_open` unfinished requests (twice max_num_seqs by default). A request that
-        cannot run yields its error in the output's place, and the rest goes on.
+        cannot run, or fails, yields its error in the output's place, and the rest goes on.
         """
         limit = max_open or 2 * self.engine.config.max_num_seqs
         numbered = enumerate(work)
-        open_texts: dict[str, tuple[int, RequestText]] = {}
+        call, texts = _Call([]), dict[str, tuple[int, RequestText]]()
         exhausted = False
         try:
             while True:
-                while not exhausted and len(open_texts) < limit:
+                while not exhausted and len(call.open) < limit:
                     index, item = next(numbered, (-1, None))
                     if item is None:
                         exhausted = True
@@ -156,16 +166,17 @@ class LLM:
                     except RequestError as error:
                         yield index, error
                         continue
-                    self._add([text])
-                    open_texts[text.request.request_id] = (index, text)
-                if not open_texts:
+                    texts[text.request.request_id] = (index, text)
+                    self._add(call, [text])
+                if not call.active:
                     return
-                for request_id in self._step():
-                    if request_id in open_texts and self._drop_finished(request_id):
-                        index, text = open_texts.pop(request_id)
-                        yield index, text.result()
+                for request_id in self._advance(call):
+                    index, text = texts[request_id]
+                    if text.finished:
+                        del texts[request_id]
+                        yield index, text.error or text.result()
         finally:
-            self._abort(open_texts)
+            self._abort(call)
 
     def encode_chat(self, messages: Messages, **variables: Any) -> list[int]:
         """Token ids of a conversation as the model's chat template renders it, ready for `generate` or `stream`."""
@@ -173,26 +184,25 @@ class LLM:
 
     def shutdown(self) -> None:
         """Frees the model; the object is of no more use."""
-        self.engine.shutdown()
+        with self._at_work():
+            self.engine.shutdown()
 
     # ---- step by step, for a caller with a loop of its own ------------------------------------------------
 
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> str:
         """Queues one prompt and returns its request id; `advance` then moves it. Raises `RequestError`."""
         (text,) = self._requests([prompt], sampling_params, None)
-        self._add([text])
+        self._add(self._submitted, [text])
         return text.request.request_id
 
     def advance(self) -> list[RequestOutput]:
         """Runs one step of everything that is queued; the outputs so far of the requests that moved."""
-        moved = [self._texts[request_id].result() for request_id in self._step()]
-        for output in moved:
-            self._drop_finished(output.request_id)
-        return moved
+        texts = dict(self._submitted.open)
+        return [texts[request_id].result() for request_id in self._advance(self._submitted)]
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends those of the requests that still run."""
-        self._abort(request_ids)
+        self._abort(self._submitted, request_ids)
 
     # ---- from prompts to results --------------------------------------------------------------------------
 
@@ -217,56 +227,125 @@ class LLM:
         return texts
 
     def _run(self, texts: list[RequestText], show: bool) -> list[RequestOutput]:
-        self._add(texts)
-        ids = [text.request.request_id for text in texts]
-        try:
-            with Progress(len(texts), show) as progress:
-                while any(request_id in self._texts for request_id in ids):
-                    for request_id, deltas in self._step().items():
-                        progress.tokens += sum(len(delta.token_ids) for delta in deltas)
-                        progress.requests += self._drop_finished(request_id)
-                    progress.show()
-        finally:
-            self._abort(ids)
+        call = _Call(texts)
+        with self._signals:
+            try:
+                self._add(call)
+                with Progress(len(texts), show) as progress:
+                    while call.active:
+                        for deltas in self._advance(call).values():
+                            progress.tokens += sum(len(delta.token_ids) for delta in deltas)
+                        progress.requests = len(texts) - len(call.open)
+                        progress.show()
+                        self._signals.deliver()
+            finally:
+                self._abort(call)
         return [text.result() for text in texts]
 
-    def _add(self, texts: list[RequestText]) -> None:
-        for text in texts:
-            self.engine.add(text.request)
-            self._texts[text.request.request_id] = text
+    # ---- the engine, one thread at a time -----------------------------------------------------------------
 
-    def _step(self) -> dict[str, list[TextDelta]]:
-        """One step of the engine: what it added, by request id."""
-        output = self.engine.step()
-        moved: dict[str, list[TextDelta]] = {}
-        for request_id, _, cached in output.started:
-            if request_id in self._texts:
-                self._texts[request_id].num_cached_tokens = cached
-        for request_id, start, entries in output.prompt_logprobs:
-            if request_id in self._texts:
-                self._texts[request_id].put_prompt_logprobs(start, entries)
-        for scored in output.beam_scores:
-            if scored[0] in self._texts:
-                self._texts[scored[0]].put_beam_score(scored)
-        for token in output.tokens:
-            text = self._texts.get(token[0])
-            if text is not None:
-                delta = text.push(token)
-                moved.setdefault(token[0], []).append(delta)
-                if delta.abort:
-                    self.engine.abort(token[0], delta.index)
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """The engine is this thread's; no signal's handler interrupts it. What goes wrong in it ends all open requests,
+        and leaves an engine that answers the next."""
+        if os.getpid() != self._process:
+            raise ConfigError(
+                f"this LLM was made in process {self._process}, whose threads a forked process does not have; start"
+                " processes by multiprocessing's 'spawn' method and make an LLM in each"
+            )
+        self._num_waiting += 1
+        with self._lock, self._signals:
+            self._num_waiting -= 1
+            try:
+                yield
+            except RequestError:
+                raise
+            except BaseException as error:
+                self._start_anew(error)
+                raise
+
+    def _start_anew(self, error: BaseException) -> None:
+        calls = set(self._calls.values())
+        self._calls.clear()
+        for call in calls:
+            call.open.clear()
+            call.moved.clear()
+            call.broken = EngineDeadError(f"the engine stopped in another call: {type(error).__name__}: {error}")
+        self.engine.reset()
+
+    def _add(self, call: "_Call", texts: Iterable[RequestText] | None = None) -> None:
+        """Queues the requests of `call`: those that it was made with, or `texts`."""
+        with self._at_work():
+            for text in list(call.open.values()) if texts is None else texts:
+                self.engine.add(text.request)
+                call.open[text.request.request_id] = text
+                self._calls[text.request.request_id] = call
+
+    def _advance(self, call: "_Call") -> dict[str, list[TextDelta]]:
+        """What has come for `call` since it last looked, by request id; if that is nothing, what one step brings."""
+        if self._num_waiting:
+            time.sleep(1e-5)  # a lock goes to whoever comes first, and that would be this thread again
+        with self._at_work():
+            if not call.moved and call.broken is None:
+                assert not call.open or self.engine.has_work(), "open requests that the engine does not have"
+                self._take(self.engine.step())
+            moved, call.moved = call.moved, {}
+            broken, call.broken = call.broken, None
+        if broken is not None:
+            raise broken
         return moved
 
-    def _drop_finished(self, request_id: str) -> bool:
-        finished = request_id in self._texts and self._texts[request_id].finished
-        if finished:
-            del self._texts[request_id]
-        return finished
+    def _take(self, output: StepOutput) -> None:
+        """Hands what a step brought to those whose requests these are."""
+        for request_id, _, cached in output.started:
+            if call := self._calls.get(request_id):
+                call.open[request_id].num_cached_tokens = cached
+        for request_id, start, entries in output.prompt_logprobs:
+            if call := self._calls.get(request_id):
+                call.open[request_id].put_prompt_logprobs(start, entries)
+        for scored in output.beam_scores:
+            if call := self._calls.get(scored[0]):
+                call.open[scored[0]].put_beam_score(scored)
+        for token in output.tokens:
+            if call := self._calls.get(token[0]):
+                text = call.open[token[0]]
+                delta = text.push(token)
+                call.moved.setdefault(token[0], []).append(delta)
+                if delta.abort:
+                    self.engine.abort(token[0], delta.index)
+                if text.finished:
+                    self._close(token[0])
+        for request_id, error in output.failed:
+            if call := self._calls.get(request_id):
+                call.moved.setdefault(request_id, []).extend(call.open[request_id].fail(error))
+                self._close(request_id)
 
-    def _abort(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
-            if self._texts.pop(request_id, None) is not None:
-                self.engine.abort(request_id)
+    def _close(self, request_id: str) -> None:
+        del self._calls.pop(request_id).open[request_id]
+
+    def _abort(self, call: "_Call", request_ids: Iterable[str] | None = None) -> None:
+        """Ends the requests of `call` that are open, or those of them that are named."""
+        if not call.open or os.getpid() != self._process:
+            return
+        with self._at_work():
+            for request_id in list(call.open) if request_ids is None else request_ids:
+                if self._calls.get(request_id) is call:
+                    self._close(request_id)
+                    self.engine.abort(request_id)
+
+
+class _Call:
+    """The open requests of one call, and what has come for them since it last looked. `broken` is why they are gone."""
+
+    def __init__(self, texts: Iterable[RequestText]):
+        self.open = {text.request.request_id: text for text in texts}
+        self.moved: dict[str, list[TextDelta]] = {}
+        self.broken: OctavoError | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether there is, or will be, something to look at."""
+        return bool(self.open or self.moved or self.broken is not None)
 
 
 class AsyncLLM:
@@ -281,6 +360,7 @@ class AsyncLLM:
         source = self.options.tokenizer or self.options.model
         self.tokenizer = Tokenizer.load(source, hub=self.options.hub, revision=self.options.revision)
         self._numbers = itertools.count()
+        self._process = os.getpid()
 
     async def start(self) -> "AsyncLLM":
         """Loads the model; raises what `LLM` raises."""
@@ -310,6 +390,8 @@ class AsyncLLM:
 
         A caller that stops iterating aborts the request. Raises `RequestError`, `QueueFullError` or `EngineDeadError`.
         """
+        if os.getpid() != self._process:
+            raise ConfigError("this AsyncLLM was made before a fork; make one in each process")
         request_id = request_id or f"request-{next(self._numbers)}"
         text = read_prompt(request_id, prompt, sampling_params or SamplingParams(), self.tokenizer)
         text.request.priority = priority

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from octavo.sampling_params import SamplingParams
 
 # Why a sequence ended: "stop" (EOS, a stop token or a stop string), "length" (max_tokens or the model's length),
-# "abort" (the client went away), "error" (the engine died).
+# "abort" (the client went away), "error" (no token could be sampled, or the engine died).
 FinishReason = str
 
 # One new token of one sequence, as a plain tuple because hundreds cross the pipe each step:
@@ -130,7 +130,7 @@ class RequestOutput:
     """A request's result. `prompt` is None when token ids were given; `outputs` holds its n samples by index.
 
     `prompt_logprobs` has an entry for each prompt token, None for the first. `num_cached_tokens` of the prompt came
-    from the prefix cache.
+    from the prefix cache. `error` is why the request failed, if it did; its outputs then end with the reason "error".
     """
 
     request_id: str
@@ -140,3 +140,4 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    error: str | None = None

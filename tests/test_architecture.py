@@ -24,6 +24,7 @@ FLOORS = [
         "batch",
         "metrics",
         "errors",
+        "deferred_signals",
         "log",
         "progress",
         "timeline",

@@ -67,7 +67,7 @@ class _Job:
             tokens = 0
             for index, output in self.llm.generate_iter(self._work(lines)):
                 task = self.tasks[index]
-                if isinstance(output, RequestError):
+                if isinstance(output, OctavoError):
                     self._report(task.number, output)
                 else:
                     tokens += sum(len(sample.token_ids) for sample in output.outputs)

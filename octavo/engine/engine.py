@@ -130,6 +130,12 @@ class Engine:
         stats.blocks_saved = self._store.num_written if self._store else 0
         return stats
 
+    def reset(self) -> None:
+        """Drops all requests and steps, and what the prefix cache has: whatever state they were in, the engine is as
+        new. The model stays."""
+        self.executor.reset()
+        self.scheduler = Scheduler(self.config, self._store)
+
     def shutdown(self) -> None:
         """Ends the executor; what is still cold is saved first, as far as a few seconds go."""
         if self._store is not None:

@@ -5,6 +5,7 @@ Between the two lies any number of processes and devices, or none; nobody above 
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -51,6 +52,9 @@ class Executor(Protocol):
     def layout(self) -> str:
         """Names the arithmetic and the order of the bytes in a block; blocks of another layout are no use here."""
 
+    def reset(self) -> None:
+        """Forgets the steps that are under way, even if one of them failed."""
+
     def shutdown(self) -> None: ...
 
 
@@ -91,6 +95,9 @@ class LocalExecutor:
     @property
     def layout(self) -> str:
         return self.runner.layout
+
+    def reset(self) -> None:
+        self._results.clear()
 
     def shutdown(self) -> None:
         self._results.clear()
@@ -141,6 +148,11 @@ class CudaExecutor:
     @property
     def layout(self) -> str:
         return self.runner.layout
+
+    def reset(self) -> None:
+        while self._steps:
+            with contextlib.suppress(Exception):
+                self.result()
 
     def shutdown(self) -> None:
         while self._steps:

@@ -8,6 +8,7 @@ work does not grow with the length of the answer.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from octavo.errors import OctavoError
 from octavo.request import (
     BeamScore,
     CompletionOutput,
@@ -55,6 +56,7 @@ class RequestText:
         self.prompt = prompt
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self.num_cached_tokens = 0
+        self.error: OctavoError | None = None
         self._tokenizer = tokenizer
         self._sequences = [_SequenceText(request, tokenizer, index) for index in range(request.params.n)]
 
@@ -73,6 +75,11 @@ class RequestText:
         The delta is what was held back. Nothing happens to a sequence that has ended.
         """
         return self._sequences[index].finish(reason)
+
+    def fail(self, error: OctavoError) -> list[TextDelta]:
+        """End what has not ended with the request's own `error`."""
+        self.error = error
+        return [self.finish(i, "error") for i, one in enumerate(self._sequences) if one.output.finish_reason is None]
 
     def put_beam_score(self, scored: BeamScore) -> None:
         """Take the score of an answer of a beam search, before the answer's last token."""
@@ -96,6 +103,7 @@ class RequestText:
             finished=self.finished,
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=self.num_cached_tokens,
+            error=None if self.error is None else str(self.error),
         )
 
 

@@ -232,6 +232,7 @@ from octavo.engine import engine, loop
 from octavo.engine.channel import EngineChannel
 import socket
 def hang(self):
+    print("a step began", flush=True)
     while True:
         time.sleep(1)
 engine.Engine.step = hang
@@ -245,11 +246,15 @@ def test_an_engine_whose_main_thread_hangs_ends_with_its_parent(tmp_path: Path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", HANGS, str(theirs.fileno())]
     with theirs:
-        hanging = subprocess.Popen(command, env=environment, pass_fds=(theirs.fileno(),))
+        descriptors = (theirs.fileno(),)
+        hanging = subprocess.Popen(command, env=environment, pass_fds=descriptors, stdout=subprocess.PIPE)
     channel = EngineChannel(ours)
     channel.send("start", EngineOptions(model=str(save_llama(tmp_path)), kv_cache_memory=2**22), False)
     assert channel.receive()[0] == "ready"
     channel.send("add", request_of("r"))
     assert channel.receive() == ("confirmed",), "a thread of its own confirms"
+    assert hanging.stdout is not None
+    with hanging.stdout as out:
+        assert out.readline() == b"a step began\n"
     ours.close()
     assert hanging.wait(10) == 1

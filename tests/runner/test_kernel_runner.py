@@ -82,12 +82,15 @@ from octavo import LLM, SamplingParams
 llm = LLM({folder!r}, kv_cache_memory="4MiB", max_model_len=128, tokenizer=None)
 llm.generate([[3, 4, 5]], SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.8, top_p=0.9), use_tqdm=False)
 assert "torch" not in sys.modules, "torch was loaded for a draw"
-llm.generate([[3, 4, 5]], SamplingParams(max_tokens=2, ignore_eos=True, logprobs=1), use_tqdm=False)
-assert "torch" in sys.modules, "log probabilities are torch's"
+everything = {{"logprobs": 3, "prompt_logprobs": 2, "frequency_penalty": 0.5, "repetition_penalty": 1.1}}
+everything |= {{"min_tokens": 2, "logit_bias": {{5: 3.0}}, "allowed_token_ids": list(range(900)), "bad_words": ["no"]}}
+llm.generate([[3, 4, 5]], SamplingParams(max_tokens=4, **everything), use_tqdm=False)
+llm.generate([[3, 4, 5]], SamplingParams(n=2, beam_width=2, temperature=0, max_tokens=4), use_tqdm=False)
+assert "torch" not in sys.modules, "torch was loaded in a step"
 """
 
 
-def test_torch_is_loaded_by_who_needs_it(smollm2_path: Path) -> None:
+def test_no_request_loads_torch(smollm2_path: Path) -> None:
     subprocess.run([sys.executable, "-c", PROGRAM.format(folder=str(smollm2_path))], check=True)
 
 
