@@ -11,16 +11,16 @@ from octavo.ops import reference
 from octavo.ops.cpu.eager import KernelOps
 from octavo.runner import sampler
 from octavo.runner.cpu import KernelDraw
+from tests.builds import BUILDS, kernels_of, needs_kernels
 from tests.steps import columns
 
-BUILDS = list(library.builds())
 THREADS = 2
-pytestmark = pytest.mark.skipif(not BUILDS, reason="the kernels were not built: no compiler")
+pytestmark = needs_kernels
 
 
 @pytest.fixture(scope="module", params=BUILDS or [None])
 def ops(request):
-    return KernelOps(library.KernelThreads(library.load(request.param), THREADS))
+    return KernelOps(library.KernelThreads(kernels_of(request.param), THREADS))
 
 
 @pytest.fixture(autouse=True)
