@@ -1,7 +1,8 @@
 """The same answer whatever the blocks, chunks, company, cache or memory: a tiny Llama through the whole engine.
 
 On the CPU's kernels logprobs are bit-identical, by every build and in every precision, since each number is summed in
-an order that the step's other rows do not touch. Plain torch leaves that order to its libraries, so there only tokens are compared.
+an order that the step's other rows do not touch. Plain torch leaves that order to its libraries, so there only tokens
+are compared.
 """
 
 import random
