@@ -50,5 +50,5 @@ def test_tokens_and_logits_are_those_of_transformers(smollm2_path: Path) -> None
     assert len(rows) == 20
     assert rows[-1].num_prompt == 2000
     assert [row.name for row in rows if row.first_difference is not None] == []
-    # The rule is for any model; on this one a quarter of what it allows is enough.
-    assert [row.name for row in rows if not row.max_difference < row.tolerance / 4] == []
+    # The rule is for any model; on this one an eighth of what it allows is enough.
+    assert [row.name for row in rows if not row.max_difference < row.tolerance / 8] == []
