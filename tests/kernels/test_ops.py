@@ -11,14 +11,14 @@ from octavo.ops import reference
 from octavo.ops.cpu.eager import KernelOps
 from octavo.runner import sampler
 from octavo.runner.cpu import KernelDraw
-from tests.builds import BUILDS, kernels_of, needs_kernels
+from tests.builds import BUILDS_APART, kernels_of, needs_kernels
 from tests.steps import columns
 
 THREADS = 2
 pytestmark = needs_kernels
 
 
-@pytest.fixture(scope="module", params=BUILDS or [None])
+@pytest.fixture(scope="module", params=BUILDS_APART)
 def ops(request):
     return KernelOps(library.KernelThreads(kernels_of(request.param), THREADS))
 

@@ -8,7 +8,7 @@ import torch
 from octavo.kernels import library
 from octavo.kernels.weights import Packer, StoredRows, packed_bytes
 from octavo.ops.cpu.eager import KernelOps
-from tests.builds import BUILDS, kernels_of, needs_kernels
+from tests.builds import BUILDS_APART, kernels_of, needs_kernels
 
 pytestmark = needs_kernels
 
@@ -17,7 +17,7 @@ HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *HALVES]
 
 
-@pytest.fixture(scope="module", params=BUILDS or [None])
+@pytest.fixture(scope="module", params=BUILDS_APART)
 def ops(request):
     return KernelOps(library.KernelThreads(kernels_of(request.param), 2))
 
