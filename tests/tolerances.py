@@ -1,7 +1,7 @@
 """How far results may lie apart that only the order of additions sets apart, on whatever processor and build.
 
 The derivation is `octavo.parity.rounding`: relative to the largest value, by the number of terms. It allows 4 times
-what a random walk of roundings comes to; the largest seen is 1.1 times, by any build, over all families and lengths.
+what a random walk of roundings comes to; the largest seen is 1.0 times, by any build, over all families and lengths.
 """
 
 import torch
