@@ -6,7 +6,6 @@ machine still slows it, so compare the best turns. Decisions 0090 and 0104 read 
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 import limits
@@ -15,8 +14,7 @@ import torch
 
 from octavo.cli.bench import print_json, print_table
 from octavo.kernels import library
-from octavo.kernels.builds import BUILDS
-from octavo.kernels.library import Kernels, KernelThreads, Step
+from octavo.kernels.library import KernelThreads, Step
 from octavo.kernels.weights import Packer, StoredRows
 from octavo.ops.cpu.calls import Recorder
 from octavo.ops.cpu.tape import Recording
@@ -30,13 +28,10 @@ def main() -> None:
     torch.set_num_threads(1)
     weight_OI, x_TI = torch.randn(OUTPUTS, INPUTS), torch.randn(TOKENS, INPUTS)
     rows = StoredRows("F32", (OUTPUTS, INPUTS), weight_OI.numpy().view(np.uint8).reshape(-1))
-    # Those too that are never chosen on this maker's processors.
-    folder, has = Path(library.__file__).parent, library.processor()[0]
-    found = {path.name.split(".")[0].removeprefix("_kernels_"): path for path in folder.glob("_kernels_*.so")}
     cases: list[tuple[str, str, KernelThreads, Recording, list[float]]] = []
-    for name in (name for name, build in BUILDS.items() if name in found and has.issuperset(build.needs)):
-        kernels = Kernels(found[name], name)
-        if not kernels.usable():
+    for name in library.builds():  # those too that are never chosen on this maker's processors
+        kernels = library.load(name)
+        if kernels is None:
             continue
         threads = KernelThreads(kernels, 1)
         for precision in PRECISIONS:
@@ -66,9 +61,9 @@ def main() -> None:
     print(f"{TOKENS} tokens, {INPUTS} inputs, {OUTPUTS} outputs, one thread, {ROUNDS} rounds\n")
     print_table(table)
     shares: list[dict[str, Any]] = []
-    if "amx" in {name for name, *_ in cases}:
+    if tiles := library.load("amx"):
         print()
-        shares = limits.measure(Kernels(found["amx"], "amx"), ROUNDS)
+        shares = limits.measure(tiles, ROUNDS)
         print("the layers of SmolLM2-135M without attention, bfloat16; shares are of the limits in the same round\n")
         print_table(shares)
     print_json({"benchmark": "kernels", "rows": table, "shares": shares})

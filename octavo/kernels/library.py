@@ -12,7 +12,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-from octavo.kernels.builds import builds_of
+from octavo.kernels.builds import BUILDS, builds_of
 
 # Types of stored weights by the checkpoint's words, in the order of `enum Stored`.
 STORED = {
@@ -162,21 +162,25 @@ class KernelThreads:
 
 
 def builds() -> dict[str, Path]:
-    """The builds that lie beside this file and are for this processor, the best first."""
-    has, maker = processor()
+    """The builds that lie beside this file and that this processor can run, the best first; on this maker's processors
+    one of them may be right and yet slower than the next."""
+    has, _ = processor()
     here = {path.name.split(".")[0]: path for path in Path(__file__).parent.glob("_kernels_*.so")}
     return {
         name: here[f"_kernels_{name}"]
         for name, build in builds_of(platform.machine()).items()
-        if f"_kernels_{name}" in here and has.issuperset(build.needs) and build.maker in (None, maker)
+        if f"_kernels_{name}" in here and has.issuperset(build.needs)
     }
 
 
 @functools.cache
 def load(name: str | None = None) -> Kernels | None:
-    """The build called `name`, or the best that the system lets run (it may refuse tiles); None if there is none."""
+    """The build called `name`, or the best for this maker's processors that the system lets run (it may refuse tiles);
+    None if there is none."""
+    _, maker = processor()
     found = builds()
-    opened = (Kernels(path, build) for build, path in found.items() if name in (None, build))
+    wanted = [build for build in found if BUILDS[build].maker in (None, maker)] if name is None else [name]
+    opened = (Kernels(found[build], build) for build in wanted if build in found)
     return next((kernels for kernels in opened if kernels.usable()), None)
 
 

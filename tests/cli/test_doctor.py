@@ -10,6 +10,7 @@ import pytest
 
 from octavo.cli import doctor, machine, main
 from octavo.kernels import library
+from tests.builds import choose
 
 HEALTHY = {"version": "2.9.0", "cuda": None, "threads": 4, "gpus": []}
 BROKEN_GPU = {"name": "H100", "error": "CUDA error: uncorrectable ECC"}
@@ -96,7 +97,7 @@ def test_a_port_in_use() -> None:
 def test_the_kernels_that_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     if (chosen := library.load()) is not None:
         assert f"{chosen.name} is chosen" in doctor._kernels().text
-    monkeypatch.setattr(library, "load", lambda: None)
+    choose(monkeypatch, None)
     monkeypatch.setattr(library, "processor", lambda: ({"avx2", "amx_int8", "sse"}, "GenuineIntel"))
     finding = doctor._kernels()
     assert finding.status == "warning"

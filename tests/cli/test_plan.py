@@ -18,6 +18,7 @@ from octavo.models import read_config
 from octavo.models.loader import load_model
 from octavo.models.sizes import weight_bytes
 from octavo.runner.kv_cache import KVCache
+from tests.builds import needs_kernels
 from tests.checkpoint.fake_hubs import FakeHub, serving
 from tests.tiny_models import save_llama
 
@@ -130,7 +131,7 @@ def test_text_is_for_reading(server: FakeHub, capsys: pytest.CaptureFixture[str]
     assert out.splitlines()[-1] == f"run: octavo serve {NAME} --dtype float32 --device cpu"
 
 
-@pytest.mark.skipif(not library.builds(), reason="the kernels were not built: no compiler")
+@needs_kernels
 def test_a_cache_in_int8_counts_its_scales(server: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", NAME, "--device", "cpu", "--kv-cache-dtype", "int8"]) == 0
     # K and V, two layers, two kv heads of 16 numbers and a scale.

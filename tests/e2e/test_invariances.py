@@ -1,7 +1,8 @@
 """The same answer whatever the blocks, chunks, company, cache or memory: a tiny Llama through the whole engine.
 
-On the CPU's kernels logprobs are equal bit for bit, in every precision, since each number is summed in an order that
-the step's other rows do not touch. Plain torch leaves that order to its libraries, so there only tokens are compared.
+On the CPU's kernels logprobs are bit-identical, by every build and in every precision, since each number is summed in
+an order that the step's other rows do not touch. Plain torch leaves that order to its libraries, so there only tokens
+are compared.
 """
 
 import random
@@ -11,9 +12,9 @@ import pytest
 
 from octavo.config import EngineOptions
 from octavo.engine.engine import Engine
-from octavo.kernels import library
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
+from tests.builds import BUILDS, choose
 from tests.tiny_models import save_llama
 
 PRECISIONS = {
@@ -37,7 +38,8 @@ class Way:
     def build(self, **options):
         engine = Engine.build(
             EngineOptions(
-                model=self.model, **{"kv_cache_memory": "4MiB", "max_model_len": 128} | self.options | options
+                model=self.model,
+                **{"device": "cpu", "kv_cache_memory": "4MiB", "max_model_len": 128} | self.options | options,
             )
         )
         assert (engine.config.weights != "plain") == self.bits
@@ -61,17 +63,17 @@ def model(tmp_path_factory):
     return str(save_llama(tmp_path_factory.mktemp("llama")))
 
 
-@pytest.fixture(scope="module", params=[*PRECISIONS, "plain torch"])
+@pytest.fixture(
+    scope="module",
+    params=[*((build, precision) for build in BUILDS for precision in PRECISIONS), (None, "plain torch")],
+    ids=lambda param: " ".join(filter(None, param)),
+)
 def way(model, request):
     """Each way with its requests answered one by one, without a cache: what every other circumstance must give."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "plain torch":
-            patch.setattr(library, "load", lambda name=None: None)
-            made = Way(model, {}, bits=False)
-        else:
-            if library.load() is None:
-                pytest.skip("this installation has no kernels")
-            made = Way(model, PRECISIONS[request.param], bits=True)
+        build, precision = request.param
+        choose(patch, build)
+        made = Way(model, PRECISIONS.get(precision, {}), bits=build is not None)
         engine = made.build(enable_prefix_caching=False)
         for asked in requests():
             made.alone |= made.answer(engine, [asked])

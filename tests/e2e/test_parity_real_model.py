@@ -8,6 +8,7 @@ import torch
 from octavo.config import EngineOptions
 from octavo.parity import compare
 from octavo.text.tokenizer import Tokenizer
+from tests.builds import CHOSEN, choose, each_build_apart
 
 PROMPTS = {
     "one letter": "A",
@@ -31,6 +32,9 @@ PROMPTS = {
     "chat": "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n",
 }
 
+# Where it is not the build that users of this machine get.
+FEW = ("history", "Chinese question", "Python", "family emoji", "chat")
+
 
 @pytest.fixture
 def two_threads():  # type: ignore[no-untyped-def]
@@ -40,14 +44,21 @@ def two_threads():  # type: ignore[no-untyped-def]
     torch.set_num_threads(before)
 
 
+@each_build_apart
 @pytest.mark.usefixtures("two_threads")
-def test_tokens_and_logits_are_those_of_transformers(smollm2_path: Path) -> None:
+def test_tokens_and_logits_are_those_of_transformers(
+    smollm2_path: Path, build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch, build)
     tokenizer = Tokenizer.load(str(smollm2_path))
     story = "".join(f"Day {i}: we sailed {i * 3 % 17} miles north, saw {i % 5} whales. " for i in range(200))
     prompts = {**PROMPTS, "long": tokenizer.decode(tokenizer.encode(story)[:2000])}
+    if build != CHOSEN:
+        prompts = {name: prompts[name] for name in FEW}
     options = EngineOptions(model=str(smollm2_path), device="cpu", dtype="float32", max_model_len=2100)
     rows = list(compare(options, prompts, max_tokens=8))
-    assert len(rows) == 20
-    assert rows[-1].num_prompt == 2000
+    assert len(rows) == len(prompts)
+    assert build != CHOSEN or (len(rows), rows[-1].num_prompt) == (20, 2000)
     assert [row.name for row in rows if row.first_difference is not None] == []
-    assert max(row.max_difference for row in rows) < 1e-3
+    # The rule is for any model; on this one an eighth of what it allows is enough.
+    assert [row.name for row in rows if not row.max_difference < row.tolerance / 8] == []

@@ -16,6 +16,7 @@ from octavo.errors import ConfigError
 from octavo.kernels import library
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
+from tests.builds import CHOSEN, choose
 from tests.tiny_models import save_llama
 
 
@@ -55,7 +56,7 @@ def test_found_after_a_restart(
     model: str, tmp_path: Path, plain: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if plain:
-        monkeypatch.setattr(library, "load", lambda name=None: None)
+        choose(monkeypatch, None)
     elif library.load() is None:
         pytest.skip("this installation has no kernels")
     first = build(model, tmp_path)
@@ -97,14 +98,13 @@ def test_what_bits_depend_on_keeps_blocks_apart(
         assert loaded(model, quantize="int8") == 0
         assert loaded(model, kv_cache_dtype="int8") == 0
         assert loaded(model, kv_cache_dtype="int8") > 0
-        others = [name for name in library.builds() if name != library.load().name]  # type: ignore[union-attr]
+        others = [name for name in library.builds() if name != CHOSEN and library.load(name)]
         for name in others[:1]:
-            other = library.load(name)
             with monkeypatch.context() as patch:
-                patch.setattr(library, "load", lambda name=None, other=other: other)
+                choose(patch, name)
                 assert loaded(model) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(library, "load", lambda name=None: None)
+        choose(patch, None)
         assert loaded(model, dtype="bfloat16") == 0
 
 

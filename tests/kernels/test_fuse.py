@@ -12,15 +12,15 @@ from octavo.ops.cpu.calls import Recorder
 from octavo.ops.cpu.eager import KernelOps
 from octavo.ops.cpu.fuse import fuse
 from octavo.ops.cpu.tape import TOKENS, Recording
+from tests.builds import BUILDS_APART, kernels_of, needs_kernels
 
-BUILDS = list(library.builds())
-pytestmark = pytest.mark.skipif(not BUILDS, reason="the kernels were not built: no compiler")
+pytestmark = needs_kernels
 D, F = 80, 96
 
 
-@pytest.fixture(params=BUILDS or [None])
+@pytest.fixture(params=BUILDS_APART)
 def threads(request):
-    return library.KernelThreads(library.load(request.param), 2)
+    return library.KernelThreads(kernels_of(request.param), 2)
 
 
 def packed(threads, precision, outputs, inputs):

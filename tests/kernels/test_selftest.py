@@ -1,4 +1,5 @@
-"""The kernels' own test, in C++: for other processors under an emulator, and for builds that this one runs unchosen."""
+"""The kernels' own test, in C++: for other processors under an emulator, and for builds that cannot run here as they
+were compiled."""
 
 import platform
 import subprocess
@@ -11,15 +12,16 @@ from octavo.kernels import library
 from octavo.kernels.builds import builds_of
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "test-kernels"
-# What is chosen here is tested beside this file, with the optimizer's full work.
-UNCHOSEN = [name for name in builds_of(platform.machine()) if name not in library.builds()]
+# What runs here is tested beside this file, with the optimizer's full work.
+NOT_RUN = [name for name in builds_of(platform.machine()) if name not in library.builds()]
 
 
 def self_test(*names):
     return subprocess.run([sys.executable, SCRIPT, *names], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", sorted({"generic", "neon_dotprod", *UNCHOSEN}))
+@pytest.mark.other_builds
+@pytest.mark.parametrize("name", sorted({"generic", "neon_dotprod", *NOT_RUN}))
 def test_kernels_are_right(name):
     done = self_test(name)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,7 +5,9 @@ import pytest
 from octavo.config import EngineOptions
 from octavo.errors import ConfigError
 from octavo.kernels import library
+from octavo.kernels.builds import BUILDS
 from octavo.kernels.support import kv_dtype, settle
+from tests.builds import choose, needs_kernels
 from tests.tiny_config import model_config
 
 MODEL = model_config(hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16)
@@ -17,7 +19,7 @@ def of(device: str, **options: object) -> str:
     return kv_dtype(given, dtype, device)
 
 
-@pytest.mark.skipif(not library.builds(), reason="the kernels were not built: no compiler")
+@needs_kernels
 def test_a_cache_has_the_type_of_the_model_or_int8() -> None:
     assert of("cpu") == "bfloat16"
     assert of("cpu", dtype="float32") == "float32"
@@ -39,13 +41,25 @@ def test_a_cache_has_the_type_of_the_model_or_int8() -> None:
         ("cuda", {"kv_cache_dtype": "int8"}, "kv_cache_dtype is int8, which works on a CPU alone; on a GPU use fp8"),
     ],
 )
-@pytest.mark.skipif(not library.builds(), reason="the kernels were not built: no compiler")
+@needs_kernels
 def test_a_type_that_cannot_be_had(device: str, options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         of(device, **options)
 
 
 def test_without_kernels_there_is_no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "load", lambda name=None: None)
+    choose(monkeypatch, None)
     with pytest.raises(ConfigError, match=r"kv_cache_dtype is int8.* they were not built"):
         of("cpu", kv_cache_dtype="int8")
+
+
+def test_a_build_for_another_makers_processors_is_opened_by_its_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    has, _ = library.processor()
+    load = library.load.__wrapped__
+    for name in library.builds():
+        for maker in ("GenuineIntel", "AuthenticAMD"):
+            monkeypatch.setattr(library, "processor", lambda maker=maker: (has, maker))
+            opened, best = load(name), load()
+            assert opened is None or opened.name == name
+            assert best is not None
+            assert BUILDS[best.name].maker in (None, maker)

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from octavo.kernels import library
+from tests.builds import needs_kernels
 
 
-@pytest.mark.skipif(not library.builds() or sys.platform != "linux", reason="no kernels, or nowhere to count threads")
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="nowhere to count threads")
 def test_threads_end_with_their_object():
     def count():
         return len(list(Path("/proc/self/task").iterdir()))

@@ -8,17 +8,18 @@ import torch
 from octavo.kernels import library
 from octavo.kernels.weights import Packer, StoredRows, packed_bytes
 from octavo.ops.cpu.eager import KernelOps
+from tests.builds import BUILDS_APART, kernels_of, needs_kernels
 
-pytestmark = pytest.mark.skipif(not library.builds(), reason="the kernels were not built: no compiler")
+pytestmark = needs_kernels
 
 # Where a block of 256 holds its fp16 numbers, for types that the gguf package cannot quantize to.
 HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *HALVES]
 
 
-@pytest.fixture(scope="module", params=list(library.builds()) or [None])
+@pytest.fixture(scope="module", params=BUILDS_APART)
 def ops(request):
-    return KernelOps(library.KernelThreads(library.load(request.param), 2))
+    return KernelOps(library.KernelThreads(kernels_of(request.param), 2))
 
 
 def stored(word, rows, width):

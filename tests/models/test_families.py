@@ -9,8 +9,13 @@ import pytest
 import torch
 import transformers
 
+from octavo.config import EngineOptions
+from octavo.runner.build import build_executor
+from octavo.runner.cpu import KernelRunner
+from tests.builds import choose, each_build
 from tests.steps import Row, Steps, all_logits
 from tests.tiny_models import FolderCheckpoint, runner_for, save_model
+from tests.tolerances import assert_logits_equal
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -73,6 +78,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CASES["dynamic"][1]["max_position_embeddings"] = 40
 PLAIN = ("plain", "qwen2", "qwen3")
+# They have a width that is no multiple of 16.
+NOT_ON_KERNELS = ("odd", "wide heads", "qwen3")
 
 Models = Callable[[str], tuple[Path, transformers.PreTrainedModel]]
 
@@ -105,7 +112,26 @@ def test_logits_equal(models: Models, name: str, length: int) -> None:
     with torch.inference_mode():
         expected = reference(torch.tensor([tokens])).logits[0]
     assert expected.std() > 0.5, "the model must say something"
-    assert (all_logits(runner, row) - expected).abs().max() < 1e-4
+    assert_logits_equal(all_logits(runner, row), expected, runner.model.config)
+
+
+@each_build
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_ON_KERNELS])
+@pytest.mark.parametrize("length", [1, 37, 79])
+def test_logits_equal_on_the_kernels(
+    models: Models, name: str, length: int, build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, reference = models(name)
+    choose(monkeypatch, build)
+    options = EngineOptions(model=str(path), dtype="float32", kv_cache_memory="4MiB", device="cpu")
+    runner = build_executor(options)[0].runner  # type: ignore[attr-defined]
+    assert isinstance(runner, KernelRunner)
+    tokens = prompt(length, seed=length)
+    batch = Steps(runner).batch([(Row(tokens, runner.model.config.rope.ntk_alpha(length)), length)])
+    with torch.inference_mode():
+        expected = reference(torch.tensor([tokens])).logits[0]
+    found = torch.as_tensor(runner.forward.logits(runner.forward.hidden(batch)))
+    assert_logits_equal(found, expected, runner.model.config)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "dynamic"])

@@ -14,6 +14,7 @@ from octavo.models import read_config
 from octavo.parity import load_reference
 from tests.steps import Row, all_logits
 from tests.tiny_models import runner_for, save_model
+from tests.tolerances import assert_logits_equal
 
 TOKENS = [5, 9, 100, 7, 30, 31, 32, 8, 150, 77, 3]
 
@@ -56,5 +57,6 @@ def test_logits_equal(tmp_path: Path, family: str, arch: str, tied: bool) -> Non
     with torch.inference_mode():
         expected = reference(torch.tensor([TOKENS])).logits[0]
         rebuilt = load_reference(checkpoint, "cpu")(torch.tensor([TOKENS])).logits[0]
-    assert (all_logits(runner_for(checkpoint), Row(TOKENS)) - expected).abs().max() < 1e-4
-    assert (rebuilt - expected).abs().max() < 1e-5
+    runner = runner_for(checkpoint)
+    assert_logits_equal(all_logits(runner, Row(TOKENS)), expected, runner.model.config)
+    assert torch.equal(rebuilt, expected)

@@ -18,6 +18,7 @@ from octavo.sampling_params import SamplingParams
 from tests.models.qwen_v1_reference import QwenV1
 from tests.steps import Row, Steps, all_logits
 from tests.tiny_models import QWEN_V1, FolderCheckpoint, runner_for, train_ranks, write_tiny_qwen_v1
+from tests.tolerances import assert_logits_equal
 
 TRAINED = 32
 LENGTHS = {16: 1.0, 32: 1.0, 33: 3.0, 64: 3.0, 65: 7.0, 128: 7.0, 129: 15.0}
@@ -54,16 +55,17 @@ def test_logits_equal(path: Path, reference: QwenV1, length: int) -> None:
     tokens = prompt(length)
     expected = reference.logits(tokens, length)[:, :NUM_TOKENS]
     assert expected.std() > 0.5, "the model must say something"
-    found = all_logits(runner_for(FolderCheckpoint(path)), row(tokens, path))[:, :NUM_TOKENS]
-    assert (found - expected).abs().max() < 1e-4
+    runner = runner_for(FolderCheckpoint(path))
+    assert_logits_equal(all_logits(runner, row(tokens, path))[:, :NUM_TOKENS], expected, runner.model.config)
 
 
 @pytest.mark.parametrize("without", ["use_dynamic_ntk", "use_logn_attn"])
 def test_each_rule_may_be_off(tmp_path: Path, without: str) -> None:
     write_tiny_qwen_v1(tmp_path, seq_length=TRAINED, max_position_embeddings=256, **{without: False})
     tokens = prompt(70)
-    found = all_logits(runner_for(FolderCheckpoint(tmp_path)), row(tokens, tmp_path))
-    assert (found - QwenV1(tmp_path).logits(tokens, 70)).abs().max() < 1e-4
+    runner = runner_for(FolderCheckpoint(tmp_path))
+    found = all_logits(runner, row(tokens, tmp_path))
+    assert_logits_equal(found, QwenV1(tmp_path).logits(tokens, 70), runner.model.config)
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 1000])

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from octavo.config import EngineOptions
-from octavo.kernels import library
 from octavo.runner import cpu
 from octavo.runner.build import build_executor
 from octavo.runner.cpu import KernelRunner
 from octavo.runner.model_runner import ModelRunner
-from tests.steps import Row, Steps, columns
-from tests.tiny_models import save_llama
+from tests.builds import choose, each_build, needs_kernels
+from tests.steps import Row, Steps, all_logits, columns
+from tests.tiny_models import FolderCheckpoint, runner_for, save_llama
+from tests.tolerances import of_logits
 
-pytestmark = pytest.mark.skipif(not library.builds(), reason="the kernels were not built: no compiler")
+pytestmark = needs_kernels
 PROMPT = list(range(3, 33))
 
 
@@ -38,6 +39,13 @@ def plain(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
     return runner
 
 
+def tolerance(folder: Path) -> float:
+    """Of a log probability after any token of the prompt."""
+    runner = runner_for(FolderCheckpoint(folder))
+    return of_logits(runner.model.config, len(PROMPT), float(all_logits(runner, Row(PROMPT)).abs().max()))
+
+
+@each_build
 @pytest.mark.parametrize(
     "asked",
     [
@@ -50,8 +58,10 @@ def plain(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
     ids=str,
 )
 def test_the_same_tokens_and_log_probabilities_as_torchs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, object]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, object], build: str
 ) -> None:
+    choose(monkeypatch, build)
+
     def results(runner: KernelRunner | ModelRunner) -> object:
         batch = Steps(runner).batch([(Row(PROMPT), 30), (Row(PROMPT[5:]), 25)], columns(3, **asked))
         batch.sample_index = np.array([29, 29, 54])  # two samples of the first row
@@ -63,16 +73,18 @@ def test_the_same_tokens_and_log_probabilities_as_torchs(
     assert (ours.logprobs is None) == (theirs.logprobs is None)
     if ours.logprobs is not None:
         assert ours.logprobs.token_ids.tolist() == theirs.logprobs.token_ids.tolist()
-        np.testing.assert_allclose(ours.logprobs.logprobs, theirs.logprobs.logprobs, atol=1e-4)
+        np.testing.assert_allclose(ours.logprobs.logprobs, theirs.logprobs.logprobs, atol=tolerance(folder), rtol=0)
 
 
-def test_log_probabilities_of_a_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@each_build
+def test_log_probabilities_of_a_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch, build: str) -> None:
+    choose(monkeypatch, build)
     found = [
         Steps(runner).prompt_logprobs(Row(PROMPT), 30, 2) for runner in (runner_of(folder), plain(folder, monkeypatch))
     ]
     ours, theirs = (result.prompt_logprobs for result in found)
     assert ours.token_ids.shape == (29, 3)
-    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=tolerance(folder), rtol=0)
     assert ours.rank.tolist() == theirs.rank.tolist()
 
 

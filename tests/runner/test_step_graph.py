@@ -16,10 +16,12 @@ from octavo.runner.kernel_cache import KernelCache
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.step_graph import StepGraph
+from tests.builds import choose, each_build, needs_kernels
 from tests.steps import Row, Steps
 from tests.tiny_models import save_model, write_tiny_qwen_v1
+from tests.tolerances import assert_logits_equal
 
-pytestmark = pytest.mark.skipif(not library.builds(), reason="the kernels were not built: no compiler")
+pytestmark = needs_kernels
 
 FAMILIES = {
     "llama": lambda path: save_model(path, "Llama", attention_bias=True, mlp_bias=True),
@@ -37,7 +39,13 @@ def folder(request, tmp_path_factory):
 
 
 def graph_runner(folder, **options):
-    options = {"model": str(folder), "kv_cache_memory": "4MiB", "max_model_len": 128, "dtype": "float32"} | options
+    options = {
+        "model": str(folder),
+        "device": "cpu",
+        "kv_cache_memory": "4MiB",
+        "max_model_len": 128,
+        "dtype": "float32",
+    } | options
     executor, config, *_ = build_executor(EngineOptions(**options))
     return executor.runner, config
 
@@ -64,15 +72,18 @@ def logits_of(runner, row_lens, chunks):
     return torch.cat(found)
 
 
+@each_build
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_the_same_logits_as_op_by_op(folder, chunks):
+def test_the_same_logits_as_op_by_op(folder, chunks, build, monkeypatch):
+    choose(monkeypatch, build)
     runner, config = graph_runner(folder)
     assert config.weights == "float32"
     assert isinstance(runner.forward, StepGraph)
     found, wanted = (logits_of(made, (40, 3, 90), chunks) for made in (runner, plain_runner(folder)))
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert_logits_equal(found, wanted, runner.model.config)
 
 
+@each_build
 @pytest.mark.parametrize(
     ("options", "most"),
     [
@@ -83,7 +94,8 @@ def test_the_same_logits_as_op_by_op(folder, chunks):
     ],
     ids=str,
 )
-def test_fewer_bits_stay_near(folder, options, most):
+def test_fewer_bits_stay_near(folder, options, most, build, monkeypatch):
+    choose(monkeypatch, build)
     runner, config = graph_runner(folder, **({"dtype": "auto"} | options))
     assert config.weights == options.get("quantize", options.get("dtype", "bfloat16"))
     assert config.kv_dtype == options.get("kv_cache_dtype", "bfloat16")
@@ -116,7 +128,7 @@ def test_what_cannot_be_recorded_still_runs(folder, monkeypatch, caplog):
     runner, _ = graph_runner(folder)
     assert "cannot be recorded" in caplog.text
     found, wanted = (logits_of(made, (40, 3), 2) for made in (runner, plain_runner(folder)))
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert_logits_equal(found, wanted, runner.model.config)
 
 
 def test_writing_into_a_result_is_noticed(folder, monkeypatch):
