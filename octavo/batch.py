@@ -139,6 +139,21 @@ class Batch:
     def num_rows(self) -> int:
         return len(self.seq_lens)
 
+    def begun_blocks(self, block_size: int, *, of_chunks: bool = False) -> Ints:
+        """Blocks whose first slot a row fills in this step, and whose last it does not; with `of_chunks` those alone of
+        rows with several tokens.
+
+        Attention may multiply by zero what lies in the slots behind, and a NaN that was left there would survive that.
+        """
+        first, end = self.query_start[:-1], self.query_start[1:]
+        position = self.positions[end - 1]
+        offset = position % block_size
+        begun = (position - offset >= self.positions[first]) & (offset < block_size - 1)
+        if of_chunks:
+            begun &= end - first > 1
+        blocks: Ints = self.slots[end[begun] - 1] // block_size
+        return blocks
+
     def check_ids(self, vocab_size: int, num_drawn: int = 0) -> None:
         """Asserts that every token is in the vocabulary, or one of `num_drawn` that the step before may have drawn:
         a device reads its embedding without asking."""

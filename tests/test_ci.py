@@ -1,8 +1,8 @@
 """CI's parts: CONTRIBUTING.md tells of all of them, and a part that fails or takes too long is one that is seen."""
 
 import re
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+import subprocess
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def ci() -> Any:
-    spec = spec_from_loader("ci", SourceFileLoader("ci", str(ROOT / ".ci" / "run")))
+    spec = spec_from_file_location("ci", ROOT / ".ci" / "parts.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -55,6 +55,11 @@ def test_parts_after_a_failed_one_run_if_there_is_an_installation(
     assert "here" in said.splitlines()
     assert run(ci, monkeypatch, ("first", 1, "exit 3"), ("second", 1, "echo here")) == 1
     assert "here" not in capfd.readouterr().out.splitlines()
+
+
+def test_bash_runs_it() -> None:
+    done = subprocess.run(["bash", ROOT / ".ci" / "run", "nothing"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.startswith("no such part: nothing")) == (2, True)
 
 
 def test_an_unknown_part_is_refused(ci: Any) -> None:

@@ -184,7 +184,10 @@ def _attend(
     if sliding_window > 0:
         hidden_RTL |= keys_L <= positions_RT[..., None] - sliding_window
     scores.view(R, K, N // K, T, L).masked_fill_(hidden_RTL[:, None, None], float("-inf"))
-    out = torch.softmax(scores, dim=-1) @ _in_fp32(v_RLKH).transpose(1, 2)
+    # A row's values end where its last query does: what lies behind is somebody else's, and 0 * NaN is NaN.
+    behind_RL = keys_L > positions_RT.amax(1, keepdim=True)
+    values_RLKH = _in_fp32(v_RLKH).masked_fill(behind_RL[:, :, None, None], 0.0)
+    out = torch.softmax(scores, dim=-1) @ values_RLKH.transpose(1, 2)
     return out.view(R, K, N // K, T, H).permute(0, 3, 1, 2, 4).reshape(R, T, N, H).to(q_RTNH.dtype)
 
 

@@ -118,6 +118,7 @@ class KernelRunner:
         """Copies blocks, computes the step's tokens, draws the samples."""
         batch.check_ids(self.model.config.vocab_size)
         self.kv_cache.move_blocks(batch)
+        self.kv_cache.clear_begun(batch)
         hidden_TD = self.forward.hidden(batch)
         result = StepResult(token_ids=np.empty(0, np.int32))
         if batch.prompt_logprobs is not None and len(batch.prompt_logprobs.target):

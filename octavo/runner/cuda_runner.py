@@ -23,6 +23,7 @@ from octavo.layers.context import ForwardContext
 from octavo.models.decoder import Decoder
 from octavo.ops.transfer import on_device
 from octavo.ops.triton import TritonOps
+from octavo.ops.triton.blocks import clear_blocks, pointers_to
 from octavo.ops.triton.invariant import segment_for
 from octavo.ops.triton.penalties import penalize
 from octavo.ops.triton.prepare import look_up, publish
@@ -179,6 +180,10 @@ class CudaRunner:
         self.layout = f"torch on {model.device.type}"
         self._device = model.device
         self._ops = ops.for_device(model.device)
+        caches = [cache for layer in kv_cache.layers for cache in (layer.k_PBKH, layer.v_PBKH)]
+        self._caches = pointers_to(caches)
+        self._block_size = caches[0].shape[1]
+        self._bytes_in_cache = caches[0][0].nbytes  # of a block
         self._done = itertools.cycle([torch.cuda.Event() for _ in range(TURNS)])  # type: ignore[no-untyped-call]
         # Graphs cannot be recorded on the default stream, and steps keep their order by being on one.
         self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
@@ -207,6 +212,9 @@ class CudaRunner:
         batch.check_ids(self.model.config.vocab_size, len(forward.drawn_S))
         with torch.cuda.stream(self._stream):
             self.kv_cache.move_blocks(batch, self._ops)
+            # Single tokens' kernels load no key behind a row's last; those of prompts load whole blocks.
+            if len(blocks := batch.begun_blocks(self._block_size, of_chunks=True)):
+                clear_blocks(self._caches, on_device(blocks, self._device), self._bytes_in_cache)
             if batch.prompt_logprobs is None and plain(batch.sampling):
                 return self._submitted(forward.draw(batch))
             hidden_TD = forward.hidden(batch)

@@ -37,6 +37,13 @@ class KernelCache:
         if len(batch.block_copies):
             self.copy_blocks(batch.block_copies)
 
+    def clear_begun(self, batch: Batch) -> None:
+        """Clears the blocks that rows begin in a step, see `Batch.begun_blocks`; after `move_blocks`."""
+        blocks = batch.begun_blocks(self._caches[0].shape[1])
+        if len(blocks):
+            for cache in self._caches:
+                cache[blocks] = 0
+
     def copy_blocks(self, copies_C2: Ints) -> None:
         """Copies blocks, (source, destination) a row, in all layers; all reads go before all writes."""
         for cache in self._caches:

@@ -15,6 +15,7 @@ from octavo.engine.engine import Engine
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
 from tests.builds import BUILDS, choose
+from tests.poison import poison_free_blocks
 from tests.tiny_models import save_llama
 
 PRECISIONS = {
@@ -50,10 +51,14 @@ class Way:
         answers = {}
         for request in asked:
             engine.add(request)
+        assert poison_free_blocks(engine) > 0
         while engine.has_work():
-            for name, index, token, _, _, logprobs in engine.step().tokens:
+            output = engine.step()
+            assert output.failed == []
+            for name, index, token, _, _, logprobs in output.tokens:
                 answers.setdefault((name, index), []).append((token, logprobs) if self.bits else token)
             engine.scheduler.check()
+            poison_free_blocks(engine)
         assert engine.stats().blocks_owned == 0
         return answers
 

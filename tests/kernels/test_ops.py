@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from octavo.batch import NO_TOKEN, NOT_FINITE
 from octavo.config import SCALE_BYTES
 from octavo.kernels import library
 from octavo.kernels.weights import Packer, StoredRows
@@ -278,6 +279,38 @@ def test_draws_are_those_of_torch(ops, given):
         logits_SV[3, 10:] = float("-inf")
         found = KernelDraw(ops.threads)(logits_SV.clone().numpy(), columns_of(200, **given))
         assert found.tolist() == sampler.draw(logits_SV.clone(), columns_of(200, **given)).tolist()
+
+
+@pytest.mark.parametrize("width", [40, 1003])
+def test_a_row_without_a_possible_token_says_so(ops, width):
+    """And the other rows are those of torch; whatever their logits, no token is outside the vocabulary or forbidden."""
+    low, high, none = float("-inf"), float("inf"), float("nan")
+    logits_SV = torch.randn(9, width)
+    logits_SV[0] = low
+    logits_SV[1] = none
+    logits_SV[2, width - 1] = none
+    logits_SV[3, 0] = none
+    logits_SV[4, [7, 20]] = high
+    logits_SV[5, 3:] = low
+    logits_SV[6, : width - 1] = low
+    logits_SV[7] = 3.4e38
+    logits_SV[8] = -3.4e38
+    for given in (
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 1e-5},
+        {"temperature": 1e6},
+        {"temperature": 1.0, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
+        {"temperature": 1.0, "top_k": 2**31 - 1},
+        {"temperature": 1.0, "top_p": 1e-30, "min_p": 1e-30},
+        {"temperature": 2.0, "min_p": 1.0},
+    ):
+        found = KernelDraw(ops.threads)(logits_SV.clone().numpy(), columns_of(9, **given)).tolist()
+        assert found == sampler.draw(logits_SV.clone(), columns_of(9, **given)).tolist(), given
+        assert found[:5] == [NO_TOKEN, NOT_FINITE, NOT_FINITE, NOT_FINITE, NOT_FINITE]
+        assert 0 <= found[5] < 3
+        assert found[6] == width - 1
+        assert all(0 <= token < width for token in found[7:])
 
 
 def test_equals_are_kept_or_dropped_together_and_the_first_wins(ops):

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from octavo.batch import NO_TOKEN, NOT_FINITE
 from octavo.ops.triton import sampling
 from octavo.ops.triton.noise import gumbel, key_of
 from octavo.ops.triton.penalties import penalize
@@ -222,7 +223,11 @@ def check_scores(logits_SV: torch.Tensor, num_tokens: int, **given: Any) -> torc
     lowest = float("-inf")
     padded_SCN = torch.nn.functional.pad(scores_SV, (0, chunks * chunk - num_tokens), value=lowest).view(S, chunks, -1)
     top_SC = torch.where(padded_SCN.isnan(), lowest, padded_SCN).amax(2)
-    assert torch.equal(best_SC.view(torch.int32), top_SC.view(torch.int32)), given
+    numbers_SV = logits_SV[:, :num_tokens].float()
+    numbers_SCN = torch.nn.functional.pad(numbers_SV, (0, chunks * chunk - num_tokens), value=lowest)
+    finite_SC = (numbers_SCN.view(S, chunks, -1) < float("inf")).all(2)
+    assert torch.equal(best_SC.isnan(), ~finite_SC), given
+    assert torch.equal(best_SC[finite_SC].view(torch.int32), top_SC[finite_SC].view(torch.int32)), given
     wins_SCN = padded_SCN == top_SC[:, :, None]
     token_of_top_SC = wins_SCN.int().argmax(2) + chunk * torch.arange(chunks, device=device)
     numbers_SC = wins_SCN.any(2)  # a chunk of nothing but NaN has no best token
@@ -246,7 +251,12 @@ def check_no_numbers(device: torch.device) -> None:
     logits_SV[8, 700:] = low
     for temperature in (0.5, 3e38):
         check_scores(logits_SV, 1100, temperature=temperature)
-    assert all(0 <= token < 1100 for token in drawn(logits_SV, 1100))
+    wanted = [NO_TOKEN, *[NOT_FINITE] * 5, None, NOT_FINITE, None]
+    for given in ({"temperature": 0.0}, {"temperature": 0.5}, *FILTERS[:5:4]):
+        found = drawn(logits_SV, 1100, **given)
+        assert [None if token >= 0 else token for token in found] == wanted, given
+        assert 0 <= found[6] < 30, given
+        assert 0 <= found[8] < 700, given
 
 
 # Seeds and tokens whose noise is the largest, twice, and the least that there is: x is 0 and 2^32 - 1.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from octavo.batch import LogprobColumns
 from octavo.runner import sampler
 from tests.steps import columns
 from tests.tolerances import rounding
@@ -166,7 +167,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     raw = torch.log_softmax(logits, -1)
     assert tokens.tolist() == [7, int(logits[1].argmax()), 9]
     assert found is not None
-    found = sampler.spread([found.columns()], columns(3, num_logprobs=[3, -1, 0]))
+    found = LogprobColumns.spread([found.columns()], columns(3, num_logprobs=[3, -1, 0]))
     assert found.token_ids.shape == found.logprobs.shape == (3, 4)
     assert found.token_ids[0].tolist() == [7, *raw[0].topk(3).indices.tolist()]
     most = rounding(20, float(raw.abs().max()))
