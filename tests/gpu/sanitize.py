@@ -39,6 +39,7 @@ def main() -> None:
     sampling_cases.check_mixed(torch.bfloat16, 9000, CUDA)
     sampling_cases.check_penalties(CUDA)
     cases.check_steps(CUDA)
+    cases.check_clear(CUDA)
     torch.cuda.synchronize()
     print("every kernel ran")
 

@@ -11,6 +11,7 @@ from octavo.layers.quant import fp8
 from octavo.ops import reference
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
+from tests.poison import poison_free_blocks
 from tests.tiny_models import save_llama
 
 pytestmark = [
@@ -29,19 +30,68 @@ WISHES = [
 ]
 
 
-def answers(model, device, **options):
-    memory = {"kv_cache_memory": "8MiB", "max_model_len": 128}
-    engine = Engine.build(EngineOptions(model=model, device=device, dtype="float32", **memory | options))
+def answers(model, device, poisoned=False, **options):
+    memory = {"kv_cache_memory": "8MiB", "max_model_len": 128, "dtype": "float32"}
+    engine = Engine.build(EngineOptions(model=model, device=device, **memory | options))
     for i in range(12):
         params = WISHES[i % len(WISHES)] | {"max_tokens": 16, "ignore_eos": True, "seed": i}
         prompt = [3 + (7 * i + k * k) % 150 for k in range(1 + 8 * i)]
         engine.add(Request(f"r{i}", prompt, SamplingParams(**params)))
     found = {}
     while engine.has_work():
-        for name, index, token, *_ in engine.step().tokens:
+        if poisoned:
+            torch.cuda.synchronize()  # a step under way
+            poison_free_blocks(engine)
+            torch.cuda.synchronize()
+        output = engine.step()
+        assert output.failed == []
+        for name, index, token, *_ in output.tokens:
             found.setdefault((name, index), []).append(token)
         engine.scheduler.check()
     return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"max_num_batched_tokens": 24}], ids=str)
+def test_nobody_reads_what_lies_in_freed_blocks(tmp_path, dtype, options):
+    """Heads of 64 and 16 bits take the kernels that copy whole blocks."""
+    options = options | {"dtype": dtype, "max_num_seqs": 12}
+    model = str(save_llama(tmp_path, head_dim=64))
+    assert answers(model, "cuda", poisoned=True, **options) == answers(model, "cuda", **options)
+
+
+@pytest.mark.parametrize("wishes", [{"temperature": 0.0}, {"temperature": 0.9}, {"logprobs": 2}], ids=str)
+def test_a_row_without_a_possible_token_fails_alone(tmp_path, wishes):
+    """Its token has been looked up by the step after it before the host knows."""
+    memory = {"kv_cache_memory": "8MiB", "max_model_len": 128, "dtype": "float32"}
+    engine = Engine.build(EngineOptions(model=str(save_llama(tmp_path)), device="cuda", **memory))
+
+    def run(*others):
+        for i in range(6):
+            params = SamplingParams(max_tokens=20, ignore_eos=True, seed=i, **wishes)
+            engine.add(Request(f"r{i}", [3 + i, 5, 7], params))
+        for request in others:
+            engine.add(request)
+        found, failed = {}, []
+        while engine.has_work():
+            output = engine.step()
+            failed += output.failed
+            for name, _, token, *_ in output.tokens:
+                assert 0 <= token < 160
+                found.setdefault(name, []).append(token)
+            engine.scheduler.check()
+        return found, failed
+
+    alone, failed = run()
+    assert failed == []
+    impossible = {"allowed_token_ids": [9], "bad_words": ["x"], "max_tokens": 9}
+    request = Request("impossible", [4, 5], SamplingParams(**impossible, **wishes))
+    request.bad_words_token_ids = [[9, 9, 9]]  # after two of the one token that is allowed
+    found, failed = run(request)
+    assert [name for name, _ in failed] == ["impossible"]
+    assert "no token that may come next" in str(failed[0][1])
+    assert found.pop("impossible") == [9, 9]
+    assert found == alone
 
 
 @pytest.mark.parametrize("kv", ["auto", "fp8"])

@@ -200,6 +200,10 @@ def test_a_chunk_s_best_is_that_of_all_scores(kind, temperature):
             sampling_cases.check_scores(logits_SV, 151_930, temperature=temperature, top_p=top_p)
 
 
+def test_blocks_are_cleared():
+    cases.check_clear(CUDA)
+
+
 def test_scores_at_the_ends():
     sampling_cases.check_no_numbers(CUDA)
     for seed, token in sampling_cases.ENDS:

@@ -8,6 +8,7 @@ import torch
 from octavo.layers.quant import fp8
 from octavo.ops import Ops, reference
 from octavo.ops.triton import SharedPrefix, TritonOps
+from octavo.ops.triton.blocks import clear_blocks, pointers_to
 from octavo.ops.triton.fused import FusedOps
 from octavo.ops.triton.prepare import Arrived, look_up, prepare, publish
 from octavo.ops.triton.rope import rope_and_cache
@@ -371,3 +372,14 @@ def check_steps(device: torch.device) -> None:
     arrived.control_2.copy_(torch.tensor([2, 1], **ints))
     step([7, 30, 32], [17, 6, 82], [50 * 16 + 1, 86, 72 * 16 + 2], turn=2)
     assert look_up(torch.tensor([4, -1, -3], **ints), drawn).tolist() == [4, 40, 42]
+
+
+def check_clear(device: torch.device) -> None:
+    """Blocks of several caches, and none beside them."""
+    caches = [torch.full((9, 4, 2, 6), 7, dtype=torch.bfloat16, device=device) for _ in range(5)]
+    chosen = torch.tensor([8, 0, 3], dtype=torch.int32, device=device)
+    clear_blocks(pointers_to(caches), chosen, caches[0][0].nbytes)
+    for cache in caches:
+        cleared = (cache.float() == 0).flatten(1).all(1).tolist()
+        assert cleared == [block in (0, 3, 8) for block in range(9)]
+        assert (cache[[1, 2, 4, 5, 6, 7]] == 7).all()

@@ -153,3 +153,7 @@ def test_products_whose_weights_stream_are_taken_in(cases, ops, monkeypatch):
         cases.check_fused(ops, CPU, torch.float32, rows, 64, 48, in_fp8=False)
         # `hidden` has a second reader, which has it computed once more; `alone` is nobody's.
         assert calls == (["silu", "parts", "product", "product"] if rows > 1 else [])
+
+
+def test_blocks_are_cleared(cases):
+    cases.check_clear(CPU)
