@@ -7,9 +7,19 @@ Nothing here knows about HTTP: `server` maps these classes to status codes.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_MOST_CHARACTERS = 2000
+
 
 class OctavoError(Exception):
-    """Base of all errors meant to be read by a user; its text is one line that says what to do."""
+    """Base of all errors meant to be read by a user; its text is one line that says what to do.
+
+    What a file, a library or a template says, and the message then quotes, may have more lines, or be of any length.
+    """
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().splitlines())
+        half = _MOST_CHARACTERS // 2
+        return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 class ConfigError(OctavoError, ValueError):

@@ -131,7 +131,7 @@ class PrefixStore:
         name = self._name(block_hash)
         path, size = self._folder / name, _HEADER + self._block_bytes
         try:
-            with open(os.open(path, _READING), "rb", buffering=0) as file:
+            with os.fdopen(os.open(path, _READING), "rb", buffering=0) as file:
                 found = os.fstat(file.fileno())
                 # The size first: what lies there may be larger than the memory.
                 stored = file.read(size) if stat.S_ISREG(found.st_mode) and found.st_size == size else b""
@@ -251,7 +251,7 @@ class PrefixStore:
         except FileExistsError:
             return False  # another process writes the same block; or it is no file
         try:
-            with open(handle, "wb") as file:
+            with os.fdopen(handle, "wb") as file:
                 file.write(_header(bytes.fromhex(name.removesuffix(".kv")), content.data))
                 file.write(content.data)
             half.replace(self._folder / name)
