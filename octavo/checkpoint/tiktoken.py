@@ -13,6 +13,7 @@ from typing import Any
 from octavo.errors import CheckpointError
 
 FILE_NAME = "qwen.tiktoken"
+MOST_TOKEN_BYTES = 4096  # the longest of real vocabularies have some 200; merges take the square of it
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
 
@@ -41,7 +42,7 @@ def read_ranks(path: Path) -> list[bytes]:
         try:
             encoded, rank = line.split()
             token = base64.b64decode(encoded, validate=True)
-            in_order = int(rank) == len(ranks)
+            in_order = int(rank) == len(ranks) and 0 < len(token) <= MOST_TOKEN_BYTES
         except (ValueError, binascii.Error):
             in_order = False
         if not in_order:
