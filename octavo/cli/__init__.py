@@ -65,6 +65,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except OctavoError as error:
         print(f"octavo: error: {error}", file=sys.stderr)
         return 2
+    except MemoryError:
+        # Said by the system to whoever asked last, so nobody knows for what.
+        print(
+            "octavo: error: this machine's memory is used up; free some, or use a smaller or quantized model",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -147,3 +147,32 @@ def test_plan_refuses_the_same(whole: Path, tmp_path: Path, capsys: pytest.Captu
     config(architectures=["BertForMaskedLM"])(folder)
     assert main(["plan", str(folder)]) == 2
     assert capsys.readouterr().err.startswith("octavo: error: architecture 'BertForMaskedLM' is not supported.")
+
+
+def test_plan_and_serve_say_one_line_too(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(whole, tmp_path / "model")
+    write("tokenizer_config.json", '{"added_tokens_decoder": [3]}')(folder)
+    assert main(["serve", str(folder), "--device", "cpu", "--port", "0"]) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert "has an added_tokens_decoder that is [3]" in err.splitlines()[-1]
+    config(architectures=[["LlamaForCausalLM"]])(folder)
+    for command in (["plan"], ["serve", "--device", "cpu", "--port", "0"]):
+        assert main([*command, str(folder)]) == 2
+        err = capfd.readouterr().err
+        assert "Traceback" not in err
+        assert "architectures is [['LlamaForCausalLM']]" in err.splitlines()[-1]
+
+
+def test_no_memory_is_one_line(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from octavo.cli import plan
+
+    def full(options: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(plan, "make_plan", full)
+    assert main(["plan", str(whole)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("octavo: error: this machine's memory is used up")

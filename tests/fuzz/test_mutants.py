@@ -1,0 +1,76 @@
+"""Some hundreds of mutants; `scripts/fuzz files` has as many as one wants. And what makes them is itself tested."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import files, mutants, workers
+
+MUTANTS = 300
+SECONDS = 60.0  # on a slow machine there are fewer
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen", "gguf", "gguf-sentencepiece"])
+def test_originals_are_whole(kind: str) -> None:
+    """Else every mutant would be refused for the same reason."""
+    path = files.originals()[kind]
+    files.make_plan(files.engine_options(path))
+    files.open_front(path)
+    files.answer(path)
+
+
+def test_mutants_are_read_or_refused_in_one_line() -> None:
+    """In a process of its own: its workers are forks, which want a process without threads."""
+    command = [sys.executable, "-m", "tests.fuzz", "files", "--seed", "20"]
+    command += ["--mutants", str(MUTANTS), "--seconds", str(SECONDS)]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"of {MUTANTS} mutants" in done.stdout or "stopped" in done.stdout, done.stdout
+
+
+def test_a_mutant_is_always_the_same(tmp_path: Path) -> None:
+    found = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        made = [mutants.make(files.originals(), folder, 3, number) for number in range(30)]
+        last = made[-1].path if made[-1].path.is_dir() else folder
+        found.append(([mutant.what for mutant in made], {path.name: path.read_bytes() for path in last.iterdir()}))
+    assert found[0] == found[1]
+    assert len(set(found[0][0])) > 25
+
+
+def _misbehave(number: int) -> str:
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 2:
+        time.sleep(60)
+    if number == 3:
+        return workers.fault_of(lambda: bytearray(1 << 40), ValueError)
+    if number == 4:
+        os._exit(7)
+    if number == 5:
+        return workers.fault_of(lambda: 1 / 0, ValueError)
+    if number == 6:
+        return workers.fault_of(lambda: int("x"), ValueError)
+    return ""
+
+
+def test_what_a_worker_does_is_told() -> None:
+    found = list(workers.run(_misbehave, range(8), seconds=1.5, more_bytes=1 << 30))
+    assert [outcome.number for outcome in found] == list(range(8))
+    starts = ["", "crashes: SIGKILL", "hangs", "MemoryError", "crashes: exit code 7", "ZeroDivisionError", "", ""]
+    for outcome, start in zip(found, starts, strict=True):
+        assert outcome.fault.startswith(start), outcome
+        assert bool(outcome.fault) == bool(start), outcome
+
+
+def test_a_run_may_be_left_early() -> None:
+    started = workers.run(_misbehave, itertools.repeat(0), seconds=1.5, more_bytes=1 << 30)
+    assert next(started).fault == ""
+    started.close()
