@@ -209,6 +209,6 @@ def _freq_factors(fields: HFConfig, rotary_dim: int) -> tuple[float, ...]:
     factors = fields.fields.get("factors")
     if not isinstance(factors, list | tuple) or len(factors) != rotary_dim // 2:
         raise wrong(fields.name("factors"), factors, f"a list of {rotary_dim // 2} numbers")
-    if not all(isinstance(factor, int | float) and 0 < factor < _LARGEST_FLOAT for factor in factors):
-        raise wrong(fields.name("factors"), factors, "a list of numbers above 0")
+    if not all(isinstance(factor, int | float) and 0 <= factor < _LARGEST_FLOAT for factor in factors):
+        raise wrong(fields.name("factors"), factors, "a list of numbers of at least 0")
     return tuple(float(factor) for factor in factors)

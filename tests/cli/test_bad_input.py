@@ -156,6 +156,7 @@ def test_plan_and_serve_say_one_line_too(whole: Path, tmp_path: Path, capfd: pyt
     err = capfd.readouterr().err
     assert "Traceback" not in err
     assert "has an added_tokens_decoder that is [3]" in err.splitlines()[-1]
+    remove("tokenizer_config.json")(folder)
     config(architectures=[["LlamaForCausalLM"]])(folder)
     for command in (["plan"], ["serve", "--device", "cpu", "--port", "0"]):
         assert main([*command, str(folder)]) == 2
