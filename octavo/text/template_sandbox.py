@@ -3,7 +3,7 @@ much they make is bounded here.
 
 Python cannot interrupt a single operation, so each that could be long is looked at before: loops, macros, calls and
 filters tick, which is when the clock is read; what an operator, a method or a filter is about to make is estimated
-first. What is said and not done: two values that hold each other's parts millions of times over may be compared.
+first (docs/decisions/0111).
 """
 
 import functools

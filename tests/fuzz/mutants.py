@@ -6,6 +6,7 @@ GGUF, a line of a vocabulary, the source of a template.
 
 import copy
 import json
+import os
 import random
 import shutil
 import struct
@@ -52,6 +53,11 @@ RAW = [
 RAW += ["[" * 500 + "]" * 500, '{"a":' * 500 + "1" + "}" * 500, "[" * 100_000 + "]" * 100_000, "[" * 60 + "]" * 60]
 PLAIN = [None, True, False, "", "x", "0", " ", "\n", "\0", "é" * 50, "a" * 100_000, [], {}, [[]], [None], {"": None}]
 PLAIN += [[0] * 1000, ["a", 1, None], {"content": None}, {"type": "Sequence"}, [{"name": "default"}], [[1, 2], [3]]]
+PLAIN += ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "QWenLMHeadModel"]
+PLAIN += ["bfloat16", "float16", "linear", "yarn", "llama3", "dynamic", "freq_factors", "silu", "default", "tool_use"]
+PLAIN += ["I32", "I64", "F64", "F32", "F16", "BF16", "F8_E4M3", "U8", "BOOL", "full_attention", "sliding_attention"]
+PLAIN += ["BPE", "Unigram", "WordPiece", "WordLevel", "ByteLevel", "Metaspace", "Split", "Replace", "Strip", "Fuse"]
+PLAIN += ["[", "\\p{L}+", "Isolated", "first", "never", "Sequence", "TemplateProcessing", "▁", "<0x00>", "$A"]
 HOSTILE = [
     "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "{% for i in range(100000) %}{% for j in range(100000) %}xxxxxxxx{% endfor %}{% endfor %}",
@@ -109,10 +115,10 @@ def make(originals: dict[str, Path], folder: Path, seed: int, number: int) -> Mu
 
 
 def _mutate_file(draw: random.Random, path: Path) -> str:
-    if draw.random() < 0.02:
-        path.unlink()
-        return "removed"
     raw = path.read_bytes()
+    if draw.random() < 0.03:
+        path.unlink()
+        return _no_file(draw, path)
     structured = {".json": _json_text, ".safetensors": _header, ".tiktoken": _lines, ".jinja": _template}[path.suffix]
     mutate = structured if draw.random() < 0.75 else _bytes
     what = []
@@ -124,6 +130,22 @@ def _mutate_file(draw: random.Random, path: Path) -> str:
         what.append(did)
     path.write_bytes(raw)
     return ", ".join(what)
+
+
+def _no_file(draw: random.Random, path: Path) -> str:
+    kind = draw.choice(("removed", "a folder", "a FIFO", "a link to itself", "a link to a device", "empty", "huge"))
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a link to itself":
+        path.symlink_to(path)
+    elif kind == "a link to a device":
+        path.symlink_to("/dev/zero")
+    elif kind != "removed":
+        path.touch()
+        os.truncate(path, 1 << 40 if kind == "huge" else 0)
+    return f"is {kind}"
 
 
 # ---- bytes --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from tests.tiny_models import save_model, write_tiny_qwen_v1
@@ -30,6 +31,8 @@ def write_all(folder: Path) -> dict[str, Path]:
         "llama": _llama(folder / "llama"),
         "qwen2": _qwen2(folder / "qwen2"),
         "qwen3": _qwen3(folder / "qwen3"),
+        "unigram": _other_tokenizer(folder / "unigram", _unigram(), "float16"),
+        "wordpiece": _other_tokenizer(folder / "wordpiece", _wordpiece(), "bfloat16"),
         "qwen": write_tiny_qwen_v1(folder / "qwen", hidden_size=32, kv_channels=8, num_hidden_layers=1),
         "gguf": _write_gguf(folder / "gguf", gguf_byte_level()),
         "gguf-sentencepiece": _write_gguf(folder / "gguf-sentencepiece", gguf_sentencepiece()),
@@ -96,6 +99,63 @@ def _qwen3(folder: Path) -> Path:
     _write_json(folder / "tokenizer_config.json", {"eos_token": SPECIAL[2]})
     (folder / "chat_template.jinja").write_text(CHATML)
     return folder
+
+
+def _other_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: str) -> Path:
+    """The kinds that few models have, with weights of 16 bits."""
+    save_model(folder, "Llama", **SMALL, dtype=dtype, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}, folder / "model.safetensors"
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "chat_template.json", {"chat_template": CHATML})
+    return folder
+
+
+def _unigram() -> Tokenizer:
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁h", -1.5), ("ello", -1.0)]
+    tokenizer = Tokenizer(
+        models.Unigram([*pieces, *((letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz<>|/")], 0)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokenizer.add_special_tokens([AddedToken(text, rstrip=True) for text in ("<unk>", "<s>", "</s>")])
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(pad_id=0, pad_token="<unk>")
+    return tokenizer
+
+
+def _wordpiece() -> Tokenizer:
+    words = [
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "hello",
+        "he",
+        "##llo",
+        "##l",
+        "##o",
+        "h",
+        "user",
+        "<",
+        ">",
+        "|",
+        "im",
+        "_",
+        "end",
+    ]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits()])
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    tokenizer.add_tokens([AddedToken("user", single_word=True)])
+    return tokenizer
 
 
 def _byte_level() -> Tokenizer:
