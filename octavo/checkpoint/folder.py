@@ -159,8 +159,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`; None if there is no such file."""
     if not path.is_file():
         return None
+    text = _read_text(path)
     try:
-        content = json.loads(_read_text(path))
+        content = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # half a character may be escaped, but is no text
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):

@@ -183,6 +183,7 @@ def test_an_unknown_name_lists_what_is_known(tmp_path: Path) -> None:
         ('{"eos_token_id": {"a": 1}}', "eos_token_id is {'a': 1}"),
         ('{"bos_token_id": true}', "bos_token_id is True"),
         ("[1]", "holds no JSON object"),
+        ('{"a": ["\\uD800"]}', "is not JSON ('utf-8' codec can't encode"),
         ("[" * 100_000, "is not JSON"),
         ('{"a": ' + "1" * 5000 + "}", "is not JSON"),
     ],

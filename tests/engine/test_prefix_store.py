@@ -252,7 +252,7 @@ def _folder(path: Path) -> None:
 
 def _huge(path: Path) -> None:
     with path.open("wb") as file:
-        file.truncate(1 << 45)
+        file.truncate(1 << 40)
 
 
 ODD = {"FIFO": os.mkfifo, "link": _link, "link to a device": _link_to_a_device, "folder": _folder, "huge": _huge}

@@ -378,3 +378,11 @@ def test_renderings_in_threads_count_for_themselves() -> None:
     with ThreadPoolExecutor(4) as threads:
         texts = list(threads.map(lambda _: template.render([{"role": "user", "content": content}]), range(12)))
     assert {len(text) for text in texts} == {30 * 1024**2}
+
+
+def test_errors_are_a_line_of_text_whatever_they_quote() -> None:
+    from octavo.errors import OctavoError
+
+    assert str(OctavoError("a\nb\r\nc\u2028d")) == "a b c d"
+    assert str(RequestError("half a character: \ud800", "messages")) == "half a character: \\ud800"
+    assert len(str(OctavoError("x" * 10**6))) < 2100
