@@ -78,3 +78,8 @@ def main(words: Sequence[str] | None = None) -> int:
         # The reader of our output is gone; say nothing more, and keep the interpreter from trying at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # What the system refuses is no fault of the program: a full disk, a folder that is not there.
+        name = "" if error.filename is None else f"{error.filename}: "
+        print(f"octavo: error: {name}{error.strerror or error}", file=sys.stderr)
+        return 2

@@ -50,16 +50,17 @@ _OF_THE_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
 
 def open_folder(path: str) -> Path:
     """The folder `path`, made for its owner alone if need be; raises `ConfigError` if nothing can be written there."""
-    folder = Path(path).expanduser()
-    probe = folder / f".{os.getpid()}.tmp"
     try:
+        folder = Path(path).expanduser()
+        probe = folder / f".{os.getpid()}.tmp"
         folder.mkdir(0o700, parents=True, exist_ok=True)
         probe.unlink(missing_ok=True)
         os.close(os.open(probe, _WRITING, 0o600))
         probe.unlink()
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # the latter two: the home of nobody, a zero in the name
+        why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"prefix_cache_dir is {path!r}, where nothing can be written ({error.strerror}); make it writable or name"
+            f"prefix_cache_dir is {path!r}, where nothing can be written ({why}); make it writable or name"
             " another with --prefix-cache-dir"
         ) from None
     return folder

@@ -123,9 +123,12 @@ def encode_chat(
             "messages",
         )
     messages = plain_messages(messages)
-    guard = None if strict_compat else Guard.needed_for(tokenizer, [messages, tools, variables])
-    if guard is not None:
-        messages, tools, variables = (guard.protect(part) for part in (messages, tools, variables))
+    try:
+        guard = None if strict_compat else Guard.needed_for(tokenizer, [messages, tools, variables])
+        if guard is not None:
+            messages, tools, variables = (guard.protect(part) for part in (messages, tools, variables))
+    except RecursionError:
+        raise RequestError("messages, tools or chat_template_kwargs are nested too deeply", "messages") from None
     text = template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
     if guard is None:
         return tokenizer.encode(text, add_bos=False)

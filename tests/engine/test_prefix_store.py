@@ -336,6 +336,12 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
         open_folder(str(tmp_path / "file"))
 
 
+@pytest.mark.parametrize("path", ["~nobody-has-this-name/cache", "a\0b", "x" * 5000])
+def test_a_folder_that_can_be_none(path: str) -> None:
+    with pytest.raises(ConfigError, match="prefix_cache_dir is"):
+        open_folder(path)
+
+
 def test_room_for_no_block(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prefix_cache_size is 100 B, less than a block of 64 B"):
         PrefixStore(tmp_path, b"", SIZE, 100)

@@ -386,3 +386,11 @@ def test_errors_are_a_line_of_text_whatever_they_quote() -> None:
     assert str(OctavoError("a\nb\r\nc\u2028d")) == "a b c d"
     assert str(RequestError("half a character: \ud800", "messages")) == "half a character: \\ud800"
     assert len(str(OctavoError("x" * 10**6))) < 2100
+
+
+def test_variables_that_are_nested_too_deeply(smollm2: Tokenizer) -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(RequestError, match="nested too deeply"):
+        encode_chat(smollm2, CHAT, documents=nested)
