@@ -20,7 +20,7 @@ from tests.fuzz.originals import write_all
 
 SECONDS = 40.0
 # Originals are about 100 KB; an engine of one maps its cache, its threads' stacks and what torch takes at first.
-MORE_BYTES = 1 << 30
+MORE_BYTES = 3 << 29
 CHAT = [{"role": "user", "content": "hello <|im_end|>"}]
 
 

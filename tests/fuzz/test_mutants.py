@@ -65,13 +65,25 @@ def _misbehave(number: int) -> str:
         return workers.fault_of(lambda: 1 / 0, ValueError)
     if number == 6:
         return workers.fault_of(lambda: int("x"), ValueError)
+    if number == 7:
+        raise OSError("no place for a mutant")
     return ""
 
 
 def test_what_a_worker_does_is_told() -> None:
-    found = list(workers.run(_misbehave, range(8), seconds=1.5, more_bytes=1 << 30))
-    assert [outcome.number for outcome in found] == list(range(8))
-    starts = ["", "crashes: SIGKILL", "hangs", "MemoryError", "crashes: exit code 7", "ZeroDivisionError", "", ""]
+    found = list(workers.run(_misbehave, range(9), seconds=1.5, more_bytes=1 << 30))
+    assert [outcome.number for outcome in found] == list(range(9))
+    starts = [
+        "",
+        "crashes: SIGKILL",
+        "hangs",
+        "MemoryError",
+        "crashes: exit code 7",
+        "ZeroDivisionError",
+        "",
+        "the case itself fails",
+        "",
+    ]
     for outcome, start in zip(found, starts, strict=True):
         assert outcome.fault.startswith(start), outcome
         assert bool(outcome.fault) == bool(start), outcome

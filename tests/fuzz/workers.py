@@ -3,11 +3,12 @@
 A case is a number; what it does is a function in the process, which answers with a text: empty if all is well.
 """
 
-import contextlib
+import faulthandler
 import os
 import resource
 import select
 import signal
+import tempfile
 import time
 import traceback
 import warnings
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_BROKEN = "the case itself fails:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class _Worker:
     """A child that answers numbers with texts, over two pipes."""
 
     def __init__(self, case: Callable[[int], str], more_bytes: int, quiet: bool):
+        self._report = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed in `end`
         questions, self._ask = os.pipe()
         self._hear, answers = os.pipe()
         with warnings.catch_warnings():
@@ -56,6 +60,7 @@ class _Worker:
         if self._process == 0:
             os.close(self._ask)
             os.close(self._hear)
+            faulthandler.register(signal.SIGUSR1, self._report)
             _serve(case, questions, answers, more_bytes, quiet)
         os.close(questions)
         os.close(answers)
@@ -67,25 +72,38 @@ class _Worker:
         while not answer.endswith(b"\0"):
             ready, _, _ = select.select([self._hear], [], [], max(0.0, until - time.monotonic()))
             if not ready:
+                where = self._stacks()
                 os.kill(self._process, signal.SIGKILL)
                 self.end()
-                return f"hangs: nothing after {seconds} s", False
+                return f"hangs: nothing after {seconds} s, in {where}", False
             piece = os.read(self._hear, 65536)
             if not piece:
                 code = os.waitstatus_to_exitcode(self.end())
                 return f"crashes: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}", False
             answer += piece
-        return answer[:-1].decode(), True
+        text = answer[:-1].decode()
+        if not text.startswith(_BROKEN):
+            return text, True
+        self.end()
+        return text, False
+
+    def _stacks(self) -> str:
+        """What each thread of the child does."""
+        os.kill(self._process, signal.SIGUSR1)
+        time.sleep(0.5)
+        self._report.seek(0)
+        calls = [line.strip() for line in self._report.read().splitlines() if line.startswith(("  ", "Thread"))]
+        return " | ".join(calls[:60])
 
     def end(self) -> int:
+        self._report.close()
         os.close(self._ask)
         os.close(self._hear)
         return os.waitpid(self._process, 0)[1]
 
 
 def _serve(case: Callable[[int], str], questions: int, answers: int, more_bytes: int, quiet: bool) -> None:
-    code = 1
-    with contextlib.suppress(BaseException):
+    try:
         if quiet:
             # Panics of a library's Rust are printed as well as raised.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -95,8 +113,9 @@ def _serve(case: Callable[[int], str], questions: int, answers: int, more_bytes:
         with os.fdopen(questions) as lines:
             for line in lines:
                 os.write(answers, case(int(line)).replace("\0", " ").encode("utf-8", "replace") + b"\0")
-        code = 0
-    os._exit(code)
+    except BaseException:
+        os.write(answers, f"{_BROKEN} {traceback.format_exc()[-2000:]}".encode("utf-8", "replace") + b"\0")
+    os._exit(0)
 
 
 def fault_of(step: Callable[[], Any], allowed: type[Exception]) -> str:
