@@ -221,7 +221,7 @@ def _json(draw: random.Random, text: str) -> tuple[str, str]:
     elif action == "double" and isinstance(holder[key], (int, float)):
         holder[key] = draw.choice((holder[key] + 1, holder[key] - 1, holder[key] * 2, -holder[key], holder[key] / 2))
     else:
-        holder[key] = draw.choice(PLAIN)
+        holder[key] = copy.deepcopy(draw.choice(PLAIN))
     return json.dumps(tree), f"{name} = {json.dumps(holder[key])[:60]}"
 
 
@@ -349,7 +349,7 @@ def _gguf_key(draw: random.Random, gguf: Gguf) -> str:
         value.value = draw.choice((value.value[:cut], value.value + value.value[:cut], []))
     elif action == "array":
         item = draw.choice([*scalars, ARRAY, 13])
-        values = draw.choice(([], [0], [1] * 300, ["a", "b"], NUMBERS, [float("nan")]))
+        values = draw.choice(([], [0], [1] * 300, ["a", "b"], [*NUMBERS], [float("nan")]))
         gguf.keys[at] = (key, Value(ARRAY, values, item))
     else:
         text = draw.choice(

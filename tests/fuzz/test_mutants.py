@@ -38,18 +38,16 @@ def test_mutants_are_read_or_refused_in_one_line() -> None:
 
 
 def test_a_mutant_is_always_the_same(tmp_path: Path) -> None:
-    found = []
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        made = [mutants.make(files.originals(), folder, 3, number) for number in range(30)]
-        last = made[-1].path if made[-1].path.is_dir() else folder
-        found.append(
-            (
-                [mutant.what for mutant in made],
-                {path.name: path.read_bytes() for path in last.iterdir() if path.is_file()},
-            )
-        )
-    assert found[0] == found[1]
-    assert len(set(found[0][0])) > 25
+    """Whatever was made before it: a fault is repeated by its number alone."""
+    numbers = range(400)
+    found = {number: mutants.make(files.originals(), tmp_path / "a", 3, number).what for number in numbers}
+    assert len(set(found.values())) > 350
+    for number in reversed(numbers):
+        assert mutants.make(files.originals(), tmp_path / "b", 3, number).what == found[number]
+    again = [mutants.make(files.originals(), tmp_path / name, 3, 0).path for name in "ab"]
+    first, second = ((path if path.is_dir() else path.parent) for path in again)
+    names = sorted(path.name for path in first.iterdir() if path.is_file())
+    assert [(first / name).read_bytes() for name in names] == [(second / name).read_bytes() for name in names]
 
 
 def _misbehave(number: int) -> str:
