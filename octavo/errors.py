@@ -12,9 +12,20 @@ from itertools import islice
 _LONGEST_NAME = 100
 _SHOWN = 60  # characters of a value in an error
 
+_MOST_CHARACTERS = 2000
+
 
 class OctavoError(Exception):
-    """Base of all errors meant to be read by a user; its text is one line that says what to do."""
+    """Base of all errors meant to be read by a user; its text is one line that says what to do.
+
+    What a file, a library or a template says, and the message then quotes, may have more lines, be of any length, or be
+    no Unicode.
+    """
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().splitlines()).encode("utf-8", "backslashreplace").decode()
+        half = _MOST_CHARACTERS // 2
+        return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 class ConfigError(OctavoError, ValueError):

@@ -93,9 +93,9 @@ def open_engine_checkpoint(options: EngineOptions) -> Checkpoint:
 
 def open_tokenizer_data(source: str, *, hub: str = "auto", revision: str | None = None) -> TokenizerData:
     """Tokenizer of a model (see `open_checkpoint`), of a folder with a tokenizer.json, or of that file."""
-    path = Path(source).expanduser()
-    of_tokenizer = path.name in ("tokenizer.json", "qwen.tiktoken") and path.is_file()
-    path = path.parent if of_tokenizer else locate(source, hub, revision)
+    named = _known_path(source)
+    of_tokenizer = named is not None and named.name in ("tokenizer.json", "qwen.tiktoken") and named.is_file()
+    path = named.parent if named is not None and of_tokenizer else locate(source, hub, revision)
     if path.is_dir():
         from octavo.checkpoint.folder import read_tokenizer_data
 
@@ -125,7 +125,9 @@ def locate(model: str, hub: str = "auto", revision: str | None = None) -> Path:
 
 def local_path(model: str) -> Path | None:
     """The GGUF file or the folder at the path `model`; None if there is neither."""
-    path = Path(model).expanduser()
+    path = _known_path(model)
+    if path is None:
+        return None
     if path.is_dir():
         single = sorted(path.glob("*.gguf"))
         if len(single) == 1 and not (path / "config.json").exists():
@@ -136,3 +138,14 @@ def local_path(model: str) -> Path | None:
             return path
         raise CheckpointError(f"{model} is a file but not a .gguf one; for safetensors, name the folder around it")
     return None
+
+
+def _known_path(name: str) -> Path | None:
+    """The path `name`, if something is there; what can be no path at all may still be another kind of name."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except PermissionError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror}; make it readable") from None
+    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a zero inside
+        return None

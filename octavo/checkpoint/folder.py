@@ -5,6 +5,7 @@ when it is read, the second needs a library of its own.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from octavo.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 
+_MOST_TEXT = 512 * 1024**2  # bytes; tokenizers of the largest vocabularies have 40 MB
+# What is read of generation_config.json; older models have it in config.json.
+_NUMBERS = {"temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"}
+_INTEGERS = {"top_k"}
+_TOKEN_IDS = {"bos_token_id", "eos_token_id"}
+_LARGEST = 3.4e38  # of 32 bits
+
 
 class FolderCheckpoint:
     """A folder as a `Checkpoint`; `weights=False` leaves the safetensors files closed."""
@@ -28,7 +36,7 @@ class FolderCheckpoint:
         if config is None:
             raise CheckpointError(f"{path} has no config.json; name a Hugging Face folder or a .gguf file")
         self.config: dict[str, Any] = config
-        self.generation_config: dict[str, Any] = _read_json(path / "generation_config.json") or {}
+        self.generation_config: dict[str, Any] = _read_generation_config(path / "generation_config.json") or {}
         self._files = _open_files(path) if weights else {}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, stored.dtype, stored.shape, stored.end - stored.start)
@@ -58,7 +66,9 @@ def read_tokenizer_data(path: Path) -> TokenizerData:
         json=_read_text(source) if source.is_file() else None,
         ranks=() if source.is_file() else tiktoken.read_ranks(ranks),
         settings=settings,
-        generation_config=_read_json(path / "generation_config.json") or _read_json(path / "config.json") or {},
+        generation_config=_read_generation_config(path / "generation_config.json")
+        or _read_generation_config(path / "config.json")
+        or {},
         chat_templates=_chat_templates(path, settings),
     )
 
@@ -72,11 +82,16 @@ def _chat_templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         given = (_read_json(path / "chat_template.json") or {}).get("chat_template")
     if isinstance(given, str):
         return {"default": given}
-    try:
-        return {entry["name"]: entry["template"] for entry in given or ()}
-    except (TypeError, KeyError):
-        where = path / "tokenizer_config.json"
-        raise CheckpointError(f"{where}: chat_template is neither a text nor a list of named templates") from None
+    templates: dict[str, str] = {}
+    for entry in given if isinstance(given, list) else [] if given is None else [given]:
+        name, template = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "template"))
+        if not isinstance(name, str) or not isinstance(template, str):
+            where = path / "tokenizer_config.json"
+            raise CheckpointError(
+                f"{where}: chat_template is neither a text nor a list of named templates; fetch it again"
+            )
+        templates[name] = template
+    return templates
 
 
 def _open_files(path: Path) -> dict[str, SafetensorsFile]:
@@ -102,7 +117,7 @@ def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{path / _INDEX} names {outside[0]!r}, which is not a file of its own folder")
-    if missing := [name for name in names if not (path / name).is_file()]:
+    if missing := [name for name in names if not os.path.isfile(path / name)]:  # noqa: PTH113 -- names of any kind
         raise CheckpointError(f"{path} lacks {', '.join(missing)} of its {len(names)} shards; fetch them again")
     files = {name: SafetensorsFile(path / name) for name in names}
     for tensor, name in weight_map.items():
@@ -111,8 +126,30 @@ def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
     return {tensor: files[name] for tensor, name in weight_map.items()}
 
 
+def _read_generation_config(path: Path) -> dict[str, Any] | None:
+    """The object in `path`, whose fields that are read are of the right types; None if there is no such file."""
+    content = _read_json(path)
+    for name, value in (content or {}).items():
+        if name in _NUMBERS and not (value is None or _is_number(value)):
+            raise CheckpointError(f"{path}: {name} is {value!r:.100}; it must be a number that fits 32 bits")
+        if name in _INTEGERS and not (value is None or (type(value) is int and abs(value) < 1 << 31)):
+            raise CheckpointError(f"{path}: {name} is {value!r:.100}; it must be an integer that fits 32 bits")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if name in _TOKEN_IDS and not all(type(token) is int and abs(token) < 1 << 31 for token in ids):
+            raise CheckpointError(f"{path}: {name} is {value!r:.100}; it must be a token id or a list of them")
+    return content
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -_LARGEST < value < _LARGEST
+
+
 def _read_text(path: Path) -> str:
     try:
+        if path.stat().st_size > _MOST_TEXT:
+            raise CheckpointError(
+                f"{path} has more than {_MOST_TEXT} bytes, which is no text of a model; fetch it again"
+            )
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
@@ -122,8 +159,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`; None if there is no such file."""
     if not path.is_file():
         return None
+    text = _read_text(path)
     try:
-        content = json.loads(_read_text(path))
+        content = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # half a character may be escaped, but is no text
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):

@@ -8,6 +8,7 @@ of bytes.
 import math
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +109,27 @@ class GgufFile:
         for _ in range(num_keys):
             key = reader.string()
             self.metadata[key] = reader.value(reader.scalar("I"))
-        if self.metadata.get("split.count", 0) > 1:
-            raise reader.broken(
-                f"is one of {self.metadata['split.count']} parts; join them with `llama-gguf-split --merge` first"
-            )
+        parts = self.metadata.get("split.count", 0)
+        if type(parts) is not int or parts > 1:
+            raise reader.broken(f"is one of {parts} parts; join them with `llama-gguf-split --merge` first")
         table = [self._read_entry(reader) for _ in range(num_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
+        if type(alignment) is not int or alignment < 1:
             raise reader.broken(f"has general.alignment {alignment!r}; it must be a positive number")
-        start = math.ceil(reader.position / alignment) * alignment
+        start = -(-reader.position // alignment) * alignment
         for name, dtype, shape, offset in table:
+            if offset % alignment:
+                raise reader.broken(
+                    f"places tensor {name!r} at byte {offset}, no multiple of {alignment}; fetch it again"
+                )
             self._place(reader, name, dtype, shape, start, offset)
+        # Tensors that share bytes would take more memory than the file has.
+        placed = sorted(self.tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes))
+        for first, second in pairwise(placed):
+            if second.start < first.start + first.num_bytes:
+                raise reader.broken(
+                    f"places tensors {first.name!r} and {second.name!r} over each other; fetch it again"
+                )
 
     def _read_entry(self, reader: "_Reader") -> tuple[str, str, tuple[int, ...], int]:
         name = reader.string()

@@ -7,7 +7,7 @@ once. Quantized bytes pass through as they are: nothing is dequantized here.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,33 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("LlamaForCausalLM", True, {}),
     "qwen2": Architecture("Qwen2ForCausalLM", False, {}),
     "qwen3": Architecture("Qwen3ForCausalLM", False, {}),
+}
+
+# Keys that are read, those of an architecture without its prefix -> what their values must be, see `_IS`.
+_TYPES = {
+    **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre", "rope.scaling.type"), "a text"),
+    **dict.fromkeys(("tokenizer.ggml.tokens", "tokenizer.ggml.merges"), "an array of texts"),
+    "tokenizer.ggml.token_type": "an array of integers",
+    "tokenizer.ggml.scores": "an array of numbers",
+    **dict.fromkeys(("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"), "true or false"),
+    **{
+        f"tokenizer.ggml.{name}_token_id": "an integer of at least 0"
+        for name in ("bos", "eos", "eot", "eom", "unknown")
+    },
+    **dict.fromkeys(("expert_count", "rope.dimension_count", "attention.key_length"), "an integer of at least 0"),
+    **dict.fromkeys(("attention.sliding_window", "rope.scaling.original_context_length"), "an integer of at least 0"),
+    **dict.fromkeys(("rope.freq_base", "rope.scaling.factor", "rope.scale_linear"), "a finite number"),
+    **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast"), "a finite number"),
+    "rope.scaling.yarn_beta_slow": "a finite number",
+}
+_IS: dict[str, Callable[[Any], bool]] = {
+    "a text": lambda value: isinstance(value, str),
+    "true or false": lambda value: isinstance(value, bool),
+    "an integer of at least 0": lambda value: type(value) is int and 0 <= value < 1 << 32,
+    "a finite number": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "an array of texts": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    "an array of integers": lambda value: isinstance(value, list) and all(type(item) is int for item in value),
+    "an array of numbers": lambda value: isinstance(value, list) and all(type(item) in (int, float) for item in value),
 }
 
 # Key without its architecture's prefix -> entry of config.json.
@@ -84,10 +111,11 @@ class GgufCheckpoint:
         self._file = GgufFile(path)
         self._metadata = self._file.metadata
         self._prefix = self._metadata.get("general.architecture", "")
-        if self._prefix not in ARCHITECTURES:
+        if not isinstance(self._prefix, str) or self._prefix not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise CheckpointError(f"{path} has architecture {self._prefix!r}; Octavo reads GGUF files of {known}")
         self._architecture = ARCHITECTURES[self._prefix]
+        self._check_types()
         self._stored_names = {self._translate(name): name for name in self._file.tensors if name != _ROPE_FACTORS}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, tensor.dtype, tensor.shape, tensor.num_bytes)
@@ -136,12 +164,22 @@ class GgufCheckpoint:
             )
         return f"model.layers.{found[1]}.{_LAYER_NAMES[found[2]]}.{found[3]}"
 
+    def _check_types(self) -> None:
+        """Here alone, so that nobody who reads a value meets another type."""
+        for key, wanted in _TYPES.items():
+            key = key if key.startswith("tokenizer.") else f"{self._prefix}.{key}"
+            value = self._metadata.get(key)
+            if value is not None and not _IS[wanted](value):
+                raise CheckpointError(
+                    f"{self.path} gives {key} as {value!r:.200}; it must be {wanted}: convert the model again"
+                )
+
     def _key(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(f"{self._prefix}.{key}", default)
 
     def _required(self, key: str) -> Any:
         value = self._key(key)
-        if isinstance(value, list) and value and len(set(value)) == 1:
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
         if value is None or isinstance(value, list):
             what = "lacks" if value is None else "has different values a layer for"
@@ -161,6 +199,10 @@ class GgufCheckpoint:
         embedding = self.tensors.get("model.embed_tokens.weight")
         if embedding is None:
             raise CheckpointError(f"{self.path} lacks tensor 'token_embd.weight'; it is not a whole model")
+        if len(embedding.shape) != 2:
+            raise CheckpointError(
+                f"{self.path} gives tensor 'token_embd.weight' the shape {list(embedding.shape)}; it must be a matrix"
+            )
         heads = config["num_attention_heads"]
         has_kv_heads = self._key("attention.head_count_kv") is not None
         default_width = self._key("rope.dimension_count", config["hidden_size"] // heads)
@@ -211,7 +253,7 @@ class GgufCheckpoint:
             "beta_fast": self._key("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": self._key("rope.scaling.yarn_beta_slow", 1.0),
         }
-        if (attention := self._key("rope.scaling.attn_factor", 1.0)) != 1.0:
+        if (attention := self._key("rope.scaling.attn_factor", 1.0)) != 1.0 and factor > 0:
             # llama.cpp multiplies YaRN's own factor by this one; Hugging Face writes the product.
             scaling["attention_factor"] = attention * (1.0 + 0.1 * math.log(factor))
         return scaling

@@ -25,6 +25,8 @@ def map_file(path: Path) -> NDArray[np.uint8]:
 
     pages are read from disk when touched. Raises `CheckpointError`.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file, and nothing else is waited for; fetch or copy it again")
     try:
         with path.open("rb") as file:
             mapping = mmap.mmap(

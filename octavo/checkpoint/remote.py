@@ -47,7 +47,7 @@ class RemoteModel:
             raise CheckpointError(f"{listing.repo_id} has no config.json; name a repository with a whole model")
         try:
             self.config = dict(json.loads(hub.read_range(listing, config, 0, config.size)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise CheckpointError(f"config.json of {listing.repo_id} is not a JSON object") from None
         tensors: dict[str, TensorInfo] = {}
         for file in self.files:

@@ -19,6 +19,7 @@ from octavo.errors import CheckpointError
 PREFIX_BYTES = 8
 # The reference implementation's own bound; a larger length is noise read as a number.
 MAX_HEADER_BYTES = 100_000_000
+MOST_DIMENSIONS = 8
 
 DTYPE_SIZES: dict[str, int] = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -84,7 +85,8 @@ def _parse_entry(name: str, entry: Any, source: str) -> StoredTensor:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         start, end = entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        whole = len(shape) <= MOST_DIMENSIONS
+        whole = whole and all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, end))
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole or not isinstance(dtype, str):

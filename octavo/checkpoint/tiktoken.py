@@ -13,6 +13,8 @@ from typing import Any
 from octavo.errors import CheckpointError
 
 FILE_NAME = "qwen.tiktoken"
+MOST_BYTES = 256 * 1024**2  # of the file; the real one has 2.5 MB
+MOST_TOKEN_BYTES = 4096  # the longest of real vocabularies have some 200; merges take the square of it
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
 
@@ -33,6 +35,8 @@ def end_ids(num_ranks: int, generation_config: Mapping[str, Any]) -> tuple[int, 
 def read_ranks(path: Path) -> list[bytes]:
     """The tokens' bytes by rank; raises `CheckpointError` if a line is damaged or a rank is missing."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise CheckpointError(f"{path} has more than {MOST_BYTES} bytes, which is no vocabulary; fetch it again")
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; fetch it again") from None
@@ -41,7 +45,7 @@ def read_ranks(path: Path) -> list[bytes]:
         try:
             encoded, rank = line.split()
             token = base64.b64decode(encoded, validate=True)
-            in_order = int(rank) == len(ranks)
+            in_order = int(rank) == len(ranks) and 0 < len(token) <= MOST_TOKEN_BYTES
         except (ValueError, binascii.Error):
             in_order = False
         if not in_order:

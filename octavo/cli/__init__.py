@@ -65,9 +65,21 @@ def main(words: Sequence[str] | None = None) -> int:
     except OctavoError as error:
         print(f"octavo: error: {error}", file=sys.stderr)
         return 2
+    except MemoryError:
+        # Said by the system to whoever asked last, so nobody knows for what.
+        print(
+            "octavo: error: this machine's memory is used up; free some, or use a smaller or quantized model",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # The reader of our output is gone; say nothing more, and keep the interpreter from trying at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # What the system refuses is no fault of the program: a full disk, a folder that is not there.
+        name = "" if error.filename is None else f"{error.filename}: "
+        print(f"octavo: error: {name}{error.strerror or error}", file=sys.stderr)
+        return 2

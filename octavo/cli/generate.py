@@ -35,7 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     llm = LLM.from_options(from_args(EngineOptions, arguments))
     defaults = from_args(SamplingOptions, arguments).params(llm.generation_config)
-    with source.open(encoding="utf-8") as lines, target.open("a", encoding="utf-8") as answers:
+    # What is no UTF-8 is an error of its own line.
+    with (
+        source.open(encoding="utf-8", errors="surrogateescape") as lines,
+        target.open("a", encoding="utf-8") as answers,
+    ):
         total = sum(1 for line in lines if line.strip())
         lines.seek(0)
         return _Job(llm, defaults, answers, total, done).run(lines)
@@ -83,7 +87,7 @@ class _Job:
             task = _Task(number, None)
             try:
                 prompt, params = self._read(line, task)
-            except (OctavoError, ValueError) as error:
+            except (OctavoError, ValueError, RecursionError) as error:
                 self._report(number, error)
                 continue
             self.tasks.append(task)

@@ -46,7 +46,7 @@ def read_model(checkpoint: Checkpoint) -> ModelConfig:
 
 def _family(hf: Mapping[str, Any]) -> type[Family]:
     architectures = hf.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
+    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise ConfigError(
             f"config.json: architectures is {architectures!r}; it must be a list with one of: "
             + ", ".join(sorted(FAMILIES))

@@ -48,12 +48,13 @@ class Family:
         head_dim = config.head_dim(num_heads)
         rope, max_position = config.rope(head_dim, config.whole("max_position_embeddings"))
         config.choice("hidden_act", "silu", ("silu", "swish"))
+        vocab_size = config.whole("vocab_size")
         return ModelConfig(
             architecture=hf["architectures"][0],
-            vocab_size=config.whole("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=config.whole("hidden_size"),
             intermediate_size=config.whole("intermediate_size"),
-            num_layers=config.whole("num_hidden_layers"),
+            num_layers=config.layers(),
             num_heads=num_heads,
             num_kv_heads=config.kv_heads(num_heads),
             head_dim=head_dim,
@@ -63,7 +64,7 @@ class Family:
             tie_word_embeddings=config.flag("tie_word_embeddings"),
             dtype=config.dtype(),
             bos_token_id=config.token_id("bos_token_id"),
-            eos_token_ids=config.token_ids("eos_token_id"),
+            eos_token_ids=_drawable(config.token_ids("eos_token_id"), vocab_size),
         )
 
     @classmethod
@@ -71,4 +72,10 @@ class Family:
         """The whole model: config.json, and every token that ends an answer (generation_config.json may name more)."""
         model = cls.config(checkpoint.config)
         ends = HFConfig(checkpoint.generation_config).token_ids("eos_token_id")
-        return replace(model, eos_token_ids=tuple(dict.fromkeys((*model.eos_token_ids, *ends))))
+        ends = _drawable((*model.eos_token_ids, *ends), model.vocab_size)
+        return replace(model, eos_token_ids=tuple(dict.fromkeys(ends)))
+
+
+def _drawable(ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """Those of `ids` that have a row in the head: files write -1 for none, or name tokens that were never trained."""
+    return tuple(index for index in ids if 0 <= index < vocab_size)

@@ -14,8 +14,15 @@ from octavo.errors import ConfigError
 Scaling = Literal["none", "linear", "llama3", "yarn", "dynamic"]
 
 
+# Far above any model; what follows from a number (tables of layers, of rotations) is made before weights are seen.
+_LARGEST = 2**31 - 1
+_MOST_LAYERS = 4096
+_WIDEST_HEAD = 65536
+_LARGEST_FLOAT = 3.4e38  # of 32 bits
+
+
 def wrong(field: str, value: object, wanted: str) -> ConfigError:
-    return ConfigError(f"config.json: {field} is {value!r}; it must be {wanted}")
+    return ConfigError(f"config.json: {field} is {value!r:.200}; it must be {wanted}")
 
 
 class HFConfig:
@@ -28,24 +35,30 @@ class HFConfig:
     def name(self, field: str) -> str:
         return f"{self.inside}.{field}" if self.inside else field
 
-    def whole(self, field: str, default: int | None = None) -> int:
-        """An integer of at least 1; required unless there is a default."""
+    def whole(self, field: str, default: int | None = None, most: int = _LARGEST) -> int:
+        """An integer from 1 to `most`; required unless there is a default."""
         value = self._value(field, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise wrong(self.name(field), value, "an integer of at least 1")
+        if value > most:
+            raise wrong(self.name(field), value, f"at most {most}")
         return value
+
+    def layers(self) -> int:
+        """`num_hidden_layers`."""
+        return self.whole("num_hidden_layers", most=_MOST_LAYERS)
 
     def count(self, field: str, default: int) -> int:
         """An integer of at least 0."""
         value = self._value(field, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST:
             raise wrong(self.name(field), value, "an integer of at least 0")
         return value
 
     def number(self, field: str, default: float | None = None) -> float:
-        """A finite number above 0; required unless there is a default."""
+        """A number above 0 that fits 32 bits; required unless there is a default."""
         value = self._value(field, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < _LARGEST_FLOAT:
             raise wrong(self.name(field), value, "a number above 0")
         return float(value)
 
@@ -91,12 +104,14 @@ class HFConfig:
     def head_dim(self, num_heads: int) -> int:
         """`head_dim`, or the model's width divided by its heads."""
         if self.fields.get("head_dim") is not None:
-            head_dim = self.whole("head_dim")
+            head_dim = self.whole("head_dim", most=_WIDEST_HEAD)
         else:
             hidden_size = self.whole("hidden_size")
             if hidden_size % num_heads:
                 raise wrong("hidden_size", hidden_size, f"a multiple of num_attention_heads, {num_heads}")
             head_dim = hidden_size // num_heads
+            if head_dim > _WIDEST_HEAD:
+                raise wrong("hidden_size", hidden_size, f"at most {_WIDEST_HEAD} for each of {num_heads} heads")
         if head_dim % 2:
             raise wrong("head_dim", head_dim, "even, since its halves rotate against each other")
         return head_dim
@@ -136,6 +151,8 @@ class HFConfig:
             if not isinstance(stored, Mapping):
                 raise wrong(inside, stored, "an object with rope_type and its numbers")
             rules |= {f"{inside}.{word}": stored[word] for word in ("type", "rope_type") if stored.get(word)}
+            if odd := [name for name, rule in rules.items() if not isinstance(rule, str)]:
+                raise wrong(odd[0], rules[odd[0]], "the name of a rule")
             if stored:
                 found = HFConfig({"rope_type": stored.get("type"), **stored}, inside)
         if len(set(rules.values())) > 1:
@@ -192,4 +209,6 @@ def _freq_factors(fields: HFConfig, rotary_dim: int) -> tuple[float, ...]:
     factors = fields.fields.get("factors")
     if not isinstance(factors, list | tuple) or len(factors) != rotary_dim // 2:
         raise wrong(fields.name("factors"), factors, f"a list of {rotary_dim // 2} numbers")
+    if not all(isinstance(factor, int | float) and 0 <= factor < _LARGEST_FLOAT for factor in factors):
+        raise wrong(fields.name("factors"), factors, "a list of numbers of at least 0")
     return tuple(float(factor) for factor in factors)

@@ -28,6 +28,7 @@ def windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     if kinds is None:
         first = fields.count("max_window_layers", 28)
         return tuple(window if layer >= first else 0 for layer in range(num_layers))
-    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in known for kind in kinds):
         raise wrong("layer_types", kinds, f"a list of {num_layers} times full_attention or sliding_attention")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)

@@ -1,7 +1,7 @@
 """Messages to a prompt, by the model's own Jinja template, without letting a message forge a special token.
 
-A template runs in a sandbox with the names that transformers gives it. Roles and fields beyond the text are
-the template's business; the HTTP shapes of messages are the server's.
+A template runs in a sandbox (`template_sandbox`) with the names that transformers gives it. Roles and fields beyond the
+text are the template's business; the HTTP shapes of messages are the server's.
 """
 
 import datetime
@@ -13,15 +13,19 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from octavo.errors import RequestError
 from octavo.text.special_text import Guard
+from octavo.text.template_sandbox import MOST_SOURCE, TemplateSandbox, render
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+
+# Names that Jinja or Octavo gives to a template; as a caller's variables they would be hidden, or hide the messages.
+RESERVED = frozenset(("self", "loop", "super", "caller", "varargs", "kwargs"))
+RESERVED |= {"tokenizer", "template", "messages", "tools", "add_generation_prompt"}
 
 
 class ChatTemplate:
@@ -35,6 +39,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -42,20 +47,26 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text. `variables` go to the template as they are (`enable_thinking`, ...).
 
-        Raises `RequestError` for messages that are not text, and for what the template itself refuses.
+        Raises `RequestError` for messages that are not text, for what the template itself refuses or cannot do, and
+        for a template that takes too long or writes too much.
         """
+        check_variables(variables)
         template = self._template("tool_use" if tools and "tool_use" in self.sources else "default")
         try:
-            return template.render(
+            return render(
+                template,
                 self._variables
                 | {"messages": plain_messages(messages), "tools": list(tools) if tools else None}
                 | {"add_generation_prompt": add_generation_prompt}
-                | variables
+                | variables,
             )
+        except RequestError:
+            raise
         except jinja2.TemplateError as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from None
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
-            raise RequestError(f"the model's chat template cannot use these messages: {error}", "messages") from None
+        except Exception as error:  # A template may do what any program may: divide by zero, recurse, fill the memory.
+            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise RequestError(f"the model's chat template cannot use these messages: {why}", "messages") from None
 
     def _template(self, name: str) -> jinja2.Template:
         if name not in self.sources:
@@ -66,19 +77,31 @@ class ChatTemplate:
                 "messages",
             )
         if name not in self._compiled:
+            source = self.sources[name]
             try:
-                self._compiled[name] = _environment().from_string(self.sources[name])
-            except jinja2.TemplateError as error:
+                if len(source) > MOST_SOURCE:
+                    raise jinja2.TemplateError(f"it has {len(source):,} characters")
+                self._compiled[name] = _environment().from_string(source)
+            except Exception as error:  # Python's compiler has limits of its own, and errors for each.
                 raise RequestError(
-                    f"the model's chat template is broken ({error}); give another with the chat template option",
+                    f"the model's chat template is broken ({error or type(error).__name__}); give another with the"
+                    " chat template option",
                     "messages",
                 ) from None
         return self._compiled[name]
 
 
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Raises `RequestError` for a caller's variable whose name is taken."""
+    for name in variables.keys() & RESERVED:
+        field = f"chat_template_kwargs.{name}"
+        raise RequestError(f"{field} cannot be set: the name is the template's own, or has its own field", field)
+
+
 def encode_chat(
     tokenizer: "Tokenizer",
     messages: Sequence[Message],
+    /,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
@@ -92,6 +115,7 @@ def encode_chat(
     `strict_compat=True` does as other engines do and lets messages write special tokens.
     Raises `RequestError`.
     """
+    check_variables(variables)
     template = template or tokenizer.chat_template
     if template is None:
         raise RequestError(
@@ -99,9 +123,12 @@ def encode_chat(
             "messages",
         )
     messages = plain_messages(messages)
-    guard = None if strict_compat else Guard.needed_for(tokenizer, [messages, tools, variables])
-    if guard is not None:
-        messages, tools, variables = (guard.protect(part) for part in (messages, tools, variables))
+    try:
+        guard = None if strict_compat else Guard.needed_for(tokenizer, [messages, tools, variables])
+        if guard is not None:
+            messages, tools, variables = (guard.protect(part) for part in (messages, tools, variables))
+    except RecursionError:
+        raise RequestError("messages, tools or chat_template_kwargs are nested too deeply", "messages") from None
     text = template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
     if guard is None:
         return tokenizer.encode(text, add_bos=False)
@@ -159,11 +186,9 @@ class _GenerationTag(Extension):
         return str(caller())
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-    )
-    environment.filters["tojson"] = _to_json
+def _environment() -> TemplateSandbox:
+    environment = TemplateSandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag])
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _strftime_now
     return environment

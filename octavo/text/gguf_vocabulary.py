@@ -14,6 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from octavo.errors import CheckpointError
 
+# The longest of real vocabularies have some 200; to find a token's merges takes the square of it.
+MOST_TOKEN_CHARACTERS = 4096
+
 # Values of tokenizer.ggml.token_type.
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
 
@@ -63,6 +66,12 @@ def build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    longest = max(map(len, tokens), default=0)
+    if not 0 < longest <= MOST_TOKEN_CHARACTERS:
+        raise CheckpointError(f"{path} has {len(tokens)} tokens, the longest of {longest} characters; convert it again")
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types and len(types) != len(tokens):
+        raise CheckpointError(f"{path} has {len(tokens)} tokens, but types of {len(types)}; convert it again")
     for name in ("bos", "eos", "unknown"):
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if index is not None and not 0 <= index < len(tokens):
@@ -76,11 +85,15 @@ def build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     _add_special_tokens(tokenizer, metadata)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
     if metadata.get("tokenizer.ggml.add_bos_token", bos) and bos_id is not None:
-        text = tokens[bos_id]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{text}:0 $A:0", special_tokens=[(text, bos_id)]
-        )
+        tokenizer.post_processor = _bos_first(tokens[bos_id], bos_id, path)
     return tokenizer
+
+
+def _bos_first(text: str, index: int, path: Path) -> processors.TemplateProcessing:
+    try:
+        return processors.TemplateProcessing(single=f"{text}:0 $A:0", special_tokens=[(text, index)])
+    except ValueError as error:  # The text is read as part of a pattern.
+        raise CheckpointError(f"{path} has a BOS {text!r:.100} that cannot be put first: {error}") from None
 
 
 def _byte_level(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, bool]:
@@ -120,13 +133,16 @@ def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     vocabulary = _vocabulary(tokens)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    model = models.BPE(
-        vocab=vocabulary,
-        merges=_merges(tokens, scores, types),
-        unk_token=tokens[unknown],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
+    try:
+        model = models.BPE(
+            vocab=vocabulary,
+            merges=_merges(tokens, scores, types),
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    except Exception as error:  # The library raises plain Exception.
+        raise CheckpointError(f"{path} has a tokenizer that does not fit together: {error}") from None
     tokenizer = Tokenizer(model)
     add_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     replace = normalizers.Replace(" ", "▁")

@@ -4,11 +4,21 @@ Works on any tokenizer and any template; what a message is, `chat_template` know
 """
 
 import re
+import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+from octavo.errors import RequestError
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
+
+
+# Characters to mark with, best first: those for private use (in the first plane a text is not made wider by them),
+# then all others that are no surrogates, from the end, where few stand for anything.
+_MARKS = ((0xE000, 0xF900), (0xF0000, 0x110000), (0x20000, 0xF0000), (0xF900, 0x20000), (0x80, 0xD800))
 
 
 class SpecialText:
@@ -18,13 +28,12 @@ class SpecialText:
         tokens = list(tokens)
         longest_first = sorted(tokens, key=len, reverse=True)
         self._alternatives = "|".join(map(re.escape, longest_first))
+        self.characters = frozenset(chain.from_iterable(tokens))
         self.pattern = re.compile(self._alternatives or r"(?!)")
         # A token that begins like a word is left out: "user" must stay "user" where a template compares it.
-        self._beginnings = frozenset(
-            token[:cut] for token in tokens if not token[0].isalnum() for cut in range(1, len(token))
-        )
-        self._longest = max(map(len, tokens), default=0)
-        self._last = frozenset(beginning[-1] for beginning in self._beginnings)
+        self._sorted = sorted(token for token in tokens if not token[0].isalnum())
+        self._longest = max(map(len, self._sorted), default=0)
+        self._last = frozenset(chain.from_iterable(token[:-1] for token in self._sorted))
 
     def genuine(self, mark: str) -> re.Pattern[str]:
         """Matches what no mark breaks; the group makes `split` keep the tokens."""
@@ -34,7 +43,12 @@ class SpecialText:
         """Whether the text that follows could complete a special token."""
         if not text or text[-1] not in self._last:
             return False
-        return any(text[-cut:] in self._beginnings for cut in range(1, min(self._longest, len(text) + 1)))
+        return any(self._is_beginning(text[-cut:]) for cut in range(1, min(self._longest, len(text) + 1)))
+
+    def _is_beginning(self, text: str) -> bool:
+        """Whether a token goes on after `text`: tokens that begin with it stand right behind it in their order."""
+        place = bisect_right(self._sorted, text)
+        return place < len(self._sorted) and self._sorted[place].startswith(text)
 
     def touches(self, text: str) -> bool:
         return self.pattern.search(text) is not None or self.ends_with_beginning(text)
@@ -43,7 +57,7 @@ class SpecialText:
 class Guard:
     """Keeps special tokens that a caller wrote apart from the template's own.
 
-    A mark, a private-use character that occurs nowhere in the request, goes into each forged token before the
+    A mark, a character that occurs nowhere in the request and means nothing, goes into each forged token before the
     template runs; afterwards what still reads as a special token is genuine, and the mark is taken out of the
     rest:
 
@@ -58,13 +72,22 @@ class Guard:
 
     @classmethod
     def needed_for(cls, tokenizer: "Tokenizer", parts: Any) -> "Guard | None":
-        """A guard if a string of `parts` holds a special token or ends with the beginning of one."""
+        """A guard if a string of `parts` holds a special token or ends with the beginning of one.
+
+        Raises `RequestError` for a text that has every character there is.
+        """
         special = tokenizer.special_text
         strings = list(_strings(parts))
         if not any(special.touches(string) for string in strings):
             return None
-        used: set[str] = set().union(*strings)
-        return cls(tokenizer, next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in used))
+        used = set(special.characters).union(*strings)
+        for mark in map(chr, chain.from_iterable(range(first, end) for first, end in _MARKS)):
+            if mark not in used:
+                return cls(tokenizer, mark)
+        raise RequestError(
+            f"the messages hold special tokens and each of Unicode's {sys.maxunicode + 1:,} characters; leave some out",
+            "messages",
+        )
 
     def protect(self, value: Any) -> Any:
         """`value` with all strings in it protected, keys of mappings too."""

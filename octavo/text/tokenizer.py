@@ -8,7 +8,8 @@ tokens in a chat may come from is the business of `chat_template`.
 import copy
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -17,12 +18,14 @@ from tokenizers import Tokenizer as Library
 
 from octavo.checkpoint import Checkpoint, TokenizerData, open_tokenizer_data
 from octavo.checkpoint.tiktoken import end_ids, is_chat
-from octavo.errors import CheckpointError, ConfigError, RequestError
+from octavo.errors import CheckpointError, ConfigError, OctavoError, RequestError
 from octavo.text import gguf_vocabulary, tiktoken_vocabulary
 from octavo.text.byte_level import ALPHABET
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.special_text import SpecialText
 
+# Of a token in added_tokens_decoder, beside its `content`.
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
@@ -193,10 +196,24 @@ class Tokenizer:
 
 def _encode(library: Library, texts: Sequence[str], add_bos: bool) -> list[list[int]]:
     try:
-        found = library.encode_batch_fast(list(texts), add_special_tokens=add_bos)
+        with _library_errors(
+            lambda why: RequestError(f"the model's tokenizer cannot encode this text: {why}", "prompt")
+        ):
+            found = library.encode_batch_fast(list(texts), add_special_tokens=add_bos)
     except (UnicodeEncodeError, TypeError):
         raise RequestError("the prompt must be Unicode text; it has a lone surrogate", "prompt") from None
     return [encoding.ids for encoding in found]
+
+
+@contextmanager
+def _library_errors(named: Callable[[str], OctavoError]) -> Iterator[None]:
+    """What the library raises as an error of ours: plain `Exception`, and Rust's panics, which are none."""
+    try:
+        yield
+    except (UnicodeEncodeError, TypeError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise named(str(error) or type(error).__name__) from None
 
 
 def _decoder_kind(library: Library) -> tuple[str, bool]:
@@ -209,6 +226,8 @@ def _decoder_kind(library: Library) -> tuple[str, bool]:
     description = json.loads(library.decoder.__getstate__())
     steps = description["decoders"] if description["type"] == "Sequence" else [description]
     kinds = [step["type"] for step in steps]
+    if not kinds:
+        return "other", False
     if kinds == ["ByteLevel"]:
         return "byte_level", False
     if kinds == ["Metaspace"] and steps[0]["replacement"] == "▁":
@@ -237,18 +256,15 @@ def _without_first_space(library: Library) -> str | None:
 
 def _from_json(data: TokenizerData) -> Tokenizer:
     assert data.json is not None, "the caller looked"
-    try:
+    with _library_errors(lambda why: _damaged(data, f"cannot be used: {why}")):
         library = Library.from_str(data.json)
-    except Exception as error:  # The library raises plain Exception.
-        raise CheckpointError(f"{data.path}/tokenizer.json cannot be used: {error}; fetch it again") from None
+        # Some parts that do not fit together are only met by a text.
+        library.encode("a <b>", add_special_tokens=True)
     # Requests of any length are encoded whole: the engine says which are too long.
     library.no_truncation()
     library.no_padding()
-    for index, entry in sorted(data.settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-        token = AddedToken(**entry)
-        if library.id_to_token(int(index)) != token.content:
-            continue
-        if int(index) not in library.get_added_tokens_decoder():
+    for index, token in _added_tokens(data):
+        if library.id_to_token(index) == token.content and index not in library.get_added_tokens_decoder():
             (library.add_special_tokens if token.special else library.add_tokens)([token])
     texts = {name: _token_text(data.settings.get(f"{name}_token")) for name in ("bos", "eos")}
     ends = _as_ids(data.generation_config.get("eos_token_id"))
@@ -262,6 +278,29 @@ def _from_json(data: TokenizerData) -> Tokenizer:
         eos_token_ids=[*([] if eos is None else [eos]), *ends],
         chat_template=_template(data.chat_templates, texts["bos"], texts["eos"]),
     )
+
+
+def _damaged(data: TokenizerData, what: str, name: str = "tokenizer.json") -> CheckpointError:
+    return CheckpointError(f"{data.path / name} {what}; fetch it again")
+
+
+def _added_tokens(data: TokenizerData) -> list[tuple[int, AddedToken]]:
+    """tokenizer_config.json's `added_tokens_decoder`, in the order of ids."""
+    stored = data.settings.get("added_tokens_decoder")
+    if stored is not None and not isinstance(stored, Mapping):
+        what = f"has an added_tokens_decoder that is {stored!r:.100} and no object of tokens by id"
+        raise _damaged(data, what, "tokenizer_config.json")
+    found = []
+    for index, entry in (stored or {}).items():
+        flags = {name: entry.get(name) for name in _TOKEN_FLAGS} if isinstance(entry, Mapping) else {}
+        text = _token_text(entry) if flags else None
+        number = int(index) if index.isdecimal() and len(index) < 10 else None
+        if number is None or text is None or not all(flag is None or isinstance(flag, bool) for flag in flags.values()):
+            what = f"has the entry {index!r:.20}: {entry!r:.100} in added_tokens_decoder, which is no token with its id"
+            raise _damaged(data, what, "tokenizer_config.json")
+        if text:
+            found.append((number, AddedToken(text, **{name: flag for name, flag in flags.items() if flag is not None})))
+    return sorted(found, key=lambda item: item[0])
 
 
 def _from_ggml(data: TokenizerData) -> Tokenizer:

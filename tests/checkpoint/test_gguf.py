@@ -242,6 +242,68 @@ def test_numbers_that_cannot_be_are_named(tmp_path: Path) -> None:
         GgufCheckpoint(path).read("model.layers.0.self_attn.q_proj.weight")
 
 
+WRONG_TYPES: dict[str, list[Any]] = {
+    "tokenizer.ggml.tokens": [3, "abc", [1, 2], [0.5]],
+    "tokenizer.ggml.merges": [3, [1]],
+    "tokenizer.ggml.token_type": ["x", ["1"], [0.5], True],
+    "tokenizer.ggml.scores": [1.5, ["x"]],
+    "tokenizer.ggml.model": [3, ["gpt2"]],
+    "tokenizer.ggml.pre": [3, ["qwen2"]],
+    "tokenizer.ggml.eos_token_id": ["2", [2], 2.0, -1, True],
+    "tokenizer.ggml.eot_token_id": ["2", [2], 2.5],
+    "tokenizer.ggml.add_bos_token": ["yes", 1, [True]],
+    "llama.expert_count": ["none", [0]],
+    "llama.rope.freq_base": ["1e4", [1e4], float("nan"), float("inf")],
+    "llama.rope.scaling.type": [1, ["yarn"]],
+    "llama.rope.scaling.factor": ["2", [2.0]],
+    "llama.attention.key_length": ["16", 16.5, [16]],
+    "split.count": ["2", [1], 1.5],
+    "general.alignment": ["32", [32], 0, 1.5],
+    "general.architecture": [3, ["llama"]],
+}
+
+
+@pytest.mark.parametrize("key", WRONG_TYPES)
+def test_values_of_a_wrong_type_are_named(tmp_path: Path, key: str) -> None:
+    """Once, when the file is opened, so that whoever reads a value meets none."""
+    from tests.fuzz.originals import Value, gguf_byte_level, gguf_sentencepiece
+
+    path = tmp_path / "m.gguf"
+    kinds = {str: 8, int: 5, float: 6, bool: 7}
+    for wrong in WRONG_TYPES[key]:
+        made = gguf_sentencepiece() if "scores" in key or "llama" in key else gguf_byte_level()
+        made.keys = [entry for entry in made.keys if entry[0] != key]
+        many = isinstance(wrong, list)
+        value = Value(9, wrong, kinds[type(wrong[0])]) if many else Value(kinds[type(wrong)], wrong)
+        made.keys.append((key, value))
+        path.write_bytes(made.write())
+        text = damage(path, bytes)
+        assert key in text or key in ("split.count", "general.architecture"), text
+
+
+@pytest.mark.parametrize(
+    ("move", "words"), [(8, "no multiple of 32"), (-32, "over each other"), (1 << 62, "cut short")]
+)
+def test_tensors_that_lie_wrongly(tmp_path: Path, move: int, words: str) -> None:
+    from tests.fuzz.originals import gguf_byte_level
+
+    made = gguf_byte_level()
+    made.entries[3].offset += move
+    (tmp_path / "m.gguf").write_bytes(made.write())
+    assert words in damage(tmp_path / "m.gguf", bytes)
+
+
+@pytest.mark.parametrize("count", [1 << 20, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
+def test_counts_are_checked_against_the_file_before_anything_is_made(tmp_path: Path, count: int) -> None:
+    from tests.fuzz.originals import gguf_byte_level
+
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+        made = gguf_byte_level()
+        dict(made.keys)[key].count = count
+        (tmp_path / "m.gguf").write_bytes(made.write())
+        assert "cut short" in damage(tmp_path / "m.gguf", bytes)
+
+
 def test_an_unknown_architecture_or_tensor_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_model(path)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from octavo.checkpoint import open_checkpoint
+from octavo.checkpoint import open_checkpoint, open_tokenizer_data
 from octavo.checkpoint.safetensors import SafetensorsFile, header_size, parse_header
 from octavo.errors import CheckpointError
 
@@ -166,3 +166,46 @@ def test_an_unknown_name_lists_what_is_known(tmp_path: Path) -> None:
     (tmp_path / "model.bin").touch()
     with pytest.raises(CheckpointError, match=r"not a \.gguf one"):
         open_checkpoint(str(tmp_path / "model.bin"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"temperature": "hot"}', "temperature is 'hot'"),
+        ('{"top_p": [1]}', "top_p is [1]"),
+        ('{"temperature": NaN}', "temperature is nan"),
+        ('{"repetition_penalty": 1e308}', "repetition_penalty is 1e+308"),
+        ('{"temperature": 1' + "0" * 400 + "}", "temperature is 1000"),
+        ('{"top_k": 4294967296}', "top_k is 4294967296"),
+        ('{"top_k": 1.5}', "top_k is 1.5"),
+        ('{"eos_token_id": 2.5}', "eos_token_id is 2.5"),
+        ('{"eos_token_id": [[2]]}', "eos_token_id is [[2]]"),
+        ('{"eos_token_id": {"a": 1}}', "eos_token_id is {'a': 1}"),
+        ('{"bos_token_id": true}', "bos_token_id is True"),
+        ("[1]", "holds no JSON object"),
+        ('{"a": ["\\uD800"]}', "is not JSON ('utf-8' codec can't encode"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"a": ' + "1" * 5000 + "}", "is not JSON"),
+    ],
+)
+def test_a_generation_config_that_is_none(folder: Path, content: str, words: str) -> None:
+    (folder / "generation_config.json").write_text(content)
+    (folder / "tokenizer.json").write_text("{}")
+    for read in (open_checkpoint, open_tokenizer_data):
+        with pytest.raises(CheckpointError) as raised:
+            read(str(folder))
+        assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\0", "x" * 5000, "", "..", "é" * 300])
+def test_shards_of_impossible_names(folder: Path, name: str) -> None:
+    write_index(folder, {"w": name})
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoint(str(folder))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_shape_of_a_million_dimensions_is_not_multiplied() -> None:
+    entries = {"a": {"dtype": "F32", "shape": [2**62] * 1_000_000, "data_offsets": [0, 8]}}
+    with pytest.raises(CheckpointError, match="describes tensor 'a' wrongly"):
+        parse_header(json.dumps(entries).encode(), "m.safetensors")

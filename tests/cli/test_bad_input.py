@@ -147,3 +147,67 @@ def test_plan_refuses_the_same(whole: Path, tmp_path: Path, capsys: pytest.Captu
     config(architectures=["BertForMaskedLM"])(folder)
     assert main(["plan", str(folder)]) == 2
     assert capsys.readouterr().err.startswith("octavo: error: architecture 'BertForMaskedLM' is not supported.")
+
+
+def test_plan_and_serve_say_one_line_too(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(whole, tmp_path / "model")
+    write("tokenizer_config.json", '{"added_tokens_decoder": [3]}')(folder)
+    assert main(["serve", str(folder), "--device", "cpu", "--port", "0"]) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert "has an added_tokens_decoder that is [3]" in err.splitlines()[-1]
+    remove("tokenizer_config.json")(folder)
+    config(architectures=[["LlamaForCausalLM"]])(folder)
+    for command in (["plan"], ["serve", "--device", "cpu", "--port", "0"]):
+        assert main([*command, str(folder)]) == 2
+        err = capfd.readouterr().err
+        assert "Traceback" not in err
+        assert "architectures is [['LlamaForCausalLM']]" in err.splitlines()[-1]
+
+
+def test_no_memory_is_one_line(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from octavo.cli import plan
+
+    def full(options: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(plan, "make_plan", full)
+    assert main(["plan", str(whole)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("octavo: error: this machine's memory is used up")
+
+
+@pytest.mark.parametrize("name", ["~nobody-has-this-name/m", "a\nb", "x" * 5000, "x\0y", "\ud800", "/proc/x/y"])
+def test_names_that_can_be_no_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", name]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("octavo: error: model ")
+
+
+def test_what_the_system_refuses_is_one_line(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"w1"\n')
+    folder = shutil.copytree(whole, tmp_path / "model")
+    target = str(tmp_path / "missing" / "out.jsonl")
+    command = ["generate", "-i", str(prompts), "-o", target, str(folder), "--device", "cpu", "--max-tokens", "2"]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == f"octavo: error: {target}: No such file or directory"
+
+
+def test_a_line_that_is_no_text_spares_the_others(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_bytes(b'"w1"\n"\xff"\n' + b"[" * 5000 + b'\n"w2"\n')
+    folder = shutil.copytree(whole, tmp_path / "model")
+    command = ["generate", "-i", str(prompts), "-o", str(answers), str(folder), "--device", "cpu", "--max-tokens", "2"]
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert "line 2: the prompt must be Unicode text" in err
+    assert "line 3: " in err
+    assert "Traceback" not in err
+    assert [json.loads(line)["line"] for line in answers.read_text().splitlines()] == [1, 4]

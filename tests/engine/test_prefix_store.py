@@ -1,9 +1,15 @@
 """The prefix cache on disk: what comes back is what was written, or nothing."""
 
+import errno
 import os
+import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -85,9 +91,10 @@ def test_a_block_under_another_ones_name(tmp_path: Path) -> None:
 
 def test_what_is_not_its_own_stays(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "half.kv.tmp").write_text("torn by a kill")
+    (tmp_path / "notes.kv").write_text("mine too")
+    (tmp_path / f"{'0f' * 16}.kv.tmp").write_text("torn by a kill")
     store(tmp_path, files=1).close()
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.kv", "notes.txt"]
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
@@ -109,18 +116,213 @@ def test_age_outlives_the_process_and_a_smaller_bound_holds_at_once(tmp_path: Pa
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_disk_that_refuses_stops_writing_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+class Clock:
+    """`time` for a store, in which a test says how late it is."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(prefix_store, "time", clock)
+    return clock
+
+
+class FullDisk:
+    """Refuses bytes of blocks while `full`, after the file was made; as a disk does whose last block is taken."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.full = True
+        self.refused = 0
+        inner = prefix_store._header
+
+        def header(key: bytes, content: memoryview) -> bytes:
+            if self.full:
+                self.refused += 1
+                raise OSError(28, "No space left on device")
+            return inner(key, content)
+
+        monkeypatch.setattr(prefix_store, "_header", header)
+
+
+def test_a_full_disk_leaves_no_half_files_and_is_tried_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     made = filled(tmp_path, 1)
-
-    def full(self, *arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
+    disk = FullDisk(monkeypatch)
+    for attempt, pause in enumerate((60, 120, 240), 1):
+        assert made.room
+        made.put(b"x", content(9))
+        made.flush()
+        assert disk.refused == attempt
+        assert made.room == 0
+        assert not made.has(b"x")
+        assert made.num_files == len(list(tmp_path.iterdir())) == 1
+        made.put(b"y", content(9))  # while writing pauses the disk is left alone
+        made.flush()
+        assert disk.refused == attempt
+        assert not made.has(b"y")
+        clock.now += pause - 1
+        assert made.room == 0
+        clock.now += 1
+    assert caplog.text.count("nothing is written") == 3
+    disk.full = False
     made.put(b"x", content(9))
     made.flush()
-    assert made.room == 0
-    assert not made.has(b"x")
+    np.testing.assert_array_equal(made.read(b"x"), content(9))
     assert made.read(bytes([0])) is not None
+    assert made._total == 2 * FILE
+    disk.full = True
+    made.put(b"z", content(9))
+    made.flush()
+    clock.now += 60  # the first pause again
+    assert made.room
+
+
+def test_the_pause_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    made, _ = store(tmp_path), FullDisk(monkeypatch)
+    for _ in range(12):
+        made.put(b"x", content(9))
+        made.flush()
+        assert not made.room
+        clock.now += 3600
+        assert made.room
+
+
+def test_the_writer_survives_what_nobody_thought_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = store(tmp_path)
+    monkeypatch.setattr(made, "_evict", lambda coming: 1 / 0)
+    for i in range(5):
+        made.put(bytes([i]), content(i))
+    made.flush()
+    assert made.room == 0
+    assert made._writer.is_alive()
+    made.close()
+    assert not made._writer.is_alive()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nobody_waits_for_ever_for_a_disk_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(prefix_store, "_PATIENCE", 0.05)
+    monkeypatch.setattr(prefix_store, "_WAITING", 2 * SIZE)
+    made = store(tmp_path)
+    monkeypatch.setattr(made, "_evict", lambda coming: answers.wait())
+    for i in range(5):
+        made.put(bytes([i]), content(i))
+    assert made.room == 0
+    assert not made.has(bytes([4]))
+    made.flush()
+    made.close()
+    answers.set()
+    made._queue.join()
+
+
+def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    folder = open_folder(str(tmp_path / "a" / "cache"))
+    filled(folder, 2).close()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+
+
+def _link(path: Path) -> None:
+    path.symlink_to(path.parent / "elsewhere")
+
+
+def _link_to_a_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _socket(path: Path) -> None:
+    # A socket's address is short, so the name is given afterwards.
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/s")
+        shutil.move(f"{folder}/s", path)
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+    (path / "file").write_text("")
+
+
+def _huge(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+ODD = {"FIFO": os.mkfifo, "link": _link, "link to a device": _link_to_a_device, "folder": _folder, "huge": _huge}
+ODD["socket"] = _socket
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["KEY.kv", "KEY.kv.tmp"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.timeout(20)
+def test_odd_things_in_a_file_s_place(tmp_path: Path, odd: str, name: str, when: str) -> None:
+    """They are passed by: nothing hangs, nothing is read, other blocks are written as ever."""
+    (tmp_path / "elsewhere").write_text("somebody's")
+    probe = store(tmp_path)
+    path = tmp_path / name.replace("KEY.kv", probe._name(b"x"))
+    if when == "before":
+        try:
+            ODD[odd](path)
+        except OSError as error:
+            pytest.skip(f"this file system has none: {error}")
+    made = store(tmp_path)
+    if when == "after":
+        made.put(b"x", content(9))
+        made.flush()
+        path.unlink(missing_ok=True)
+        try:
+            ODD[odd](path)
+        except OSError as error:
+            pytest.skip(f"this file system has none: {error}")
+    if name == "KEY.kv" or when == "before":
+        assert made.read(b"x") is None
+    made.put(b"x", content(7))
+    made.put(b"y", content(8))
+    made.flush()
+    assert made.room
+    np.testing.assert_array_equal(made.read(b"y"), content(8))
+    found = made.read(b"x")
+    assert found is None or (found == found[0]).all()
+    if odd != "folder" and name == "KEY.kv":
+        assert found is not None, "it was removed, and the block written in its place"
+    assert (tmp_path / "elsewhere").read_text() == "somebody's"
+    made.close()
+
+
+def test_a_file_that_cannot_be_opened_for_the_moment_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = filled(tmp_path, 1)
+
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        assert made.read(bytes([0])) is None
+    assert made.read(bytes([0])) is not None
+
+
+def test_a_half_file_that_another_process_s_start_took_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = store(tmp_path)
+    inner = Path.replace
+
+    def gone(self: Path, target: Path) -> Path:
+        self.unlink()
+        return inner(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", gone)
+        made.put(b"x", content(1))
+        made.flush()
+    assert not made.has(b"x")
+    assert made.room, "no fault of the disk"
 
 
 def test_a_folder_that_cannot_be_written() -> None:
@@ -132,6 +334,12 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="prefix_cache_dir"):
         open_folder(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("path", ["~nobody-has-this-name/cache", "a\0b", "x" * 5000])
+def test_a_folder_that_can_be_none(path: str) -> None:
+    with pytest.raises(ConfigError, match="prefix_cache_dir is"):
+        open_folder(path)
 
 
 def test_room_for_no_block(tmp_path: Path) -> None:

@@ -128,3 +128,41 @@ def test_qwen3_heads_have_a_width_of_their_own() -> None:
     config = read(architectures=["Qwen3ForCausalLM"])
     assert (config.head_dim, config.qk_norm, config.qkv_bias, config.o_bias) == (128, True, False, False)
     assert read(architectures=["Qwen3ForCausalLM"], head_dim=16, attention_bias=True).o_bias
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": [["LlamaForCausalLM"]]}, "architectures is [['LlamaForCausalLM']]"),
+        ({"architectures": [3]}, "architectures is [3]"),
+        ({"num_hidden_layers": 2**31}, "at most"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000; it must be at most 4096"),
+        ({"vocab_size": 2**63}, "vocab_size is 9223372036854775808; it must be at most 2147483647"),
+        ({"hidden_size": 2**30}, "hidden_size is 1073741824; it must be at most 65536 for each of 4 heads"),
+        ({"head_dim": 2**30}, "head_dim is 1073741824; it must be at most 65536"),
+        ({"rms_norm_eps": 1e308}, "rms_norm_eps is 1e+308"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"rope_scaling": {"type": ["yarn"]}}, "rope_scaling.type is ['yarn']"),
+        ({"rope_scaling": {"type": {}, "rope_type": {"a": 1}}}, "rope_scaling.rope_type is {'a': 1}"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e308}}, "rope_scaling.factor is 1e+308"),
+        ({"eos_token_id": [[2]]}, "eos_token_id is [[2]]"),
+        ({"rope_scaling": {"rope_type": "freq_factors", "factors": [1, "x"] * 4}}, "factors"),
+        ({"rope_scaling": {"rope_type": "freq_factors", "factors": [-1.0] * 8}}, "factors"),
+        ({"torch_dtype": ["float32"]}, "torch_dtype is ['float32']"),
+    ],
+)
+def test_values_that_nothing_may_follow_from(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read(**changes)
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("kinds", [3, "full_attention", [["full_attention"]] * 2, [None, None], ["full_attention"], {}])
+def test_layer_types_that_are_none(kinds: Any) -> None:
+    with pytest.raises(ConfigError, match="layer_types is"):
+        read(architectures=["Qwen2ForCausalLM"], use_sliding_window=True, sliding_window=8, layer_types=kinds)
+
+
+def test_ids_that_cannot_be_drawn_end_nothing() -> None:
+    assert read(eos_token_id=[2, -1, 160, 2**40, 159]).eos_token_ids == (2, 159)

@@ -1,6 +1,8 @@
 """Chat templates: rendered as transformers renders them, and safe from messages that write special tokens."""
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from octavo.checkpoint import TokenizerData
 from octavo.checkpoint.folder import read_tokenizer_data
 from octavo.errors import CheckpointError, RequestError
+from octavo.text import chat_template, template_sandbox
 from octavo.text.chat_template import ChatTemplate, encode_chat
 from octavo.text.tokenizer import Tokenizer
 
@@ -222,3 +225,172 @@ def test_templates_of_a_folder(tmp_path: Path) -> None:
     config.write_text('{"chat_template": [3]}')
     with pytest.raises(CheckpointError, match="chat_template is neither"):
         read_tokenizer_data(tmp_path)
+
+
+# What templates can do that takes for ever or all the memory there is.
+ENDLESS = {
+    "loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "loops that write": "{% for i in range(100000) %}{% for j in range(100000) %}{{ i }}{% endfor %}{% endfor %}",
+    "loops over nothing": "{% for i in range(100000) %}{% for j in range(100000) if false %}{% endfor %}{% endfor %}",
+    "a recursive loop": "{% for i in [1, 2, 3] recursive %}{{ loop([i, i]) }}{% endfor %}",
+    "a set block": "{% set b %}{% for i in range(100000) %}{{ 'x' * 1000000 }}{% endfor %}{% endset %}{{ b }}",
+}
+# (template, a word of the error); all of these are refused at once.
+TOO_LARGE = [
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ("{% macro f(n) %}{% for i in range(9) %}{{ f(n) }}{% endfor %}{% endmacro %}{{ f(1) }}", "RecursionError"),
+    ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "characters"),
+    ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}", "characters"),
+    ("{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}", "characters"),
+    ("{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}", "characters"),
+    ("{% set n = namespace(x=(1,)) %}{% for i in range(99) %}{% set n.x = (n.x, n.x) %}{% endfor %}", "characters"),
+    (
+        "{% set n = namespace(x=1) %}{% for i in range(99) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}",
+        "characters",
+    ),
+    ("{% set n = namespace() %}{% set n.n = n %}{{ n }}", "characters"),
+    (
+        "{% set b = 'x' * 10**6 %}{% set n = namespace(x=[]) %}"
+        "{% for i in range(10000) %}{% set n.x = n.x + [b[1:]] %}{% endfor %}",
+        "characters",
+    ),
+    ("{{ 'x' * 10**9 }}", "characters"),
+    ("{{ 10**9 * 'x' }}", "characters"),
+    ("{{ [0] * 10**9 }}", "characters"),
+    ("{{ ['x' * 10**6] * 10**5 }}", "characters"),
+    ("{{ ['x' * 10**6] * 10**5 ~ 'a' }}", "characters"),
+    ("{{ (['x' * 10**6] * 10**5) | tojson }}", "characters"),
+    ("{{ (['x' * 10**6] * 10**5) | join }}", "characters"),
+    ("{{ (['x' * 10**6] * 10**5) | sort }}", "characters"),
+    ("{{ '%s' % (['x' * 10**6] * 10**5) }}", "characters"),
+    ("{{ ''.join(['x' * 10**6] * 10**5) }}", "characters"),
+    ("{{ ('x' * 10**6).join(range(10000) | map('string')) }}", "characters"),
+    ("{{ range(100000) | join('x' * 100000) }}", "characters"),
+    ("{{ range(100000) | map('string') | map('center', 100000) | join }}", "characters"),
+    ("{{ ('x' * 10**6) | replace('x', 'y' * 10**6) }}", "characters"),
+    ("{{ ('x' * 10**6).replace('x', 'y' * 10**6) }}", "characters"),
+    ("{{ ('x' * 10**6).replace('', 'y' * 10**6) }}", "characters"),
+    ("{{ ('x' * 10**4).translate({120: 'y' * 10**6}) }}", "characters"),
+    ("{{ ('x\t' * 10**5).expandtabs(10**5) }}", "characters"),
+    ("{{ ('x\n' * 10**5) | indent(10**5) }}", "characters"),
+    ("{{ ('x\n' * 10**5) | indent('y' * 10**5) }}", "characters"),
+    ("{{ ('{0}' * 1000).format('x' * 10**6) }}", "characters"),
+    ("{{ ('%(a)s' * 1000) % {'a': 'x' * 10**6} }}", "characters"),
+    ("{{ 2 ** (2 ** 60) }}", "bits"),
+    ("{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "bits"),
+    ("{{ '%1000000000d' % 1 }}", "places"),
+    ("{{ '%*d' % (10**9, 1) }}", "places"),
+    ("{{ '%.1000000000f' | format(1.0) }}", "places"),
+    ("{{ '{:1000000000}'.format(1) }}", "places"),
+    ("{{ '{:{}}'.format(1, 10**9) }}", "places"),
+    ("{{ '{a:{b}}'.format_map({'a': 1, 'b': 10**9}) }}", "places"),
+    ("{{ '{a[b]:{a[c]}}'.format(a={'b': 1, 'c': 10**9}) }}", "places"),
+    ("{{ ('{}'|safe).format('x' * 10**7 ~ '{}') ~ ('{:{}}'|safe).format(1, 10**9) }}", "places"),
+    ("{{ 'x'.center(10**9) }}", "places"),
+    ("{{ 'x'.zfill(10**9) }}", "places"),
+    ("{{ 'x' | center(10**9) }}", "places"),
+    ("{{ 'x' | center(width=10**9) }}", "places"),
+    ("{{ [1] | batch(10**9, 0) | list }}", "places"),
+    ("{{ [1] | slice(10**9) | list }}", "places"),
+    ("{{ messages | tojson(indent=10**9) }}", "places"),
+    ("{{ (1).to_bytes(10**9, 'big') }}", "places"),
+    ("{{ [[1]] | sum(start=[]) }}", "adds up lists"),
+    ("{{ range(10**9) }}", "OverflowError"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ("{{ 1.5 ** 100000 }}", "OverflowError"),
+    ("{{ lipsum(n=10**9) }}", "lipsum"),
+    ("{{ 'x' | wordwrap(1) }}", "is broken"),
+    ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "is broken"),
+    ("{% if x %}" * 300 + "{% endif %}" * 300, "is broken"),
+    ("x" * 1024**2 + "x", "1,048,577 characters"),
+    ("{{ raise_exception('a\nb') }}", "a b"),
+    ("{{ strftime_now(1) }}", "TypeError"),
+    ("{% include 'x' %}", "no loader"),
+]
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_a_template_that_runs_without_end(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MOST_SECONDS", 0.3)
+    began = time.monotonic()
+    with pytest.raises(
+        RequestError, match=r"more than 0\.3 seconds|more than 67,108,864 characters|Recursion"
+    ) as raised:
+        ChatTemplate(ENDLESS[what]).render(CHAT)
+    assert len(str(raised.value).splitlines()) == 1
+    assert time.monotonic() - began < 5
+
+
+def test_the_time_that_a_template_has() -> None:
+    assert template_sandbox.MOST_SECONDS == 10
+
+
+@pytest.mark.parametrize(("source", "words"), TOO_LARGE, ids=[str(i) for i in range(len(TOO_LARGE))])
+@pytest.mark.timeout(20)
+def test_a_template_that_grows_without_end(source: str, words: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(words)) as raised:
+        ChatTemplate(source).render(CHAT)
+    assert len(str(raised.value).splitlines()) == 1
+    assert raised.value.param == "messages"
+
+
+# What none of this changes.
+ORDINARY = """{% macro m(a, b=2) %}{{ a ~ b }}{{ caller() if caller else '' }}{% endmacro %}{{ m(1) }}{% call m(3) %}c{%
+endcall %}{{ 'a' ~ 1 ~ none ~ [1, 'b'] ~ {'k': (1, 2)} }}{{ 'abc'[1:] }}{{ 'abc'[-1] }}{{ [1, 2, 3][::2] }}
+{% for a, b in [(1, 2), (3, 4)] if a > 1 %}{{ loop.length }}{{ loop.last }}{{ a }}{{ b }}{% else %}none{% endfor %}
+{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}
+{{ 'a,b'.split(',') | join('-') }}
+{{ '%s and %5d' % ('x', 3) }}{{ '%05.2f' | format(1.5) }}{{ '{:>6}|{}'.format('a', 'b') }}{{ '{x}'.format(x=1) }}
+{{ 7 // 2 }}{{ 7 % 4 }}{{ 2 ** 10 }}{{ 2 ** 0.5 }}{{ -3 * 2 }}{{ 'ab' * 3 }}{{ [1] * 2 + [3] }}{{ 1.5 + 1 }}
+{{ 'x' | center(9) }}{{ 'a
+b' | indent(2) }}{{ messages | map(attribute='role') | list }}{{ [3, 1] | sort | first }}
+{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ range(3) | sum }}{{ {'b': 1} | items | list }}
+{{ 'aXb'.replace('X', '-') }}{{ 'aXb' | replace('X', '+') }}{{ ' x '.strip() }}{{ 'a	b'.expandtabs(4) }}
+{{ 'é' | tojson }}
+{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{% set b %}x{{ 1 }}{%
+endset %}{{ b | upper }}{% filter upper %}q{% endfilter %}{{ [1, 2, 3, 4] | batch(2) | list }}
+{{ undefined_name }}{{ 2**31 }}
+{{ messages[0].get('x', 2**31) }}{{ 5 | default(2**40) }}{{ '3' | int(2**40) }}{{ [1, 2] | tojson(indent=2) }}
+{{ True and 1 }}"""
+
+
+def test_bounds_change_nothing_else() -> None:
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    plain.filters["tojson"] = chat_template._to_json
+    expected = plain.from_string(ORDINARY).render(messages=CHAT)
+    assert ChatTemplate(ORDINARY).render(CHAT) == expected
+
+
+@pytest.mark.parametrize("name", ["self", "loop", "super", "caller", "varargs", "kwargs", "messages", "tokenizer"])
+def test_names_that_are_taken(smollm2: Tokenizer, name: str) -> None:
+    with pytest.raises(RequestError, match=rf"chat_template_kwargs\.{name} cannot be set") as raised:
+        encode_chat(smollm2, CHAT, **{name: 1})
+    assert raised.value.param == f"chat_template_kwargs.{name}"
+
+
+def test_renderings_in_threads_count_for_themselves() -> None:
+    template = ChatTemplate("{{ messages[0].content * 30 }}")
+    content = "x" * 1024**2
+    with ThreadPoolExecutor(4) as threads:
+        texts = list(threads.map(lambda _: template.render([{"role": "user", "content": content}]), range(12)))
+    assert {len(text) for text in texts} == {30 * 1024**2}
+
+
+def test_errors_are_a_line_of_text_whatever_they_quote() -> None:
+    from octavo.errors import OctavoError
+
+    assert str(OctavoError("a\nb\r\nc\u2028d")) == "a b c d"
+    assert str(RequestError("half a character: \ud800", "messages")) == "half a character: \\ud800"
+    assert len(str(OctavoError("x" * 10**6))) < 2100
+
+
+def test_variables_that_are_nested_too_deeply(smollm2: Tokenizer) -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(RequestError, match="nested too deeply"):
+        encode_chat(smollm2, CHAT, documents=nested)

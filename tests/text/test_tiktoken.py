@@ -122,15 +122,24 @@ def test_chat(tmp_path: Path) -> None:
         (lambda lines: [*lines[:5], lines[6], lines[5], *lines[7:]], "line 6 does not hold token 5"),
         (lambda lines: [*lines[:300], b"!!! 300"], "line 301 does not hold token 300"),
         (lambda lines: [*lines[:300], lines[300][:3]], "line 301 does not hold token 300"),
+        (lambda lines: [*lines[:300], b"IQ== " + b"9" * 5000], "line 301 does not hold token 300"),
+        (lambda lines: [*lines[:300], base64.b64encode(b"A" * 10**6) + b" 300"], "line 301 does not hold token 300"),
+        (lambda lines: [*lines[:300], b" 300"], "line 301 does not hold token 300"),
         (lambda lines: lines[:200], "lacks tokens for 56 of the 256 bytes"),
         (lambda lines: [*lines, base64.b64encode(b"A") + b" %d" % len(lines)], "gives the same token twice"),
     ],
-    ids=["order", "base64", "cut", "short", "twice"],
+    ids=["order", "base64", "cut", "a rank of 5,000 digits", "as long as a book", "no token", "short", "twice"],
 )
 def test_damaged_files(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
     path = write_tiny_qwen_v1(tmp_path) / "qwen.tiktoken"
     path.write_bytes(b"\n".join(damage(path.read_bytes().splitlines())))
     with pytest.raises(CheckpointError, match=message):
+        Tokenizer.load(str(tmp_path))
+
+
+def test_a_file_larger_than_memory_is_not_read(tmp_path: Path) -> None:
+    os.truncate(write_tiny_qwen_v1(tmp_path) / "qwen.tiktoken", 1 << 40)
+    with pytest.raises(CheckpointError, match="which is no vocabulary"):
         Tokenizer.load(str(tmp_path))
 
 

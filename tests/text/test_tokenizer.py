@@ -264,3 +264,78 @@ def test_metaspace(scheme: Any) -> None:
     # A piece after a special token is marked only if the scheme marks every piece.
     assert tokenizer.encode("<x>a") == [4, *tokenizer.encode_piece("a", first=False)]
     assert tokenizer.encode("a") == tokenizer.encode_piece("a", first=True)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        3,
+        "x",
+        [1],
+        {"x": {"content": "a"}},
+        {"-1": {"content": "a"}},
+        {"9" * 5000: {"content": "a"}},
+        {"0": "a"},
+        {"0": None},
+        {"0": {"content": 3}},
+        {"0": {"special": True}},
+        {"0": {"content": "a", "special": "yes"}},
+        {"0": {"content": "a", "lstrip": []}},
+    ],
+)
+def test_added_tokens_that_are_none(as_json: Any, decoder: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json has .*added_tokens_decoder.*fetch it again"):
+        Tokenizer.from_data(as_json(added_tokens_decoder=decoder))
+
+
+def test_added_tokens_may_say_more_or_nothing(as_json: Any) -> None:
+    for decoder in (
+        None,
+        {},
+        {"7": {"content": "", "special": True}},
+        {"0": {"content": "a", "id": 0, "special": None}},
+    ):
+        Tokenizer.from_data(as_json(added_tokens_decoder=decoder))
+
+
+def test_parts_that_do_not_fit_together_are_found_when_the_tokenizer_is_read(as_json: Any) -> None:
+    """The library panics when it first meets a text, with an error that is no `Exception`."""
+    description = json.loads(as_json().json)
+    description["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used") as raised:
+        Tokenizer.from_data(TokenizerData(Path("folder"), json=json.dumps(description)))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_decoder_of_no_steps(as_json: Any) -> None:
+    description = json.loads(as_json().json)
+    description["decoder"] = {"type": "Sequence", "decoders": []}
+    assert not Tokenizer.from_data(TokenizerData(Path("folder"), json=json.dumps(description))).by_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokenizer.ggml.tokens": [], "tokenizer.ggml.token_type": [], "tokenizer.ggml.scores": []}, "has 0 tokens"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "types of 2"),
+        ({"tokenizer.ggml.bos_token_id": 10**6}, "gives bos as token 1000000"),
+    ],
+)
+def test_damaged_sentencepiece_vocabularies_are_named(sentencepiece: Any, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        sentencepiece(**changes)
+
+
+def test_a_token_as_long_as_a_book_is_damage(sentencepiece: Any) -> None:
+    """To find its merges would take the square of its length."""
+    tokens = sentencepiece().library.get_vocab()
+    tokens = [*sorted(tokens, key=tokens.__getitem__)]
+    tokens[-1] = "a" * 10_000_000
+    kinds = {"tokenizer.ggml.token_type": None, "tokenizer.ggml.scores": [0.0] * len(tokens)}
+    with pytest.raises(CheckpointError, match="the longest of 10000000 characters"):
+        sentencepiece(**{"tokenizer.ggml.tokens": tokens, **kinds})
