@@ -1,0 +1,19 @@
+"""Long runs: `scripts/fuzz requests --requests 10000 --seed 1`. Each fault is printed with what repeats it."""
+
+import argparse
+import sys
+
+from tests.fuzz import run_requests
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/fuzz", description=__doc__)
+    kinds = parser.add_subparsers(required=True, metavar="KIND")
+    run_requests.add_to(kinds)
+    arguments = parser.parse_args()
+    code: int = arguments.run(arguments)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
