@@ -83,6 +83,14 @@ async def test_a_message_is_one_line(server: Server):
 
 
 @run
+async def test_more_logprobs_than_an_answer_may_hold(server: Server):
+    answer = await server.complete([5] * 400, n=25, prompt_logprobs=100)
+    assert "25 makes an answer of 1010000 entries" in error_of(answer, 400)["message"]
+    answer = await server.complete([[5] * 400] * 25, echo=True, logprobs=100)
+    assert error_of(answer, 400)["param"] == "prompt_logprobs"
+
+
+@run
 async def test_bodies_that_are_no_request(server: Server):
     for body in (b"", b"{", b"\xff{}", b'{"messages": [{"role": "user", "content": "\\ud800"}]}'):
         answer = await server.client.post("/v1/chat/completions", content=body)
