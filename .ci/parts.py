@@ -29,6 +29,7 @@ PARTS = (
     Part("checks", 1, "make check"),
     Part("tests", 10, "make test"),
     Part("other builds", 3, "scripts/test -m other_builds"),
+    Part("faults and fuzz", 4, "scripts/test -m faults"),
 )
 
 

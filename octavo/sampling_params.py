@@ -189,7 +189,7 @@ class SamplingParams:
         _in_range("length_penalty", self.length_penalty, -10, 10)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise RequestError(
-                f'early_stopping is {self.early_stopping!r}; it must be True, False or "never"', "early_stopping"
+                f'early_stopping is {short(self.early_stopping)}; it must be True, False or "never"', "early_stopping"
             )
         if not self.beams:
             for name, off in (("length_penalty", 1.0), ("early_stopping", False)):
@@ -207,7 +207,7 @@ class SamplingParams:
         for name, off in _NOT_WITH_BEAMS.items():
             if getattr(self, name) != off:
                 raise RequestError(
-                    f"{name} is {getattr(self, name)!r}, which beam search does not use; set it to {off!r}", name
+                    f"{name} is {short(getattr(self, name))}, which beam search does not use; set it to {off!r}", name
                 )
 
 

@@ -107,6 +107,17 @@ class Answer:
             completion=sum(len(output.token_ids) for result in results for output in result.outputs),
         )
 
+    def num_logprobs(self) -> int:
+        """Log probabilities in the whole answer, about."""
+        count = 0
+        for part in self.parts:
+            params, outputs = part.request.params, part.text.result().outputs
+            if params.prompt_logprobs is not None:
+                count += len(part.request.prompt_token_ids) * params.n * (params.prompt_logprobs + 1)
+            if params.logprobs is not None:
+                count += sum(len(output.token_ids) for output in outputs) * (params.logprobs + 1)
+        return count
+
     def client_gone(self) -> None:
         """Ends everything now; whoever reads `deltas` gets a `ClientGoneError`."""
         self.close()

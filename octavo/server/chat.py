@@ -8,7 +8,7 @@ from typing import Any
 from octavo.errors import RequestError
 from octavo.request import CompletionOutput, Logprob, Request
 from octavo.server.answer import Answer
-from octavo.server.logprobs import finite, most_likely, prompt_logprobs_json
+from octavo.server.logprobs import check_prompt_logprobs, finite, most_likely, prompt_logprobs_json
 from octavo.server.model import ServedModel, TextDelta
 from octavo.server.protocol import ChatRequest
 from octavo.server.service import Service
@@ -25,6 +25,7 @@ async def start_chat(service: Service, asked: ChatRequest, tenant: str = "") -> 
     )
     limit = service.dialect.chat_tokens(asked.limit, service.limits.room(len(token_ids), asked.num_sequences))
     params = asked.sampling(model.sampling_defaults, max_tokens=limit, logprobs=asked.num_logprobs)
+    check_prompt_logprobs(params.prompt_logprobs, len(token_ids), 1)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     bad_words = await model.bad_words(params.bad_words)
     request = Request(answer_id, token_ids, params, asked.priority, asked.cache_salt, bad_words, tenant=tenant)

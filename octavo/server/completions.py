@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from octavo.request import Logprob, Request
 from octavo.sampling_params import SamplingParams
 from octavo.server.answer import Answer, Part
-from octavo.server.logprobs import finite, most_likely, prompt_logprobs_json
+from octavo.server.logprobs import check_prompt_logprobs, finite, most_likely, prompt_logprobs_json
 from octavo.server.model import ServedModel, TextDelta
 from octavo.server.protocol import CompletionRequest
 from octavo.server.service import Service
@@ -29,6 +29,7 @@ async def start_completion(service: Service, asked: CompletionRequest, tenant: s
     params = asked.sampling(model.sampling_defaults, max_tokens=limit, logprobs=asked.logprobs)
     if asked.echo and asked.logprobs is not None and params.prompt_logprobs is None:
         params.prompt_logprobs = asked.logprobs
+    check_prompt_logprobs(params.prompt_logprobs, sum(map(len, encoded)), params.n)
     bad_words = await model.bad_words(params.bad_words)
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     requests = [
@@ -75,13 +76,14 @@ class CompletionReply:
         choices = []
         for part in self.answer.parts:
             result = part.text.result()
+            of_prompt = prompt_logprobs_json(result.prompt_logprobs or [None]) if self._show_prompt_logprobs else None
             for output in result.outputs:
                 index = part.first_choice + output.index
                 text, before = self._echoed(index) if self._echo else ("", None)
                 logprobs = _joined(before, self._logprobs(index, output.token_ids, output.logprobs))
                 choice = self._choice(index, text + output.text, logprobs) | ending_json(output)
-                if self._show_prompt_logprobs:
-                    choice["prompt_logprobs"] = prompt_logprobs_json(result.prompt_logprobs or [None])
+                if of_prompt is not None:
+                    choice["prompt_logprobs"] = of_prompt
                 choices.append(choice)
         return self.envelope() | {"choices": choices, "usage": usage_json(self.answer)}
 

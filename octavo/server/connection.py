@@ -77,6 +77,9 @@ class Connection(HttpToolsProtocol):
             self._clear(self._deadline)
             self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "the request is not valid HTTP/1.1; send it anew, on another connection")
+
     # ---- bounds -----------------------------------------------------------------------------------------------
 
     def _allow(self, seconds: float, status: int, reason: str) -> None:
@@ -94,7 +97,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         answered = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        begun = self._head_bytes or self._in_body
+        begun = self._head_bytes or self._in_body or status == 400
         if begun and not answered:
             error = {"message": reason, "type": "invalid_request_error", "param": None, "code": None}
             body = json.dumps({"error": error}).encode()
@@ -105,4 +108,4 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
 
-_PHRASES = {408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
+_PHRASES = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}

@@ -17,6 +17,7 @@ from octavo.errors import (
 
 RETRY_SECONDS = 1  # after a full queue: a slot opens with every request that ends
 RESTART_SECONDS = 10  # after a dead, loading or draining server
+LONGEST_MESSAGE = 1000  # characters
 
 
 class RefusedError(OctavoError):
@@ -48,8 +49,17 @@ class Failure:
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self) -> bytes:
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        error = {"message": _one_line(self.message), "type": self.kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _one_line(message: str) -> str:
+    """`message`, which may quote a client or a template, with escapes for what does not print, and cut if long."""
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[: LONGEST_MESSAGE - 3]}..."
+    if message.isprintable():
+        return message
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
 
 
 def failure_of(error: Exception) -> Failure:

@@ -2,9 +2,23 @@
 
 from typing import Any
 
+from octavo.errors import RequestError
 from octavo.request import Logprob
 
 _LEAST = -9999.0  # JSON has no minus infinity; vLLM sends this for it too
+# In one answer, each of which is some 80 bytes of it. Each choice has those of its prompt, so that a short request may
+# ask for far more than its own tokens cost.
+MAX_PROMPT_LOGPROBS = 1_000_000
+
+
+def check_prompt_logprobs(count: int | None, num_tokens: int, n: int) -> None:
+    """Raises `RequestError` if `count` logprobs for each of `num_tokens` prompt tokens, `n` times, are too many."""
+    if count is not None and (entries := (count + 1) * num_tokens * n) > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            f"prompt_logprobs is {count}, which for {num_tokens} tokens and n = {n} makes an answer of {entries}"
+            f" entries, above {MAX_PROMPT_LOGPROBS}; lower prompt_logprobs or n, or send shorter prompts",
+            "prompt_logprobs",
+        )
 
 
 def finite(logprob: float) -> float:

@@ -21,11 +21,14 @@ from octavo.server.answer import Answer
 from octavo.server.dialect import Dialect
 from octavo.server.failure import ClientGoneError
 from octavo.server.model import TextDelta
+from octavo.server.off_loop import off_loop
 
 Json = dict[str, Any]
 
 # Made once: `json.dumps` with options makes a new encoder for each call.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
+_DEEPEST = 3  # an answer's object, its list of choices, a choice, its logprobs
+_MANY_LOGPROBS = 5000  # which take some 5 ms to tell
 _DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
 SILENCE_SECONDS = 10.0  # proxies commonly give up after 30 or 60
@@ -59,6 +62,16 @@ def json_bytes(value: Json) -> bytes:
     return _encode(value).encode()
 
 
+def _encode_long(value: Any, depth: int = 0) -> str:
+    """JSON of an answer with a great many logprobs. The encoder keeps the interpreter's lock: a position at a time."""
+    if isinstance(value, list):
+        return f"[{','.join([_encode_long(item, depth + 1) for item in value])}]"
+    if isinstance(value, dict) and depth <= _DEEPEST:
+        items = [f"{_encode(name)}:{_encode_long(item, depth + 1)}" for name, item in value.items()]
+        return f"{{{','.join(items)}}}"
+    return _encode(value)
+
+
 def json_response(value: Json, status: int = 200) -> Response:
     return Response(json_bytes(value), status, media_type="application/json")
 
@@ -86,6 +99,8 @@ async def whole_response(reply: Reply, receive: Receive) -> Response:
     async with _open(reply.answer, receive):
         async for _ in reply.answer.deltas():
             pass
+    if reply.answer.num_logprobs() > _MANY_LOGPROBS:
+        return Response(await off_loop(lambda: _encode_long(reply.whole()).encode()), media_type="application/json")
     return json_response(reply.whole())
 
 

@@ -39,7 +39,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
-        /,
+        /,  # a variable may have any name, `self` too
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,

@@ -1,7 +1,10 @@
 """Opens mutants as users do: whatever is wrong with a model's files, it is said in one line, and soon."""
 
+import argparse
 import logging
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -75,7 +78,7 @@ def originals() -> dict[str, Path]:
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def run(seed: int, numbers: Iterable[int], *, quiet: bool = True) -> Iterator[tuple[workers.Outcome, str]]:
+def outcomes(seed: int, numbers: Iterable[int], *, quiet: bool = True) -> Iterator[tuple[workers.Outcome, str]]:
     """(outcome, what the mutant is) of each mutant."""
     whole = originals()
     logging.getLogger("octavo").setLevel(logging.ERROR)
@@ -89,3 +92,34 @@ def run(seed: int, numbers: Iterable[int], *, quiet: bool = True) -> Iterator[tu
         for outcome in workers.run(case, numbers, seconds=SECONDS, more_bytes=MORE_BYTES, quiet=quiet):
             what = mutants.make(whole, place, seed, outcome.number).what if outcome.fault else ""
             yield outcome, what
+
+
+def add_to(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds `files` to the kinds of `scripts/fuzz`."""
+    parser = kinds.add_parser("files", help="damaged files of models and tokenizers")
+    parser.add_argument("--mutants", type=int, default=5000, metavar="N", help="how many (default: 5000)")
+    parser.add_argument("--seed", type=int, default=1, help="which ones (default: 1)")
+    parser.add_argument("--only", type=int, metavar="N", help="the mutant N alone, with what it prints")
+    parser.add_argument("--seconds", type=float, metavar="S", help="stop after so long")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    numbers = range(arguments.mutants) if arguments.only is None else [arguments.only]
+    began, faults, slowest = time.monotonic(), Counter[str](), (0.0, 0)
+    count = 0
+    for outcome, what in outcomes(arguments.seed, numbers, quiet=arguments.only is None):
+        count += 1
+        slowest = max(slowest, (outcome.seconds, outcome.number))
+        if outcome.fault:
+            faults[outcome.fault.partition(":")[0]] += 1
+            print(f"{what}\n    {outcome.fault}")
+            print(f"    scripts/fuzz files --seed {arguments.seed} --only {outcome.number}", flush=True)
+        if arguments.seconds is not None and time.monotonic() - began > arguments.seconds:
+            print(f"stopped after {arguments.seconds:g} s")
+            break
+    print(
+        f"{sum(faults.values())} of {count} mutants of seed {arguments.seed} are read wrongly,"
+        f" in {time.monotonic() - began:.0f} s; the slowest, {slowest[1]}, took {slowest[0]:.1f} s"
+    )
+    return 1 if faults else 0

@@ -27,6 +27,7 @@ def test_originals_are_whole(kind: str) -> None:
     files.answer(path)
 
 
+@pytest.mark.faults
 def test_mutants_are_read_or_refused_in_one_line() -> None:
     """In a process of its own: its workers are forks, which want a process without threads."""
     command = [sys.executable, "-m", "tests.fuzz", "files", "--seed", "20"]

@@ -128,6 +128,7 @@ async def test_the_template_gets_what_was_asked(server: Server):
     assert await prompt() == "<s>user:a</s><s>assistant:"
     assert await prompt(add_generation_prompt=False) == "<s>user:a</s>"
     assert await prompt(chat_template_kwargs={"mood": "glad"}) == "<s>user:a</s><s>assistant:glad"
+    assert await prompt(chat_template_kwargs={"self": "x", "caller": 1}) == "<s>user:a</s><s>assistant:"
 
 
 @run

@@ -1,6 +1,9 @@
 """Completions: every form of prompt, echo, and logprobs in the older shape."""
 
+import pytest
+
 from octavo.sampling_params import SamplingParams
+from octavo.server import stream
 from tests.server.serving import EOS, TOKENIZER, Server, events, run
 
 TEXT = "Hi, wörld 🙂!"
@@ -78,6 +81,17 @@ async def test_echo_with_logprobs(server: Server):
 async def test_prompt_logprobs_of_each_choice(server: Server):
     reply = (await server.complete(["abc", "d"], prompt_logprobs=0)).json()
     assert [len(choice["prompt_logprobs"]) for choice in reply["choices"]] == [3, 1]
+
+
+@run
+async def test_many_logprobs_are_told_as_few_are(server: Server):
+    fields = {"n": 2, "echo": True, "logprobs": 3, "prompt_logprobs": 2, "max_tokens": 7}
+    few = (await server.complete(["wör", "d"], **fields)).json()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "_MANY_LOGPROBS", 0)
+        many = (await server.complete(["wör", "d"], **fields)).json()
+    assert many["choices"] == few["choices"]
+    assert many["usage"] == few["usage"]
 
 
 @run

@@ -46,6 +46,7 @@ CHAT_MISTAKES = [
     ({"chat_template_kwargs": {"template": "x"}}, "chat_template_kwargs.template", "cannot be set"),
     ({"logit_bias": {"9999": 1}}, "logit_bias", "outside the vocabulary of 258"),
     ({"n": 65}, "n", "at most 64"),
+    ({"use_beam_search": True, "n": 2, "logit_bias": {str(i): 1 for i in range(258)}}, "logit_bias", "does not use"),
 ]
 
 
@@ -56,6 +57,7 @@ def test_mistakes_name_the_field(fields: dict, param: str, message: str):
         error = error_of(await server.chat(**fields), 400)
         assert error["param"] == param
         assert message in error["message"]
+        assert len(error["message"]) < 300
         assert error["type"] == "invalid_request_error"
 
     ask()
@@ -70,6 +72,22 @@ async def test_completion_mistakes(server: Server):
     assert error_of(await server.complete([7, 9999]), 400)["param"] == "prompt"
     assert error_of(await server.complete(suffix="x"), 400)["param"] == "suffix"
     assert error_of(await server.post("/v1/completions", {}), 400)["message"] == "prompt is missing"
+
+
+@run
+async def test_a_message_is_one_line(server: Server):
+    for path in ("/v1/models/a%00b%0ac%ff", "/%e2%80%a8", "/" + "%f0%9f%99%82" * 99):
+        message = error_of(await server.post(path, {}), 404)["message"]
+        assert message.isprintable()
+        assert len(message) < 300
+
+
+@run
+async def test_more_logprobs_than_an_answer_may_hold(server: Server):
+    answer = await server.complete([5] * 400, n=25, prompt_logprobs=100)
+    assert "25 makes an answer of 1010000 entries" in error_of(answer, 400)["message"]
+    answer = await server.complete([[5] * 400] * 25, echo=True, logprobs=100)
+    assert error_of(answer, 400)["param"] == "prompt_logprobs"
 
 
 @run
