@@ -115,7 +115,7 @@ class Batch:
 
     token_ids: Ints  # [T]; ~i, below 0, is the token that sample i of the step before this one draws
     positions: Ints  # [T] place of each token in its sequence
-    slots: Ints  # [T] place of each token in the cache: block * block_size + offset
+    slots: Ints  # [T] place of each token in the cache: block * block_size + offset; -1 is nowhere
     query_start: Ints  # [R + 1]
     seq_lens: Ints  # [R] tokens whose K/V is in the cache after this step
     block_tables: Ints  # [R, most blocks of a row], padded with 0
@@ -149,6 +149,7 @@ class Batch:
         position = self.positions[end - 1]
         offset = position % block_size
         begun = (position - offset >= self.positions[first]) & (offset < block_size - 1)
+        begun &= self.slots[end - 1] >= 0  # those of steps that only measure lie nowhere
         if of_chunks:
             begun &= end - first > 1
         blocks: Ints = self.slots[end[begun] - 1] // block_size

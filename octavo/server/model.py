@@ -3,7 +3,6 @@
 Encoding a long text takes the time of many steps, so it leaves the event loop; a short one costs less than the trip.
 """
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from octavo.models import read_config
 from octavo.request import Request
 from octavo.server.off_loop import off_loop
 from octavo.server.protocol import ChatMessage, plain_messages
-from octavo.text.chat_template import encode_chat
+from octavo.text.chat_template import check_variables, encode_chat
 from octavo.text.output import RequestText, TextDelta, bad_words_to_ids
 from octavo.text.tokenizer import Tokenizer
 
@@ -29,8 +28,6 @@ _MESSAGE, _PROMPT = 200, 50
 _LOOKED_AT = 8  # characters of a text for each token of the context that are encoded to find it too long
 # Sampling defaults that a model's generation_config.json may set, as vLLM's users expect.
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# What `encode_chat` takes besides the template's variables.
-_RESERVED = frozenset(inspect.signature(encode_chat).parameters) - {"variables"}
 
 
 @dataclass(slots=True)
@@ -84,9 +81,7 @@ class ServedModel:
         `variables` are the client's own words to the template. A chat that is much too long is refused before it is
         rendered.
         """
-        for name in variables.keys() & _RESERVED:
-            field = f"chat_template_kwargs.{name}"
-            raise RequestError(f"{field} cannot be set: it is not for clients, or has its own field", field)
+        check_variables(variables)
 
         def encode() -> list[int]:
             plain = plain_messages(messages)

@@ -25,7 +25,7 @@ Message = Mapping[str, Any]
 
 # Names that Jinja or Octavo gives to a template; as a caller's variables they would be hidden, or hide the messages.
 RESERVED = frozenset(("self", "loop", "super", "caller", "varargs", "kwargs"))
-RESERVED |= {"tokenizer", "template", "messages", "tools", "add_generation_prompt"}
+RESERVED |= {"tokenizer", "template", "strict_compat", "messages", "tools", "add_generation_prompt"}
 
 
 class ChatTemplate:

@@ -1,5 +1,7 @@
 """The kernels' cache: blocks copied, swapped, read and written whole, in every layer."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -77,3 +79,19 @@ def test_a_step_moves_in_the_order_in_which_one_may_need_the_others_place(cache:
     batch.block_copies = pairs((2, 6))
     cache.move_blocks(batch)
     check(cache, was, (4, 2), (2, 7), (6, 7))
+
+
+def test_blocks_that_a_step_begins():
+    """Those whose first slot is filled and whose last is not; and none of a row that is written nowhere."""
+    steps = Steps(SimpleNamespace(kv_cache=KernelCache(MODEL, 16, 4, "float32")))
+    rows = [Row([5] * count) for count in (1, 4, 6, 7)]
+    batch = steps.batch([(row, len(row.token_ids)) for row in rows])
+    begun = [rows[0].block_table[0], rows[2].block_table[1], rows[3].block_table[1]]
+    assert batch.begun_blocks(4).tolist() == begun
+    assert batch.begun_blocks(4, of_chunks=True).tolist() == begun[1:]
+    rows[0].token_ids.append(5)
+    rows[1].token_ids.append(5)
+    batch = steps.batch([(rows[0], 1), (rows[1], 1)])
+    assert batch.begun_blocks(4).tolist() == [rows[1].block_table[1]]
+    batch.slots[:] = -1
+    assert batch.begun_blocks(4).tolist() == []

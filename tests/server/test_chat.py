@@ -128,7 +128,13 @@ async def test_the_template_gets_what_was_asked(server: Server):
     assert await prompt() == "<s>user:a</s><s>assistant:"
     assert await prompt(add_generation_prompt=False) == "<s>user:a</s>"
     assert await prompt(chat_template_kwargs={"mood": "glad"}) == "<s>user:a</s><s>assistant:glad"
-    assert await prompt(chat_template_kwargs={"self": "x", "caller": 1}) == "<s>user:a</s><s>assistant:"
+    for name in ("self", "caller", "messages"):
+        field = f"chat_template_kwargs.{name}"
+        body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {name: 1}}
+        for path in ("/tokenize", "/v1/chat/completions"):
+            error = (await server.post(path, body)).json()["error"]
+            assert error["param"] == field
+            assert error["message"].startswith(f"{field} cannot be set")
 
 
 @run
