@@ -54,6 +54,7 @@ class Wish:
     body: dict[str, Any]
     how: str
     after: int  # bytes of the answer, or of the request, until the client does what is odd
+    again: bool = False  # whether the answer must be the one that this prompt had before
 
 
 def wish(rng: random.Random, chat: bool) -> Wish:
@@ -75,7 +76,7 @@ def wish(rng: random.Random, chat: bool) -> Wish:
         body = {"max_tokens": 20, "stream": body["stream"], "use_beam_search": True, "n": 2}
     if rng.random() < 0.1:
         body = {"max_tokens": 60, "stream": False, "temperature": 0, "prompt": rng.choice(_AGAIN)}
-        return Wish("/v1/completions", body, "read", 0)
+        return Wish("/v1/completions", body, "read", 0, again=True)
     if chat and rng.random() < 0.4:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": words[:60]}]
         if rng.random() < 0.3:
@@ -178,8 +179,8 @@ def _end_of(wished: Wish, answer: Answer, texts: dict[str, str]) -> str:
     else:
         choices = json.loads(answer.body)["choices"]
         reasons = {choice["index"]: choice["finish_reason"] for choice in choices}
-        if (prompt := wished.body.get("prompt")) in _AGAIN:
-            text = choices[0]["text"]
+        if wished.again:
+            prompt, text = wished.body["prompt"], choices[0]["text"]
             if text != texts.setdefault(prompt, text):
                 raise LostError(f"the answer is {text!r} and was {texts[prompt]!r}")
     if len(reasons) != wished.body.get("n", 1) or not set(reasons.values()) <= {"stop", "length"}:

@@ -1,4 +1,4 @@
-"""The endpoints, on FastAPI. Bodies are read and parsed here by hand: under a limit, and once.
+"""The endpoints, on FastAPI. Bodies are read and parsed by hand (`body`): under bounds, and once.
 
 FastAPI's own parsing would read a body of any size and report mistakes in its own shape. `build_app` gives the ASGI
 application with all that stands in front of it.
@@ -12,15 +12,15 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from octavo import __version__
 from octavo.errors import OctavoError, nearest
+from octavo.server.body import Bodies
 from octavo.server.chat import start_chat
 from octavo.server.completions import start_completion
-from octavo.server.failure import ClientGoneError, Failure, RefusedError
+from octavo.server.failure import Failure, RefusedError
 from octavo.server.front import Front
 from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.model import ServedModel
@@ -31,7 +31,6 @@ from octavo.server.protocol import (
     DetokenizeRequest,
     SamplingFields,
     TokenizeRequest,
-    parse,
 )
 from octavo.server.service import Service
 from octavo.server.stream import Json, Reply, StreamedResponse, json_response, whole_response
@@ -40,18 +39,23 @@ from octavo.server.stream import Json, Reply, StreamedResponse, json_response, w
 OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
 
 Handler = Callable[[Request], Awaitable[Response]]
+Parsed = Callable[[Request, type[Any]], Awaitable[Any]]
 
-_SHORT_BODY = 64 * 1024  # bytes that are parsed in at most 2 ms
-_BYTES_OF_A_VALUE = 6  # as of a token id with its comma
 _MANY_TOKENS = 8192
 
 
 def build_app(service: Service) -> ASGIApp:
     """The ASGI application: routes, then errors in OpenAI's shape, then the front door."""
     app = FastAPI(title="Octavo", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    bodies = Bodies(service.options.max_body_bytes)
+
+    async def parsed(request: Request, kind: type[Any]) -> Any:
+        service.ready_model()  # a draining server does not read bodies
+        return await bodies.parsed(request, kind)
+
     _add_state(app, service)
-    _add_model(app, service)
-    _add_answers(app, service)
+    _add_model(app, service, parsed)
+    _add_answers(app, service, parsed)
 
     async def tell(request: Request, error: Exception) -> Response:
         return _failed(service.dialect.failure(error))
@@ -101,7 +105,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return json_response({"version": __version__})
 
 
-def _add_model(app: FastAPI, service: Service) -> None:
+def _add_model(app: FastAPI, service: Service, parsed: Parsed) -> None:
     def card(model: ServedModel) -> Json:
         return service.dialect.card(model, service.limits.max_model_len)
 
@@ -115,7 +119,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
 
     @_post(app, "/tokenize", TokenizeRequest)
     async def tokenize(request: Request) -> Response:
-        asked = await _parsed(service, request, TokenizeRequest)
+        asked = await parsed(request, TokenizeRequest)
         model = service.model_named(asked.model)
         asked.check()
         if asked.messages is not None:
@@ -127,7 +131,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
 
     @_post(app, "/detokenize", DetokenizeRequest)
     async def detokenize(request: Request) -> Response:
-        asked = await _parsed(service, request, DetokenizeRequest)
+        asked = await parsed(request, DetokenizeRequest)
         model = service.model_named(asked.model)
         asked.check()
         service.limits.check_ids("tokens", asked.tokens)
@@ -136,16 +140,16 @@ def _add_model(app: FastAPI, service: Service) -> None:
         return json_response({"prompt": await off_loop(model.decode, *decoded) if many else model.decode(*decoded)})
 
 
-def _add_answers(app: FastAPI, service: Service) -> None:
+def _add_answers(app: FastAPI, service: Service, parsed: Parsed) -> None:
     @_post(app, "/v1/chat/completions", ChatRequest)
     async def chat_completions(request: Request) -> Response:
-        asked = await _parsed(service, request, ChatRequest)
+        asked = await parsed(request, ChatRequest)
         reply = await start_chat(service, asked, _tenant(asked, request))
         return await _answered(service, reply, asked.stream, request)
 
     @_post(app, "/v1/completions", CompletionRequest)
     async def completions(request: Request) -> Response:
-        asked = await _parsed(service, request, CompletionRequest)
+        asked = await parsed(request, CompletionRequest)
         reply = await start_completion(service, asked, _tenant(asked, request))
         return await _answered(service, reply, asked.stream, request)
 
@@ -176,45 +180,6 @@ def _tenant(asked: SamplingFields, request: Request) -> str:
 
 async def _answered(service: Service, reply: Reply, stream: bool | None, request: Request) -> Response:
     return StreamedResponse(reply, service.dialect) if stream else await whole_response(reply, request.receive)
-
-
-async def _parsed(service: Service, request: Request, kind: type[Any]) -> Any:
-    service.ready_model()  # a draining server does not read bodies
-    limit = service.options.max_body_bytes
-    body = await _body(request, limit)
-    if len(body) <= _SHORT_BODY:
-        return parse(kind, body)
-    # Parsing holds the interpreter's lock, and takes its time by values as much as by bytes.
-    if body.count(b",") > limit // _BYTES_OF_A_VALUE:
-        raise RefusedError(
-            413,
-            f"the body holds more than {limit // _BYTES_OF_A_VALUE} values, the most that this server takes (a"
-            f" {_BYTES_OF_A_VALUE}th of --max-body-bytes)",
-            code="body_too_large",
-        )
-    return await off_loop(parse, kind, body)
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """The request's body; a `RefusedError` as soon as it is known to be longer than `limit` bytes."""
-    too_large = RefusedError(
-        413,
-        f"the body is larger than {limit} bytes, the most that this server takes (--max-body-bytes)",
-        code="body_too_large",
-    )
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_large
-    chunks, size = [], 0
-    try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise too_large
-            chunks.append(chunk)
-    except ClientDisconnect:
-        raise ClientGoneError from None
-    return b"".join(chunks)
 
 
 def _failed(failure: Failure) -> Response:

@@ -73,7 +73,8 @@ def _digest(key: bytes) -> bytes:
 
 
 async def _send_failure(failure: Failure, send: Send) -> None:
-    headers = {"content-type": "application/json", **failure.headers}
+    body = failure.body()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **failure.headers}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": failure.status, "headers": raw})
-    await send({"type": "http.response.body", "body": failure.body()})
+    await send({"type": "http.response.body", "body": body})

@@ -1,7 +1,7 @@
 """The server as a process of its own, around an engine that answers at once: `python process.py OPTIONS_AS_JSON`.
 
 For what needs real sockets and signals. The answer spells the prompt's last message; a request whose `user` text holds
-"slow" is held back, one that holds "die" ends the engine.
+"slow" is held back, one that holds "die" ends the engine. `connection` among the options sets that module's bounds.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from octavo import log
 from octavo.config import ServerOptions
 from octavo.errors import OctavoError
 from octavo.request import Request
+from octavo.server import connection
 from octavo.server.metrics import Metrics
 from octavo.server.model import ServedModel
 from octavo.server.run import listen, serve
@@ -58,6 +59,9 @@ def script(request: Request, index: int) -> list[int]:
 
 
 settings = json.loads(sys.argv[1])
+for name, value in settings.get("connection", {}).items():
+    assert hasattr(connection, name)
+    setattr(connection, name, value)
 options = ServerOptions(port=0, **settings.get("options", {}))
 log.setup()
 with listen(options.host, options.port) as listener:

@@ -113,19 +113,6 @@ def test_a_client_that_goes_away_ends_its_request(tmp_path: Path, stream: bool):
         wait_until(lambda: process.metric('octavo_kv_blocks{state="owned"}') == 0, seconds=0.6)
 
 
-@pytest.mark.parametrize(
-    "sent", [b"\x16\x03\x01\x02\0\r\n\r\n", b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"]
-)
-def test_what_is_no_http_is_told_in_the_shape_of_other_errors(tmp_path: Path, sent: bytes):
-    with server(tmp_path) as process:
-        with socket.create_connection(("127.0.0.1", int(process.url.rsplit(":")[-1])), timeout=5) as client:
-            client.sendall(sent)
-            answer = b"".join(iter(lambda: client.recv(4096), b""))
-        head, _, body = answer.partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
-        assert json.loads(body)["error"]["type"] == "invalid_request_error"
-
-
 def test_a_signal_drains(tmp_path: Path):
     async def ask_and_stop(process: Process) -> None:
         async with httpx.AsyncClient(base_url=process.url) as client:
