@@ -9,11 +9,13 @@ sequences; tokens of all rows lie one after another, so a prompt's chunk and a s
     seq_lens     4 (a prompt)  90   18 (16 cached tokens and a chunk of 2)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from octavo.request import TokenLogprobs
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -188,6 +190,24 @@ class LogprobColumns:
     token_ids: Ints  # [E, 1 + k]
     logprobs: Floats  # [E, 1 + k]
     rank: Ints  # [E] rank of the token in column 0; 1 is the most likely
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+    def entry(self, i: int, k: int | None = None) -> TokenLogprobs:
+        """Entry `i` as plain lists: the token itself, then its `k` most likely ones, or all that there are."""
+        end = None if k is None else 1 + k
+        return self.token_ids[i, :end].tolist(), self.logprobs[i, :end].tolist(), int(self.rank[i])
+
+    def __iter__(self) -> Iterator[TokenLogprobs]:
+        return map(self.entry, range(len(self)))
+
+    def part(self, start: int, count: int, k: int) -> "LogprobColumns":
+        """A copy of `count` entries from `start` on, with the `k` most likely tokens of each."""
+        entries = slice(start, start + count)
+        return LogprobColumns(
+            self.token_ids[entries, : 1 + k].copy(), self.logprobs[entries, : 1 + k].copy(), self.rank[entries].copy()
+        )
 
     @classmethod
     def of(cls, parts: "Sequence[LogprobColumns]") -> "LogprobColumns":

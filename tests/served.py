@@ -24,14 +24,14 @@ BEGIN, END = 256, 257
 CONTEXT = 256  # tokens
 
 
-def save_tiny_model(folder: Path) -> Path:
+def save_tiny_model(folder: Path, context: int = CONTEXT) -> Path:
     """A folder named `tiny`, as a hub would have it."""
     path = save_llama(
         folder / "tiny",
         vocab_size=VOCABULARY,
         bos_token_id=BEGIN,
         eos_token_id=END,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
     )
     byte_tokenizer().library.save(str(path / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}

@@ -13,7 +13,7 @@ from octavo.engine.fair_share import DRAWN_TOKEN
 from octavo.engine.forecast import Forecast
 from octavo.engine.registry import Registry
 from octavo.engine.rows import FORK_STRIDE
-from octavo.engine.state import Plan, RequestState, StepOutput, token_logprobs
+from octavo.engine.state import Plan, RequestState, StepOutput
 from octavo.errors import InternalError, OctavoError, RequestError, internal_error
 from octavo.log import logger
 from octavo.request import FinishReason, Sequence
@@ -81,7 +81,7 @@ class Results:
                     self._append(seq, tokens[i], result, i, output)
             else:
                 assert result.logprobs is not None, "beams ask for their likeliest tokens"
-                state.search.put(seq.index, token_logprobs(result.logprobs, i, state.search.num_candidates))
+                state.search.put(seq.index, result.logprobs.entry(i, state.search.num_candidates))
                 searching[state] = None
         for state in searching:
             if state.sequences:
@@ -108,7 +108,7 @@ class Results:
         reason, stop = self._ending(state, seq, token)
         logprobs, wanted = None, seq.request.params.logprobs
         if wanted is not None and result.logprobs is not None:
-            logprobs = token_logprobs(result.logprobs, sample, wanted)
+            logprobs = result.logprobs.entry(sample, wanted)
         output.tokens.append((seq.request.request_id, seq.index, token, reason, stop, logprobs))
         if reason is not None:
             self._end(state, seq, reason)

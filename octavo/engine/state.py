@@ -12,7 +12,7 @@ from octavo.engine.beam_search import BeamSearch, Hypothesis
 from octavo.engine.decoding import Advance
 from octavo.engine.prefix_store import Bytes
 from octavo.errors import OctavoError
-from octavo.request import BeamScore, Request, Sequence, TokenLogprobs, TokenOutput
+from octavo.request import BeamScore, Request, Sequence, TokenOutput
 
 
 @dataclass(slots=True, eq=False)
@@ -109,8 +109,8 @@ class StepOutput:
     tokens: list[TokenOutput]
     # Requests admitted for the first time: (request id, seconds in the queue, prompt tokens found in the cache).
     started: list[tuple[str, float, int]] = field(default_factory=list)
-    # (request id, prompt position of the first entry, one entry a position)
-    prompt_logprobs: list[tuple[str, int, list[TokenLogprobs]]] = field(default_factory=list)
+    # (request id, prompt position of the first entry, one entry a position): columns, since there may be a great many
+    prompt_logprobs: list[tuple[str, int, LogprobColumns]] = field(default_factory=list)
     beam_scores: list[BeamScore] = field(default_factory=list)
     # Requests that ended by a fault of their own: (request id, what it was).
     failed: list[tuple[str, OctavoError]] = field(default_factory=list)
@@ -130,12 +130,5 @@ class StepOutput:
         for seq, start, count in plan.prompt_spans:
             assert columns is not None, "the step was asked for prompt logprobs"
             wanted = seq.request.params.prompt_logprobs or 0
-            entries = [token_logprobs(columns, first + i, wanted) for i in range(count)]
-            self.prompt_logprobs.append((seq.request.request_id, start, entries))
+            self.prompt_logprobs.append((seq.request.request_id, start, columns.part(first, count, wanted)))
             first += count
-
-
-def token_logprobs(columns: LogprobColumns, i: int, num_logprobs: int) -> TokenLogprobs:
-    """Entry `i` as plain lists: the token itself, then the `num_logprobs` most likely ones."""
-    end = 1 + num_logprobs
-    return columns.token_ids[i, :end].tolist(), columns.logprobs[i, :end].tolist(), int(columns.rank[i])

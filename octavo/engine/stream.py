@@ -5,8 +5,9 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from octavo.batch import LogprobColumns
 from octavo.errors import OctavoError
-from octavo.request import BeamScore, Request, TokenLogprobs, TokenOutput
+from octavo.request import BeamScore, Request, TokenOutput
 
 
 @dataclass(slots=True)
@@ -14,7 +15,7 @@ class Arrived:
     """What has come for one request since its reader last looked."""
 
     tokens: list[TokenOutput] = field(default_factory=list)
-    prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, LogprobColumns]] = field(default_factory=list)
     beam_scores: list[BeamScore] = field(default_factory=list)
     queue_seconds: float | None = None  # set once, when the request was admitted
     cached_tokens: int = 0

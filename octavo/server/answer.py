@@ -100,18 +100,17 @@ class Answer:
         return [part.text.result() for part in self.parts]
 
     def usage(self) -> Usage:
-        results = self.results()
         return Usage(
-            prompt=sum(len(result.prompt_token_ids) for result in results),
-            cached=sum(result.num_cached_tokens for result in results),
-            completion=sum(len(output.token_ids) for result in results for output in result.outputs),
+            prompt=sum(len(part.request.prompt_token_ids) for part in self.parts),
+            cached=sum(part.text.num_cached_tokens for part in self.parts),
+            completion=sum(len(output.token_ids) for part in self.parts for output in part.text.outputs()),
         )
 
     def num_logprobs(self) -> int:
         """Log probabilities in the whole answer, about."""
         count = 0
         for part in self.parts:
-            params, outputs = part.request.params, part.text.result().outputs
+            params, outputs = part.request.params, part.text.outputs()
             if params.prompt_logprobs is not None:
                 count += len(part.request.prompt_token_ids) * params.n * (params.prompt_logprobs + 1)
             if params.logprobs is not None:
@@ -171,7 +170,7 @@ class Answer:
         if first is None:
             return
         self._metrics.first_token.observe(first - part.request.arrival)
-        longest = max(len(output.token_ids) for output in part.text.result().outputs)
+        longest = max(len(output.token_ids) for output in part.text.outputs())
         if longest > 1:
             self._metrics.per_token.observe((now - first) / (longest - 1))
 

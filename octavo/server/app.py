@@ -33,7 +33,7 @@ from octavo.server.protocol import (
     TokenizeRequest,
 )
 from octavo.server.service import Service
-from octavo.server.stream import Json, Reply, StreamedResponse, json_response, whole_response
+from octavo.server.stream import Json, Reply, StreamedResponse, json_response, long_response, whole_response
 
 # Open without a key: what a load balancer, a monitor or a curious client asks.
 OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
@@ -127,7 +127,8 @@ def _add_model(app: FastAPI, service: Service, parsed: Parsed) -> None:
             tokens = await model.encode_chat(asked.messages, asked.add_generation_prompt, variables, longest)
         else:
             tokens = await model.encode(asked.prompt or "", asked.add_special_tokens is not False)
-        return json_response({"count": len(tokens), "max_model_len": service.limits.max_model_len, "tokens": tokens})
+        answer = {"count": len(tokens), "max_model_len": service.limits.max_model_len, "tokens": tokens}
+        return await long_response(lambda: answer) if len(tokens) > _MANY_TOKENS else json_response(answer)
 
     @_post(app, "/detokenize", DetokenizeRequest)
     async def detokenize(request: Request) -> Response:

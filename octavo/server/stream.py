@@ -7,7 +7,7 @@ What the JSON says is `chat`'s and `completions`' business, and the dialect's.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -21,13 +21,14 @@ from octavo.server.answer import Answer
 from octavo.server.dialect import Dialect
 from octavo.server.failure import ClientGoneError
 from octavo.server.model import TextDelta
-from octavo.server.off_loop import off_loop
+from octavo.server.off_loop import off_loop, uncollected
 
 Json = dict[str, Any]
 
 # Made once: `json.dumps` with options makes a new encoder for each call.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
 _DEEPEST = 3  # an answer's object, its list of choices, a choice, its logprobs
+_AT_ONCE = 10_000  # numbers, which take about 1 ms
 _MANY_LOGPROBS = 5000  # which take some 5 ms to tell
 _DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -62,8 +63,21 @@ def json_bytes(value: Json) -> bytes:
     return _encode(value).encode()
 
 
+async def long_response(make: Callable[[], Json]) -> Response:
+    """What `make` makes, an answer with a great many logprobs or tokens, made and told while others use the loop."""
+
+    def tell() -> bytes:
+        with uncollected:
+            return _encode_long(make()).encode()
+
+    return Response(await off_loop(tell), media_type="application/json")
+
+
 def _encode_long(value: Any, depth: int = 0) -> str:
-    """JSON of an answer with a great many logprobs. The encoder keeps the interpreter's lock: a position at a time."""
+    """JSON in pieces, since the encoder keeps the interpreter's lock for as long as it takes."""
+    if isinstance(value, list) and value and isinstance(value[0], int):
+        pieces = (_encode(value[i : i + _AT_ONCE])[1:-1] for i in range(0, len(value), _AT_ONCE))
+        return f"[{','.join(pieces)}]"
     if isinstance(value, list):
         return f"[{','.join([_encode_long(item, depth + 1) for item in value])}]"
     if isinstance(value, dict) and depth <= _DEEPEST:
@@ -100,7 +114,7 @@ async def whole_response(reply: Reply, receive: Receive) -> Response:
         async for _ in reply.answer.deltas():
             pass
     if reply.answer.num_logprobs() > _MANY_LOGPROBS:
-        return Response(await off_loop(lambda: _encode_long(reply.whole()).encode()), media_type="application/json")
+        return await long_response(reply.whole)
     return json_response(reply.whole())
 
 

@@ -5,7 +5,7 @@ Used by the offline `LLM` and by the HTTP process alike; knows neither the engin
 work does not grow with the length of the answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from octavo.errors import OctavoError
@@ -54,10 +54,12 @@ class RequestText:
     def __init__(self, request: Request, tokenizer: Tokenizer, prompt: str | None = None):
         self.request = request
         self.prompt = prompt
-        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self.num_cached_tokens = 0
         self.error: OctavoError | None = None
         self._tokenizer = tokenizer
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        # What has come of them since they were last made: thousands of objects for each step of a long prompt.
+        self._new_prompt_logprobs: list[tuple[int, Iterable[TokenLogprobs]]] = []
         self._sequences = [_SequenceText(request, tokenizer, index) for index in range(request.params.n)]
 
     @property
@@ -86,12 +88,24 @@ class RequestText:
         _, index, cumulative_logprob, score = scored
         self._sequences[index].scores = (cumulative_logprob, score)
 
-    def put_prompt_logprobs(self, start: int, entries: Sequence[TokenLogprobs]) -> None:
+    def put_prompt_logprobs(self, start: int, entries: Iterable[TokenLogprobs]) -> None:
         """Take the logprobs of the prompt tokens that follow positions `start` and on; the first token has none."""
-        if self.prompt_logprobs is None:
-            self.prompt_logprobs = [None] * len(self.request.prompt_token_ids)
-        for position, entry in enumerate(entries, start + 1):
-            self.prompt_logprobs[position] = to_logprobs(self._tokenizer, entry)
+        self._new_prompt_logprobs.append((start, entries))
+
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """One entry a prompt token; None if there are none. They are made when they are asked for."""
+        if self._new_prompt_logprobs and self._prompt_logprobs is None:
+            self._prompt_logprobs = [None] * len(self.request.prompt_token_ids)
+        for start, entries in self._new_prompt_logprobs:
+            assert self._prompt_logprobs is not None
+            for position, entry in enumerate(entries, start + 1):
+                self._prompt_logprobs[position] = to_logprobs(self._tokenizer, entry)
+        self._new_prompt_logprobs.clear()
+        return self._prompt_logprobs
+
+    def outputs(self) -> list[CompletionOutput]:
+        """The answers as far as they go, as in `result`."""
+        return [sequence.completion() for sequence in self._sequences]
 
     def result(self) -> RequestOutput:
         """The answer as far as it goes. The lists in it are this object's own and grow with it."""
@@ -99,9 +113,9 @@ class RequestText:
             request_id=self.request.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
-            outputs=[sequence.completion() for sequence in self._sequences],
+            outputs=self.outputs(),
             finished=self.finished,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=self.prompt_logprobs(),
             num_cached_tokens=self.num_cached_tokens,
             error=None if self.error is None else str(self.error),
         )

@@ -53,6 +53,25 @@ def test_deltas_and_tokens_are_counted(piece: int) -> None:
     assert 0 < found.first <= found.whole
 
 
+@pytest.mark.parametrize("answers", [[503, 503, 200], [404]], ids=str)
+def test_it_waits_until_the_server_is_ready(answers: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    left = list(answers)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"GET /ready ")
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Length: 7\r\n\r\nloading" % left.pop(0))
+        writer.close()
+
+    async def ask() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            await _Server(f"http://127.0.0.1:{port}", None).ready()
+
+    asyncio.run(ask())
+    assert left == []
+    assert capsys.readouterr().err.count("loading") == (1 if 503 in answers else 0)
+
+
 def test_an_error_in_the_stream_is_told() -> None:
     with pytest.raises(OctavoError, match="out of luck"):
         measured(events('{"choices":[{"text":"a"}]}', '{"error":{"message":"out of luck"}}'), 1000)

@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import random
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from urllib.parse import urlsplit
 from octavo.cli.bench import percentiles, print_json, print_table
 from octavo.cli.bench.workloads import WORKLOADS, fixed, workload
 from octavo.errors import ConfigError, OctavoError
+
+READY_SECONDS = 600.0  # a large model loads for minutes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _bench(arguments: argparse.Namespace) -> int:
     server = _Server(arguments.url, arguments.api_key or os.environ.get("OPENAI_API_KEY"))
+    await server.ready()
     model = arguments.model or await server.first_model()
     shape = (arguments.num_prompts, arguments.input_len, arguments.output_len)
     prompts, lengths = workload(arguments.work) if arguments.work else fixed(*shape, high=1000)
@@ -111,6 +115,38 @@ class _Server:
         self.url, self.host, self.port = url, parts.hostname, parts.port or 80
         self.key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
 
+    async def ready(self) -> None:
+        """Waits until the server takes requests, as /ready tells; raises `OctavoError` after `READY_SECONDS`."""
+        end = time.monotonic() + READY_SECONDS
+        waits = False
+        while True:
+            status, reason = await self._status("/ready")
+            if status in (200, 404):  # other servers have no such path
+                return
+            if time.monotonic() > end:
+                raise OctavoError(f"{self.url} is not ready after {READY_SECONDS:g} s: {reason}")
+            if not waits:
+                print(f"waiting for {self.url}: {reason}", file=sys.stderr)
+            waits = True
+            await asyncio.sleep(0.2)
+
+    async def _status(self, path: str) -> tuple[int, str]:
+        """The status of GET `path`, and the beginning of what came with it."""
+        reader, writer = await self._connect()
+        try:
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n\r\n".encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        finally:
+            writer.close()
+        status = head.partition(b" ")[2][:3]
+        return int(status) if status.isdigit() else 0, body.decode(errors="replace")[:200]
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            return await asyncio.open_connection(self.host, self.port, limit=2**24)
+        except OSError as error:
+            raise OctavoError(f"no server answers at {self.url} ({error}); start one with octavo serve") from None
+
     async def first_model(self) -> str:
         lines = [line async for line in self._lines("GET", "/v1/models", b"")]
         name: str = json.loads(b"".join(lines))["data"][0]["id"]
@@ -139,10 +175,7 @@ class _Server:
         return measured
 
     async def _lines(self, method: str, path: str, body: bytes) -> Any:
-        try:
-            reader, writer = await asyncio.open_connection(self.host, self.port, limit=2**24)
-        except OSError as error:
-            raise OctavoError(f"no server answers at {self.url} ({error}); start one with octavo serve") from None
+        reader, writer = await self._connect()
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n{self.key}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
