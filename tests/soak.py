@@ -27,7 +27,7 @@ MAX_NUM_SEQS, MAX_QUEUED = 8, 8
 CLIENTS = 2 * (MAX_NUM_SEQS + MAX_QUEUED)
 OPTIONS = (
     *("--max-num-seqs", str(MAX_NUM_SEQS), "--max-queued-requests", str(MAX_QUEUED), "--max-num-batched-tokens", "64"),
-    # So little memory that requests must give way to each other.
+    # So little memory that requests wait for it.
     *("--max-model-len", "256", "--drain-seconds", "10"),
 )
 TINY_OPTIONS = ("--kv-cache-memory", "640KiB")

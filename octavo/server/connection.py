@@ -14,7 +14,7 @@ MAX_HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 15.0  # from a request's first byte, or a new connection's start, to the end of its headers
 BODY_SECONDS = 60.0  # from there to the end of its body
 UNREAD_SECONDS = 30.0  # for a client to read on, once it has left 64 KiB of its answer unread
-LINGER_SECONDS = 2.0  # for a client to notice an answer that came before the end of its body
+LINGER_SECONDS = 5.0  # for a client to send the rest of a body after its answer, which it may read only then
 
 
 class Connection(HttpToolsProtocol):
@@ -24,6 +24,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._in_head, self._in_body = True, False
         self._head_bytes = 0
+        self._closing = False  # once a body that nobody wants has come
         self._deadline: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
@@ -63,19 +64,35 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._allow(BODY_SECONDS, 408, "the body did not come in time")
         super().on_headers_complete()
+        self.cycle.transport = _Lingering(self.transport, self)  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
         self._in_head, self._in_body = True, False
         self._clear(self._deadline)
         self._deadline = None
         super().on_message_complete()
+        if self._closing:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self.linger()
+
+    def linger(self) -> None:
+        """After an answer that came before the end of its request's body: what still comes is thrown away for a moment,
+        and nothing follows. A client that sends all before it reads would else have its connection reset, and no
+        answer."""
         if self._in_body and not self.transport.is_closing():
-            # Refused before its body was there: what still comes is thrown away for a moment, and nothing follows.
             self._clear(self._deadline)
             self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def close(self) -> None:
+        """Closes, if the request's body has come, else when it has or nobody waits for it any more."""
+        if not self._in_body:
+            self.transport.close()
+        else:
+            self._closing = True
+            self.linger()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "the request is not valid HTTP/1.1; send it anew, on another connection")
@@ -106,6 +123,15 @@ class Connection(HttpToolsProtocol):
                 % (status, _PHRASES[status], len(body), body)
             )
         self.transport.close()
+
+
+class _Lingering:
+    """The transport as uvicorn's answer to a request knows it, which closes it as soon as it is written."""
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection):
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = connection.close
 
 
 _PHRASES = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}

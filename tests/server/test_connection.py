@@ -111,6 +111,12 @@ def test_heads_and_bodies_have_a_size(tmp_path: Path):
         with connect(process) as client:
             client.sendall(POST + key + b"Content-Length: 99999999\r\n\r\n")
             assert error_of(all_of(client), b"413 ")["code"] == "body_too_large"
+        big = b"POST /v1/completions HTTP/1.1\r\nContent-Length: 20000000\r\n" + key
+        for more in (b"", b"Connection: close\r\n"):  # clients that send all before they read
+            with connect(process) as client:
+                client.sendall(big + more + b"\r\n" + b" " * 20_000_000)
+                assert error_of(client.recv(65536), b"413 ")["code"] == "body_too_large"
+                assert all_of(client) == b""
         with connect(process) as client:  # without the key nobody waits for the body
             client.sendall(POST + b"Content-Length: 90000\r\n\r\n")
             assert error_of(all_of(client), b"401 ")["code"] == "invalid_api_key"
