@@ -99,7 +99,7 @@ class CompletionReply:
             text = self._model.decode(token_ids, self._params.skip_special_tokens)
         if self._num_logprobs is None:
             return text, None
-        return text, self._logprobs(index, token_ids, part.text.prompt_logprobs or [None])
+        return text, self._logprobs(index, token_ids, part.text.prompt_logprobs() or [None])
 
     def _logprobs(
         self, index: int, token_ids: Sequence[int], entries: Sequence[dict[int, Logprob] | None] | None

