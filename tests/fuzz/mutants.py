@@ -219,7 +219,8 @@ def _json(draw: random.Random, text: str) -> tuple[str, str]:
     elif action == "double" and isinstance(holder[key], (list, str)):
         holder[key] = holder[key] + holder[key]
     elif action == "double" and isinstance(holder[key], (int, float)):
-        holder[key] = draw.choice((holder[key] + 1, holder[key] - 1, holder[key] * 2, -holder[key], holder[key] / 2))
+        half = holder[key] / 2 if abs(holder[key]) < 2**53 else holder[key] // 2  # a float may be too small for it
+        holder[key] = draw.choice((holder[key] + 1, holder[key] - 1, holder[key] * 2, -holder[key], half))
     else:
         holder[key] = copy.deepcopy(draw.choice(PLAIN))
     return json.dumps(tree), f"{name} = {json.dumps(holder[key])[:60]}"

@@ -39,9 +39,9 @@ def run(
             worker = worker or _Worker(case, more_bytes, quiet)
             began = time.monotonic()
             fault, alive = worker.ask(number, seconds)
-            yield Outcome(number, fault, time.monotonic() - began)
             if not alive:
                 worker = None
+            yield Outcome(number, fault, time.monotonic() - began)
     finally:
         if worker is not None:
             worker.end()
