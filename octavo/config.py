@@ -217,7 +217,10 @@ class EngineOptions:
         "a request's tokens and log probabilities are the same bits alone and in any company: on a GPU slower, on a"
         " CPU always so",
     )
-    seed: int = option(0, "seed of the requests that bring none")
+    generation_config: Literal["auto", "none"] = option(
+        "auto", "sampling defaults: what the model's makers advise in generation_config.json, or none of it"
+    )
+    seed: int | None = option(None, "seed of the requests that bring none (default: another one in each run)")
 
     def __post_init__(self) -> None:
         if self.kv_cache_memory is not None:
@@ -251,7 +254,9 @@ class EngineOptions:
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise ConfigError(f"{name} is {value}; it must be above 0 and at most 1")
-        if not 0 <= self.seed < 2**63:
+        if self.generation_config not in ("auto", "none"):
+            raise ConfigError(f"generation_config is {self.generation_config!r}; it must be auto or none")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from octavo.checkpoint import Checkpoint, TokenizerData, open_engine_checkpoint, open_tokenizer_data
+from octavo.checkpoint import Checkpoint, open_engine_checkpoint, open_tokenizer_data
 from octavo.config import EngineOptions
 from octavo.deferred_signals import DeferredSignals
 from octavo.engine.engine import Engine
@@ -24,6 +24,7 @@ from octavo.engine.stream import Arrived
 from octavo.errors import ConfigError, EngineDeadError, OctavoError, RequestError, nearest
 from octavo.progress import Progress
 from octavo.request import CompletionOutput, Request, RequestOutput
+from octavo.sampling_defaults import advised
 from octavo.sampling_params import SamplingParams
 from octavo.text.chat_template import encode_chat
 from octavo.text.output import RequestText, TextDelta, bad_words_to_ids
@@ -33,12 +34,18 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
 
-def _open_tokenizer(options: EngineOptions, checkpoint: Checkpoint | None) -> tuple[TokenizerData, Tokenizer]:
-    if checkpoint is not None and options.tokenizer is None:
-        data = checkpoint.tokenizer_data()
-    else:
-        data = open_tokenizer_data(options.tokenizer or options.model, hub=options.hub, revision=options.revision)
-    return data, Tokenizer.from_data(data)
+def _open_tokenizer(options: EngineOptions, checkpoint: Checkpoint | None = None) -> tuple[dict[str, Any], Tokenizer]:
+    """The model's generation_config.json, empty if there is none, and its tokenizer, or the one that was asked for."""
+    where = {"hub": options.hub, "revision": options.revision}
+    data = open_tokenizer_data(options.model, **where) if checkpoint is None else checkpoint.tokenizer_data()
+    generation_config = dict(data.generation_config)
+    if options.tokenizer is not None:
+        data = open_tokenizer_data(options.tokenizer, **where)
+    return generation_config, Tokenizer.from_data(data)
+
+
+def _advised(options: EngineOptions, generation_config: dict[str, Any]) -> dict[str, Any]:
+    return advised(generation_config) if options.generation_config == "auto" else {}
 
 
 class LLM:
@@ -66,10 +73,9 @@ class LLM:
             # Much of the engine's start is spent outside of Python, where a tokenizer can be built.
             opened = beside.submit(_open_tokenizer, options, checkpoint) if checkpoint else None
             self.engine = Engine.build(options, checkpoint)
-            data, self.tokenizer = opened.result() if opened else _open_tokenizer(options, None)
+            self.generation_config, self.tokenizer = opened.result() if opened else _open_tokenizer(options)
         self.tokenizer.check_vocabulary(self.engine.config.model.vocab_size)
-        # What the model's makers advise for sampling (generation_config.json); empty if they say nothing.
-        self.generation_config: dict[str, Any] = dict(data.generation_config)
+        self.sampling_defaults = _advised(options, self.generation_config)
         self._numbers = itertools.count()
         self._calls: dict[str, _Call] = {}  # whose each open request is
         self._submitted = _Call([])
@@ -204,6 +210,10 @@ class LLM:
         """Ends those of the requests that still run."""
         self._abort(self._submitted, request_ids)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is used where no `sampling_params` are given: what the model's makers advise."""
+        return SamplingParams(**self.sampling_defaults)
+
     # ---- from prompts to results --------------------------------------------------------------------------
 
     def _requests(
@@ -219,7 +229,7 @@ class LLM:
             )
         texts = []
         for i, prompt in enumerate(prompts):
-            params = given[i] if isinstance(given, Sequence) else given or SamplingParams()
+            params = given[i] if isinstance(given, Sequence) else given or self.get_default_sampling_params()
             text = read_prompt(str(next(self._numbers)), prompt, params, self.tokenizer)
             text.request.priority = priority[i] if priority is not None else 0
             self.engine.scheduler.limits.check(text.request)
@@ -357,8 +367,8 @@ class AsyncLLM:
     def __init__(self, model: str | None = None, **options: Any):
         self.options = _engine_options(model, options)
         self.client = EngineClient(self.options)
-        source = self.options.tokenizer or self.options.model
-        self.tokenizer = Tokenizer.load(source, hub=self.options.hub, revision=self.options.revision)
+        generation_config, self.tokenizer = _open_tokenizer(self.options)
+        self.sampling_defaults = _advised(self.options, generation_config)
         self._numbers = itertools.count()
         self._process = os.getpid()
 
@@ -367,6 +377,10 @@ class AsyncLLM:
         info = await self.client.start()
         self.tokenizer.check_vocabulary(info.limits.vocab_size)
         return self
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As `LLM`'s."""
+        return SamplingParams(**self.sampling_defaults)
 
     async def close(self) -> None:
         """Stops the engine process."""
@@ -393,7 +407,8 @@ class AsyncLLM:
         if os.getpid() != self._process:
             raise ConfigError("this AsyncLLM was made before a fork; make one in each process")
         request_id = request_id or f"request-{next(self._numbers)}"
-        text = read_prompt(request_id, prompt, sampling_params or SamplingParams(), self.tokenizer)
+        params = sampling_params or self.get_default_sampling_params()
+        text = read_prompt(request_id, prompt, params, self.tokenizer)
         text.request.priority = priority
         stream = self.client.submit(text.request)
         try:

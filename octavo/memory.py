@@ -6,6 +6,7 @@ Pure arithmetic on a `ModelConfig`, the sizes of its tensors and a number of fre
 import math
 import os
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def resolve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
-        seed=options.seed,
+        seed=secrets.randbits(63) if options.seed is None else options.seed,
         num_host_blocks=num_host_blocks,
         preemption_mode=options.preemption_mode,
         fair_share=options.fair_share,

@@ -1,6 +1,7 @@
 """How a request's tokens are drawn and when it ends. Names and meanings are those that vLLM's users know."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,6 +13,7 @@ MAX_BEAM_WIDTH = 32
 # Each of these is looked for at every token.
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 256, 1024  # strings; characters of one
 MAX_BAD_WORDS = 1024
+MAX_PATTERN_SIZE, MAX_PATTERN_COUNT = 256, 256  # tokens of a repetition; times in a row
 # Below this the temperature is greedy: the noise of a sample divides two logits only if they are equal in fp32.
 MIN_TEMPERATURE = 1e-5
 # Within these limits no number overflows where it meets a logit in fp32.
@@ -29,7 +31,48 @@ _NOT_WITH_BEAMS: dict[str, Any] = {
     "allowed_token_ids": None,
     "bad_words": [],
     "stop": [],
+    "repetition_detection": None,
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepetitionDetectionParams:
+    """Ends an answer, with finish reason "repetition", whose last tokens are a pattern of `min_pattern_size` to
+    `max_pattern_size` tokens, `min_count` times in a row. 0 for the first is 1. Names and meanings are vLLM's."""
+
+    max_pattern_size: int
+    min_count: int
+    min_pattern_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("max_pattern_size", 1, MAX_PATTERN_SIZE),
+            ("min_pattern_size", 0, MAX_PATTERN_SIZE),
+            ("min_count", 2, MAX_PATTERN_COUNT),
+        ):
+            where = f"repetition_detection.{name}"
+            _require(where, getattr(self, name), int)
+            _in_range(where, getattr(self, name), least, most)
+        if self.min_pattern_size > self.max_pattern_size:
+            raise RequestError(
+                f"repetition_detection.min_pattern_size is {self.min_pattern_size}; it must be at most max_pattern_size"
+                f" ({self.max_pattern_size})",
+                "repetition_detection.min_pattern_size",
+            )
+
+    @classmethod
+    def of(cls, given: Any) -> "RepetitionDetectionParams":
+        """From an object or a mapping of its fields; raises `RequestError`."""
+        if isinstance(given, cls):
+            return given
+        known = {f.name for f in fields(cls)}
+        if not isinstance(given, Mapping) or not {"max_pattern_size", "min_count"} <= set(given) <= known:
+            raise RequestError(
+                f"repetition_detection is {short(given)}; it must be an object with max_pattern_size and min_count, and"
+                " perhaps min_pattern_size",
+                "repetition_detection",
+            )
+        return cls(**given)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,6 +111,7 @@ class SamplingParams:
     beam_width: int = 0
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    repetition_detection: RepetitionDetectionParams | None = None
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -77,6 +121,13 @@ class SamplingParams:
             self.top_k = 0
         if self.logit_bias is not None:
             self.logit_bias = self._integer_keys(self.logit_bias)
+        if self.repetition_detection is not None:
+            self.repetition_detection = RepetitionDetectionParams.of(self.repetition_detection)
+            if self.ignore_eos:
+                raise RequestError(
+                    "repetition_detection ends an answer, and ignore_eos wants all of it; leave out one of them",
+                    "repetition_detection",
+                )
         self._check_counts()
         self._check_types()
         self._check_ranges()
@@ -85,11 +136,16 @@ class SamplingParams:
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "SamplingParams":
         """Parameters from a mapping; an unknown name is an error with the nearest known one."""
+        cls.check_names(given)
+        return cls(**given)
+
+    @classmethod
+    def check_names(cls, given: Mapping[str, Any]) -> None:
+        """Raises `RequestError` for a name that is no sampling parameter's."""
         known = {f.name for f in fields(cls)}
         for name in given:
             if name not in known:
                 raise RequestError(f"{name} is not a sampling parameter.{nearest(name, known)}", name)
-        return cls(**given)
 
     @property
     def greedy(self) -> bool:

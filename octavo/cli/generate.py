@@ -15,6 +15,7 @@ from octavo.cli.options import add_options, from_args
 from octavo.cli.sampling import SamplingOptions
 from octavo.config import EngineOptions
 from octavo.errors import ConfigError, OctavoError, RequestError
+from octavo.sampling_defaults import sampling_params
 from octavo.sampling_params import SamplingParams
 
 
@@ -34,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     from octavo.llm import LLM
 
     llm = LLM.from_options(from_args(EngineOptions, arguments))
-    defaults = from_args(SamplingOptions, arguments).params(llm.generation_config)
+    given = from_args(SamplingOptions, arguments).given()
+    sampling_params(llm.sampling_defaults, given)  # a mistake among them is no line's
     # What is no UTF-8 is an error of its own line.
     with (
         source.open(encoding="utf-8", errors="surrogateescape") as lines,
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         total = sum(1 for line in lines if line.strip())
         lines.seek(0)
-        return _Job(llm, defaults, answers, total, done).run(lines)
+        return _Job(llm, given, answers, total, done).run(lines)
 
 
 @dataclass(slots=True)
@@ -54,8 +56,8 @@ class _Task:
 class _Job:
     """One run over one file."""
 
-    def __init__(self, llm: Any, defaults: SamplingParams, answers: IO[str], total: int, done: set[int]):
-        self.llm, self.defaults, self.answers, self.total, self.done = llm, defaults, answers, total, done
+    def __init__(self, llm: Any, given: dict[str, Any], answers: IO[str], total: int, done: set[int]):
+        self.llm, self.given, self.answers, self.total, self.done = llm, given, answers, total, done
         self.tasks: list[_Task] = []
         self.answered = self.bad = 0
 
@@ -102,8 +104,8 @@ class _Job:
         task.name = value.pop("id", None)
         chat = value.pop("messages", None)
         prompt = self.llm.encode_chat(chat) if chat is not None else value.pop("prompt")
-        params = {name: getattr(self.defaults, name) for name in self.defaults.__dataclass_fields__} | value
-        return prompt, SamplingParams.from_dict(params)
+        SamplingParams.check_names(value)
+        return prompt, sampling_params(self.llm.sampling_defaults, self.given | value)
 
     def _report(self, number: int, error: Exception) -> None:
         self.bad += 1

@@ -14,6 +14,7 @@ from octavo.config import EngineOptions, ServerOptions
 from octavo.errors import RequestError
 from octavo.models import read_config
 from octavo.request import Request
+from octavo.sampling_defaults import advised
 from octavo.server.off_loop import off_loop
 from octavo.server.protocol import ChatMessage, plain_messages
 from octavo.text.chat_template import check_variables, encode_chat
@@ -26,8 +27,6 @@ LONG_TEXT = 16_384  # characters; about 2 ms of encoding
 # What a message of a chat, and a prompt, take besides their characters, in characters.
 _MESSAGE, _PROMPT = 200, 50
 _LOOKED_AT = 8  # characters of a text for each token of the context that are encoded to find it too long
-# Sampling defaults that a model's generation_config.json may set, as vLLM's users expect.
-_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(slots=True)
@@ -143,8 +142,7 @@ def load_model(options: EngineOptions, server_options: ServerOptions) -> ServedM
     checkpoint = open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False)
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else Tokenizer.from_checkpoint(checkpoint)
     tokenizer.check_vocabulary(read_config(checkpoint.config).vocab_size)
-    generation = checkpoint.generation_config
-    defaults = {name: generation[name] for name in _DEFAULTS if generation.get(name) is not None}
+    defaults = advised(checkpoint.generation_config) if options.generation_config == "auto" else {}
     return ServedModel(server_options.served_model_name or name_of(options.model), tokenizer, defaults)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from octavo.errors import RequestError, nearest, short
+from octavo.sampling_defaults import sampling_params
 from octavo.sampling_params import MAX_BEAM_WIDTH, SamplingParams
 
 # Fields of OpenAI and vLLM that Octavo knows but cannot honour, with the values that ask for nothing.
@@ -133,6 +134,7 @@ class SamplingFields(_Fields):
     skip_special_tokens: bool | None = None
     use_beam_search: bool | None = None
     best_of: int | None = None
+    repetition_detection: dict[str, int] | None = None
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
     priority: int = 0
@@ -185,14 +187,11 @@ class SamplingFields(_Fields):
 
     def sampling(self, defaults: dict[str, Any], **chosen: Any) -> SamplingParams:
         """Sampling parameters: `chosen`, then what the client set, then `defaults`, then OpenAI's own."""
-        given = dict(defaults)
-        if self.use_beam_search:
-            # A model's defaults are for drawing tokens, which a search does not.
-            given = {"temperature": 0.0, "beam_width": self.num_sequences}
+        given: dict[str, Any] = {"beam_width": self.num_sequences} if self.use_beam_search else {}
         for name in self.model_fields_set & _SAMPLING_NAMES:
             if (value := getattr(self, name)) is not None:
                 given[name] = value
-        return SamplingParams(**given | chosen)
+        return sampling_params(defaults, given | chosen)
 
 
 _SAMPLING_NAMES = frozenset(f.name for f in fields(SamplingParams)) - {"logprobs", "max_tokens", "beam_width"}

@@ -20,6 +20,7 @@ from octavo.request import (
     TokenOutput,
 )
 from octavo.text.detokenizer import Detokenizer
+from octavo.text.repetition import repeats
 from octavo.text.stop_strings import Match, StopStrings
 from octavo.text.tokenizer import Tokenizer
 
@@ -128,6 +129,7 @@ class _SequenceText:
         "_detokenizer",
         "_min_tokens",
         "_pieces",
+        "_repetition",
         "_stop_strings",
         "_tokenizer",
         "_with_stop",
@@ -140,6 +142,7 @@ class _SequenceText:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, continued=bool(request.prompt_token_ids))
         self._stop_strings = StopStrings(params.stop)
+        self._repetition = params.repetition_detection
         self._min_tokens = params.min_tokens
         self._with_stop = params.include_stop_str_in_output
         # Pieces of text that left; joined when the text is asked for, since joining at each token costs its
@@ -182,6 +185,11 @@ class _SequenceText:
         elif finish_reason is not None:
             delta.text = found + self._stop_strings.flush()
             self._end(delta, finish_reason, stop_token_id)
+        elif self._repetition is not None and repeats(output.token_ids, self._repetition):
+            delta.abort = True
+            delta.text = found + self._stop_strings.push(self._detokenizer.flush(), count=False)
+            delta.text += self._stop_strings.flush()
+            self._end(delta, "repetition", None)
         else:
             delta.text = found
         if delta.text:
