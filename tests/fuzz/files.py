@@ -15,6 +15,7 @@ from octavo.cli.sampling import SamplingOptions
 from octavo.config import EngineOptions, ServerOptions
 from octavo.errors import OctavoError
 from octavo.llm import LLM
+from octavo.sampling_defaults import sampling_params
 from octavo.sampling_params import SamplingParams
 from octavo.server.model import load_model
 from octavo.text import template_sandbox
@@ -48,7 +49,7 @@ def answer(path: Path) -> None:
     llm = LLM.from_options(engine_options(path))
     try:
         params: list[Any] = [SamplingParams(max_tokens=3, temperature=0, logprobs=1)]
-        params += [SamplingOptions(max_tokens=3).params(llm.generation_config)]
+        params += [sampling_params(llm.sampling_defaults, SamplingOptions(max_tokens=3).given())]
         llm.generate(["hello", "hello"], params, use_tqdm=False)
         if llm.tokenizer.chat_template is not None:
             llm.chat(CHAT, SamplingParams(max_tokens=2), use_tqdm=False)

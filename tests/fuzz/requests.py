@@ -235,6 +235,15 @@ RULES: dict[str, Rule] = {
     "best_of": Rule(_of(2, 4, 32), (0, 1, 33, 128, 129, -1)),
     "length_penalty": Rule(_number(-10, 10, 0, 1), (10.1, -10.1, 1e308)),
     "early_stopping": Rule(_of(True, False, "never"), ("Never", "always", "")),
+    "repetition_detection": Rule(
+        _of({"max_pattern_size": 4, "min_count": 3}, {"max_pattern_size": 256, "min_pattern_size": 2, "min_count": 2}),
+        (
+            *({}, {"max_pattern_size": 4}, {"min_count": 4}, {"max_pattern_size": 4, "min_count": 4, "more": 1}),
+            *({"max_pattern_size": size, "min_count": 2} for size in (0, -1, 257, 2**70)),
+            *({"max_pattern_size": 9, "min_count": count} for count in (0, 1, -1, 257, 2**70)),
+            *({"max_pattern_size": 3, "min_count": 2, "min_pattern_size": size} for size in (-1, 4, 2**70)),
+        ),
+    ),
     "priority": Rule(_of(0, 1, -1, 2**31, 2**70, -(2**70))),
     "cache_salt": Rule(lambda rng: rng.choice(["", "a", "\0", _texts(rng)]), (_LONG,)),
     "stream": Rule(_of(True, False)),
@@ -366,6 +375,8 @@ def _agree(rng: random.Random, path: str, body: Body) -> None:
     else:
         for name in ("best_of", "length_penalty", "early_stopping"):
             body.pop(name, None)
+    if beams or body.get("ignore_eos"):
+        body.pop("repetition_detection", None)
     if not body.get("stream"):
         body.pop("stream_options", None)
     elif body.get("prompt_logprobs") is not None:

@@ -27,6 +27,7 @@ CONNECTIONS = 8
 BATCH = 64
 LONGEST_MESSAGE = 2000  # characters
 _EARLY = (404, 405, 413)  # what may be said before the body is there, after which the connection is closed
+ENDS = ("stop", "length", "repetition")
 _TRIES = 20  # of a request that meets a full queue
 
 
@@ -103,7 +104,7 @@ def _check_choices(asked: Request, value: Any) -> None:
     if [choice["index"] for choice in choices] != list(range(len(choices))):
         raise FaultError(f"the choices' numbers are {[choice['index'] for choice in choices]}")
     for choice in choices:
-        if choice["finish_reason"] not in ("stop", "length"):
+        if choice["finish_reason"] not in ENDS:
             raise FaultError(f"a choice ended with {choice['finish_reason']!r}")
     _check_number(asked, len(choices))
 
@@ -133,7 +134,7 @@ def _check_events(asked: Request, answer: Answer) -> str:
         if asked.valid or error["type"] != "invalid_request_error":
             raise FaultError(f"the stream ended with {error}")
         return "200 with an error"
-    if not ended or any(reason not in ("stop", "length") for reason in ended.values()):
+    if not ended or any(reason not in ENDS for reason in ended.values()):
         raise FaultError(f"the stream's choices ended with {ended}")
     _check_number(asked, len(ended))
     return "200"
