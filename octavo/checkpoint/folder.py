@@ -36,7 +36,7 @@ class FolderCheckpoint:
         if config is None:
             raise CheckpointError(f"{path} has no config.json; name a Hugging Face folder or a .gguf file")
         self.config: dict[str, Any] = config
-        self.generation_config: dict[str, Any] = _read_generation_config(path / "generation_config.json") or {}
+        self.generation_config = _generation_config(path)
         self._files = _open_files(path) if weights else {}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, stored.dtype, stored.shape, stored.end - stored.start)
@@ -66,11 +66,53 @@ def read_tokenizer_data(path: Path) -> TokenizerData:
         json=_read_text(source) if source.is_file() else None,
         ranks=() if source.is_file() else tiktoken.read_ranks(ranks),
         settings=settings,
-        generation_config=_read_generation_config(path / "generation_config.json")
-        or _read_generation_config(path / "config.json")
-        or {},
+        generation_config=_generation_config(path),
         chat_templates=_chat_templates(path, settings),
     )
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    """generation_config.json, in which `eos_token_id` has all tokens that end an answer.
+
+    These are what this file, config.json and the tokenizer name: fine-tuned models often have the right one in a
+    single place.
+    """
+    found = _read_ids(path / "generation_config.json")
+    config = _read_ids(path / "config.json")
+    if (path / tiktoken.FILE_NAME).is_file() and not (path / "tokenizer.json").is_file():
+        return found or config  # its tokens have no other names
+    ends = [_tokenizer_eos(path), *_as_list(found.get("eos_token_id")), *_as_list(config.get("eos_token_id"))]
+    if known := list(dict.fromkeys(end for end in ends if end is not None)):
+        found["eos_token_id"] = known
+    if found.get("bos_token_id") is None and config.get("bos_token_id") is not None:
+        found["bos_token_id"] = config["bos_token_id"]
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _tokenizer_eos(path: Path) -> int | None:
+    """The id of tokenizer_config.json's `eos_token`; None if there is none."""
+    settings = _read_json(path / "tokenizer_config.json") or {}
+    text = settings.get("eos_token")
+    text = text.get("content") if isinstance(text, dict) else text
+    if not isinstance(text, str) or not text:
+        return None
+    decoder = settings.get("added_tokens_decoder")
+    for index, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(entry, dict) and entry.get("content") == text and index.isdecimal() and len(index) < 10:
+            return int(index)
+    tokenizer = _read_json(path / "tokenizer.json") or {}
+    added = tokenizer.get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict) and entry.get("content") == text and type(entry.get("id")) is int:
+            return int(entry["id"])
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    number = vocabulary.get(text) if isinstance(vocabulary, dict) else None
+    return number if type(number) is int else None
 
 
 def _chat_templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -126,16 +168,16 @@ def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
     return {tensor: files[name] for tensor, name in weight_map.items()}
 
 
-def _read_generation_config(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, whose fields that are read are of the right types; None if there is no such file."""
-    content = _read_json(path)
-    for name, value in (content or {}).items():
+def _read_ids(path: Path) -> dict[str, Any]:
+    """The object in `path`, whose token ids and numbers for sampling are of the right types; empty if there is none."""
+    content = _read_json(path) or {}
+    for name, value in content.items():
         if name in _NUMBERS and not (value is None or _is_number(value)):
             raise CheckpointError(f"{path}: {name} is {value!r:.100}; it must be a number that fits 32 bits")
         if name in _INTEGERS and not (value is None or (type(value) is int and abs(value) < 1 << 31)):
             raise CheckpointError(f"{path}: {name} is {value!r:.100}; it must be an integer that fits 32 bits")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if name in _TOKEN_IDS and not all(type(token) is int and abs(token) < 1 << 31 for token in ids):
+        whole = all(type(token) is int and abs(token) < 1 << 31 for token in _as_list(value))
+        if name in _TOKEN_IDS and not whole:
             raise CheckpointError(f"{path}: {name} is {value!r:.100}; it must be a token id or a list of them")
     return content
 

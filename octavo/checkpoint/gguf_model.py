@@ -41,6 +41,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture("Qwen3ForCausalLM", False, {}),
 }
 
+_CONTROL = 3  # a value of tokenizer.ggml.token_type
+# Control tokens that end an answer whatever a file names its EOS, since files often name the wrong one; llama.cpp knows
+# them by their texts, too.
+_ENDS = frozenset(
+    (
+        *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"),
+        *("<|return|>", "<|call|>", "<turn|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>"),
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    )
+)
+
 # Keys that are read, those of an architecture without its prefix -> what their values must be, see `_IS`.
 _TYPES = {
     **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre", "rope.scaling.type"), "a text"),
@@ -259,5 +270,10 @@ class GgufCheckpoint:
         return scaling
 
     def _read_generation_config(self) -> dict[str, Any]:
+        """The tokens that end an answer: those that are named so, and control tokens that models end a turn with."""
         ends = [self._metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        tokens = self._metadata.get("tokenizer.ggml.tokens") or []
+        types = self._metadata.get("tokenizer.ggml.token_type") or []
+        control = (i for i, kind in enumerate(types) if kind == _CONTROL and i < len(tokens))
+        ends += [i for i in control if tokens[i] in _ENDS]
         return {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}

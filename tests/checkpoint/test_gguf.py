@@ -154,6 +154,14 @@ def test_end_of_turn_is_an_end(tmp_path: Path) -> None:
     assert open_checkpoint(str(tmp_path / "m.gguf")).generation_config == {"eos_token_id": [2, 3]}
 
 
+def test_control_tokens_that_end_a_turn_are_ends(tmp_path: Path) -> None:
+    """By their text, whatever the file calls its EOS; a word that looks like one is none."""
+    tokens = ["a", "<|im_end|>", "<s>", "<|endoftext|>", "<|eot_id|>", "<|im_start|>"]
+    arrays = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1, 3, 3, 3, 1, 3]}
+    write_model(tmp_path / "m.gguf", metadata={**arrays, "tokenizer.ggml.eos_token_id": 2})
+    assert open_checkpoint(str(tmp_path / "m.gguf")).generation_config == {"eos_token_id": [2, 1, 3]}
+
+
 def test_the_default_model(smollm2_path: Path) -> None:
     checkpoint = open_checkpoint(str(smollm2_path))
     assert (

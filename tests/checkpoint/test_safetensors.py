@@ -106,6 +106,36 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+DECODER = {"added_tokens_decoder": {"7": {"content": "<|im_end|>", "special": True}}}
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({"tokenizer_config": {"eos_token": "<|im_end|>", **DECODER}}, [7, 1, 2]),
+        ({"tokenizer_config": {"eos_token": {"content": "<|im_end|>"}, **DECODER}}, [7, 1, 2]),
+        (
+            {"tokenizer_config": {"eos_token": "<e>"}, "tokenizer": {"added_tokens": [{"id": 9, "content": "<e>"}]}},
+            [9, 1, 2],
+        ),
+        ({"tokenizer_config": {"eos_token": "<e>"}, "tokenizer": {"model": {"vocab": {"a": 0, "<e>": 4}}}}, [4, 1, 2]),
+        ({"tokenizer_config": {"eos_token": "<e>"}, "tokenizer": {"model": {"vocab": [["<e>", -1.0]]}}}, [1, 2]),
+        (
+            {"tokenizer_config": {"eos_token": "<e>", "added_tokens_decoder": [3]}, "tokenizer": {"added_tokens": 3}},
+            [1, 2],
+        ),
+        ({"tokenizer_config": {"eos_token": None}, "config": {"eos_token_id": 5}}, [1, 2, 5]),
+        ({"config": {"eos_token_id": [2, 6]}}, [1, 2, 6]),
+        ({"config": {"eos_token_id": 5}, "generation_config": {}}, [5]),
+        ({"config": {"eos_token_id": None}, "generation_config": {}}, None),
+    ],
+)
+def test_ends_are_those_that_any_file_names(folder: Path, files: dict[str, Any], ends: list[int] | None) -> None:
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    assert open_checkpoint(str(folder)).generation_config.get("eos_token_id") == ends
+
+
 def write_index(folder: Path, weight_map: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
