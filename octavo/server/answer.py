@@ -46,6 +46,7 @@ class Answer:
     def __init__(self, engine: EngineClient, model: ServedModel, metrics: Metrics):
         self.model = model
         self.parts: list[Part] = []
+        self.prompt_only = False  # whether the one token that each sequence draws is for nobody
         self._engine = engine
         self._metrics = metrics
         self._wake = Wake()
@@ -103,7 +104,9 @@ class Answer:
         return Usage(
             prompt=sum(len(part.request.prompt_token_ids) for part in self.parts),
             cached=sum(part.text.num_cached_tokens for part in self.parts),
-            completion=sum(len(output.token_ids) for part in self.parts for output in part.text.outputs()),
+            completion=0
+            if self.prompt_only
+            else sum(len(output.token_ids) for part in self.parts for output in part.text.outputs()),
         )
 
     def num_logprobs(self) -> int:

@@ -25,7 +25,7 @@ async def start_completion(service: Service, asked: CompletionRequest, tenant: s
     prompts = asked.prompts()
     encoded = await model.encode_prompts(prompts, asked.add_special_tokens, service.limits.max_model_len)
     room = service.limits.room(max(map(len, encoded), default=0), asked.num_sequences)
-    limit = service.dialect.completion_tokens(asked.max_tokens, room)
+    limit = 1 if asked.prompt_only else service.dialect.completion_tokens(asked.max_tokens, room)
     params = asked.sampling(model.sampling_defaults, max_tokens=limit, logprobs=asked.logprobs)
     if asked.echo and asked.logprobs is not None and params.prompt_logprobs is None:
         params.prompt_logprobs = asked.logprobs
@@ -38,7 +38,12 @@ async def start_completion(service: Service, asked: CompletionRequest, tenant: s
     ]
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
     answer = await service.answer(requests, texts, whole=not asked.stream)
+    answer.prompt_only = asked.prompt_only
     return CompletionReply(answer, answer_id, model, asked, params)
+
+
+# The end of an answer of no tokens.
+_NOTHING_ASKED: Json = {"finish_reason": "length", "stop_reason": None}
 
 
 class CompletionReply:
@@ -67,6 +72,10 @@ class CompletionReply:
                 self._offsets[delta.index] = 0
                 if self._echo:
                     yield self._choice(delta.index, *self._echoed(delta.index))
+            if self.answer.prompt_only:
+                if delta.finish_reason is not None:
+                    yield self._choice(delta.index, "", None) | _NOTHING_ASKED
+                continue
             logprobs = self._logprobs(delta.index, delta.token_ids, delta.logprobs)
             if delta.text or logprobs or delta.finish_reason is not None:
                 choice = self._choice(delta.index, delta.text, logprobs)
@@ -80,8 +89,11 @@ class CompletionReply:
             for output in result.outputs:
                 index = part.first_choice + output.index
                 text, before = self._echoed(index) if self._echo else ("", None)
-                logprobs = _joined(before, self._logprobs(index, output.token_ids, output.logprobs))
-                choice = self._choice(index, text + output.text, logprobs) | ending_json(output)
+                if self.answer.prompt_only:
+                    choice = self._choice(index, text, before) | _NOTHING_ASKED
+                else:
+                    logprobs = _joined(before, self._logprobs(index, output.token_ids, output.logprobs))
+                    choice = self._choice(index, text + output.text, logprobs) | ending_json(output)
                 if of_prompt is not None:
                     choice["prompt_logprobs"] = of_prompt
                 choices.append(choice)
@@ -111,7 +123,7 @@ class CompletionReply:
         shape: dict[str, list[object]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
         for token_id, entry in zip(token_ids, entries, strict=True):
             shape["text_offset"].append(offset)
-            shape["tokens"].append(self._model.tokenizer.token_text(token_id))
+            shape["tokens"].append(self._name(token_id))
             shape["token_logprobs"].append(entry and finite(entry[token_id].logprob))
             shape["top_logprobs"].append(entry and self._top(token_id, entry))
             offset += self._model.num_characters(token_id, self._params.skip_special_tokens)
@@ -123,7 +135,21 @@ class CompletionReply:
         tokens = most_likely(entry, self._num_logprobs or 0)
         if token_id not in tokens:
             tokens.append(token_id)
-        return {entry[token].decoded_token or "": finite(entry[token].logprob) for token in tokens}
+        # Two tokens may be the same text (as of a word, and of bytes); the drawn one has the name that `tokens` has.
+        names = {self._name(token_id): token_id}
+        for token in tokens:
+            if names.setdefault(self._name(token), token) != token:
+                names[f"token_id:{token}"] = token
+        name_of = {token: name for name, token in names.items()}
+        return {name_of[token]: finite(entry[token].logprob) for token in tokens}
+
+    def _name(self, token_id: int) -> str:
+        """A token's text, or its bytes as OpenAI writes them if they are no text alone, as of a part of an emoji."""
+        data = self._model.tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _joined(first: Json | None, then: Json | None) -> Json | None:

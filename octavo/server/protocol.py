@@ -224,6 +224,8 @@ class ChatMessage(_Fields):
         return message
 
     def _text(self, where: str) -> str:
+        if self.content is None and self.role == "assistant" and "content" in self.model_fields_set:
+            return ""  # so clients send back an answer that said nothing
         if self.content is None:
             raise RequestError(f"{where}.content is missing; it must be {_WANTED['content']}", f"{where}.content")
         if isinstance(self.content, str):
@@ -292,6 +294,11 @@ class CompletionRequest(SamplingFields):
     echo: bool = False
     logprobs: int | None = None
     add_special_tokens: bool = True
+
+    @property
+    def prompt_only(self) -> bool:
+        """Whether nothing is wanted but the prompt again, with its logprobs: how models are evaluated."""
+        return self.echo and self.max_tokens == 0
 
     def prompts(self) -> list[str | list[int]]:
         """One entry for each prompt: its text, or its token ids."""

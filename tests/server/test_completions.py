@@ -1,9 +1,13 @@
 """Completions: every form of prompt, echo, and logprobs in the older shape."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from octavo.request import Logprob
 from octavo.sampling_params import SamplingParams
 from octavo.server import stream
+from octavo.server.completions import CompletionReply
 from tests.server.serving import EOS, TOKENIZER, Server, events, run
 
 TEXT = "Hi, wörld 🙂!"
@@ -64,7 +68,7 @@ async def test_echo_with_logprobs(server: Server):
     whole = (await server.complete("wör", **fields)).json()["choices"][0]
     assert whole["text"] == "wörHi, wö"
     shape = whole["logprobs"]
-    assert shape["tokens"] == ["w", "�", "�", "r", *"Hi, w", "�", "�"]
+    assert shape["tokens"] == ["w", r"bytes:\xc3", r"bytes:\xb6", "r", *"Hi, w", r"bytes:\xc3", r"bytes:\xb6"]
     assert shape["text_offset"] == [0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9]
     assert shape["token_logprobs"] == [None, *[-0.5] * 10]
     assert shape["top_logprobs"][0] is None
@@ -75,6 +79,43 @@ async def test_echo_with_logprobs(server: Server):
     assert streamed(chunks) == {0: whole["text"]}
     parts = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
     assert {name: [x for part in parts for x in part[name]] for name in shape} == shape
+
+
+@run
+async def test_echo_of_the_prompt_alone(server: Server):
+    """As evaluations ask for a text's log probabilities."""
+    more = (await server.complete(["wör", "d"], echo=True, logprobs=2, max_tokens=1)).json()["choices"]
+    reply = (await server.complete(["wör", "d"], echo=True, logprobs=2, max_tokens=0)).json()
+    assert [choice["text"] for choice in reply["choices"]] == ["wör", "d"]
+    for choice, longer in zip(reply["choices"], more, strict=True):
+        assert choice["finish_reason"] == "length"
+        assert choice["logprobs"] == {name: values[:-1] for name, values in longer["logprobs"].items()}
+    assert reply["usage"]["completion_tokens"] == 0
+    assert reply["usage"]["prompt_tokens"] == 5
+    chunks = events(
+        (
+            await server.complete("wör", echo=True, max_tokens=0, stream=True, stream_options={"include_usage": True})
+        ).text
+    )
+    assert streamed(chunks[:-1]) == {0: "wör"}
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+    assert chunks[-1]["usage"]["completion_tokens"] == 0
+    assert (await server.complete("wör", max_tokens=0)).status_code == 400
+
+
+def test_top_logprobs_of_one_text_do_not_collide():
+    """Half an emoji is told by its bytes; and a token that is written as another is told by its number."""
+    reply = CompletionReply.__new__(CompletionReply)
+    text = {1: b"\xf0\x9f", 2: b"\x98", 3: b"a", 4: b"a", 5: b"a"}
+    reply._model = SimpleNamespace(tokenizer=SimpleNamespace(token_bytes=text.__getitem__))
+    reply._num_logprobs = 5
+    entry = {token: Logprob(-float(token), token) for token in text}
+    names = [r"bytes:\xf0\x9f", r"bytes:\x98", "a", "token_id:4", "token_id:5"]
+    assert reply._top(3, entry) == dict(zip(names, [-1.0, -2.0, -3.0, -4.0, -5.0], strict=True))
+    names = [*names[:2], "token_id:3", "token_id:4", "a"]
+    assert list(reply._top(5, entry).items()) == list(zip(names, [-1.0, -2.0, -3.0, -4.0, -5.0], strict=True))
+    reply._num_logprobs = 1
+    assert reply._top(5, entry) == {names[0]: -1.0, "a": -5.0}
 
 
 @run
