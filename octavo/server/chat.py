@@ -43,6 +43,7 @@ class ChatReply:
     def __init__(self, answer: Answer, answer_id: str, model: ServedModel, asked: ChatRequest):
         self.answer = answer
         self.include_usage = asked.include_usage
+        self.continuous_usage = asked.continuous_usage
         self._id = answer_id
         self._model = model
         self._created = int(time.time())
@@ -69,9 +70,8 @@ class ChatReply:
             "choices": [self._choice(output) for output in result.outputs],
             "usage": usage_json(self.answer),
         }
-        if result.prompt_logprobs is not None:
-            reply["prompt_logprobs"] = prompt_logprobs_json(result.prompt_logprobs)
-        return reply
+        logprobs = result.prompt_logprobs
+        return reply | {"prompt_logprobs": None if logprobs is None else prompt_logprobs_json(logprobs)}
 
     def _choice(self, output: CompletionOutput) -> Json:
         return {

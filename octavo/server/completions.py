@@ -54,6 +54,7 @@ class CompletionReply:
     ):
         self.answer = answer
         self.include_usage = asked.include_usage
+        self.continuous_usage = asked.continuous_usage
         self._id = answer_id
         self._model = model
         self._created = int(time.time())
@@ -94,9 +95,7 @@ class CompletionReply:
                 else:
                     logprobs = _joined(before, self._logprobs(index, output.token_ids, output.logprobs))
                     choice = self._choice(index, text + output.text, logprobs) | ending_json(output)
-                if of_prompt is not None:
-                    choice["prompt_logprobs"] = of_prompt
-                choices.append(choice)
+                choices.append(choice | {"prompt_logprobs": of_prompt})
         return self.envelope() | {"choices": choices, "usage": usage_json(self.answer)}
 
     def _choice(self, index: int, text: str, logprobs: Json | None) -> Json:

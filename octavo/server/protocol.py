@@ -1,14 +1,15 @@
 """What clients may send: OpenAI's requests and the sampling fields that vLLM adds, as pydantic models.
 
-Nothing is accepted and ignored. A field that Octavo cannot honour is refused unless its value asks for nothing (an
-empty list of tools, say); an unknown field is refused with the nearest known name. Knows nothing of tokens or engines.
+A field that Octavo cannot honour is refused unless its value asks for nothing (an empty list of tools, say); an unknown
+field is refused with the nearest known name. Fields that can change no answer are taken (`HARMLESS`), and listed one by
+one in docs/api.md. Knows nothing of tokens or engines.
 """
 
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from octavo.errors import RequestError, nearest, short
 from octavo.sampling_defaults import sampling_params
@@ -29,7 +30,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "guided_json": _NEVER,
     "guided_regex": _NEVER,
     "include_reasoning": (None, True),
-    "metadata": (None, {}),
     "min_new_tokens": _NEVER,
     "mm_processor_kwargs": _NEVER,
     "modalities": (None, ["text"]),
@@ -43,22 +43,22 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}),
     "return_token_ids": (None, False),
     "return_tokens_as_token_ids": (None, False),
-    "service_tier": (None, "auto", "default"),
     "spaces_between_special_tokens": (None, True),
-    "store": (None, False),
     "structured_outputs": _NEVER,
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
     "truncate_prompt_tokens": _NEVER,
-    "verbosity": (None, "medium"),
+    "vllm_xargs": (None, {}),
     "web_search_options": _NEVER,
 }
+# Fields that change no answer, whatever their value: they are for OpenAI's accounts, logs, prices and caches.
+HARMLESS = frozenset(("metadata", "service_tier", "store", "verbosity"))
+HARMLESS_IN_MESSAGES = frozenset(("cache_control",))
 _MESSAGE_NOT_YET: dict[str, tuple[Any, ...]] = {
     "annotations": (None, []),
     "audio": _NEVER,
     "function_call": _NEVER,
-    "reasoning_content": (None, ""),
     "refusal": _NEVER,
     "tool_call_id": _NEVER,
     "tool_calls": (None, []),
@@ -75,7 +75,17 @@ _WANTED = {
 # Bounds on lists of which each entry costs far more than its bytes.
 MAX_PROMPTS = 16_384
 MAX_MESSAGES = 8192
+# As for OpenAI; in Python all that is finite may be asked for.
+MAX_TEMPERATURE, MAX_BIAS = 2, 100
 _LONGEST_PLACE = 100  # characters of a field's name in an error
+
+
+def _whole(value: Any) -> Any:
+    """4.0 as 4: clients in languages without integers write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole = Annotated[int, BeforeValidator(_whole)]
 
 # Lists are given up at their first bad entry: an error for each of a million takes seconds.
 _Item = TypeVar("_Item")
@@ -88,11 +98,15 @@ class _Fields(BaseModel):
     # Extra fields are gathered by pydantic, then refused by `refuse_extras` in our own words.
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
-    def refuse_extras(self, not_yet: dict[str, tuple[Any, ...]], where: str = "") -> None:
+    def refuse_extras(
+        self, not_yet: dict[str, tuple[Any, ...]], where: str = "", harmless: frozenset[str] = frozenset()
+    ) -> None:
         """Raises `RequestError` for the first field that is unknown, or known and not supported yet."""
         for name, value in (self.model_extra or {}).items():
+            if name in harmless:
+                continue
             if name not in not_yet:
-                near = nearest(name, [*type(self).model_fields, *not_yet])
+                near = nearest(name, [*type(self).model_fields, *not_yet, *harmless])
                 raise RequestError(f"unknown field {short(where + name)}.{near}", (where + name)[:_LONGEST_PLACE])
             if value not in not_yet[name]:
                 raise RequestError(
@@ -102,6 +116,7 @@ class _Fields(BaseModel):
 
 class StreamOptions(_Fields):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class SamplingFields(_Fields):
@@ -112,10 +127,10 @@ class SamplingFields(_Fields):
     """
 
     model: str | None = None
-    n: int | None = None
+    n: _Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: _Whole | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
@@ -123,21 +138,21 @@ class SamplingFields(_Fields):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: _List[int] | None = None
     bad_words: _List[str] | None = None
-    seed: int | None = None
+    seed: _Whole | None = None
     stop: str | _List[str] | None = None
     stop_token_ids: _List[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    max_tokens: int | None = None
-    prompt_logprobs: int | None = None
+    min_tokens: _Whole | None = None
+    max_tokens: _Whole | None = None
+    prompt_logprobs: _Whole | None = None
     skip_special_tokens: bool | None = None
     use_beam_search: bool | None = None
-    best_of: int | None = None
+    best_of: _Whole | None = None
     repetition_detection: dict[str, int] | None = None
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
-    priority: int = 0
+    priority: _Whole = 0
     cache_salt: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -149,9 +164,28 @@ class SamplingFields(_Fields):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk tells the usage so far."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
     def check(self) -> None:
         """Raises `RequestError` for what types cannot say."""
-        self.refuse_extras(_NOT_YET)
+        # Tools that may not be called are as good as none.
+        no_tools = (self.model_extra or {}).get("tool_choice") == "none"
+        self.refuse_extras(_NOT_YET, harmless=HARMLESS | {"tools", "functions"} if no_tools else HARMLESS)
+        if self.temperature is not None and not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise RequestError(
+                f"temperature is {short(self.temperature)}; it must be from 0 to {MAX_TEMPERATURE}", "temperature"
+            )
+        for token, bias in (self.logit_bias or {}).items():
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise RequestError(
+                    f"logit_bias of token {short(token)} is {short(bias)}; it must be from -{MAX_BIAS} to {MAX_BIAS}",
+                    "logit_bias",
+                )
+        if self.cache_salt == "":
+            raise RequestError("cache_salt is empty; give a text that nobody can guess, or leave it out", "cache_salt")
         if self.stream_options is not None:
             self.stream_options.refuse_extras({"include_obfuscation": (None, False)}, "stream_options.")
             if not self.stream:
@@ -206,10 +240,12 @@ class ChatMessage(_Fields):
     role: str
     content: str | Annotated[_List[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     def plain(self, where: str) -> dict[str, Any]:
         """The message as chat templates know it: role and content as text. `where` names it in errors."""
-        self.refuse_extras(_MESSAGE_NOT_YET, f"{where}.")
+        self.refuse_extras(_MESSAGE_NOT_YET, f"{where}.", HARMLESS_IN_MESSAGES)
         if self.role not in _IN_ROLES:
             known = ", ".join(_IN_ROLES)
             raise RequestError(
@@ -221,6 +257,9 @@ class ChatMessage(_Fields):
         message = {"role": role, "content": self._text(where)}
         if self.name is not None:
             message["name"] = self.name
+        # What the model thought before its answer; it has either name, and templates know this one.
+        if thought := self.reasoning_content or self.reasoning:
+            message["reasoning_content"] = thought
         return message
 
     def _text(self, where: str) -> str:
@@ -234,7 +273,7 @@ class ChatMessage(_Fields):
             if part.type != "text":
                 field = f"{where}.content.{i}.type"
                 raise RequestError(f"{field} is {short(part.type)}; only text is supported yet", field)
-            part.refuse_extras({}, f"{where}.content.{i}.")
+            part.refuse_extras({}, f"{where}.content.{i}.", HARMLESS_IN_MESSAGES)
             if part.text is None:
                 field = f"{where}.content.{i}.text"
                 raise RequestError(f"{field} is missing; it must be a string", field)
@@ -255,9 +294,9 @@ class ChatRequest(SamplingFields, ChatTemplateFields):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_completion_tokens: int | None = None
+    max_completion_tokens: _Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: _Whole | None = None
 
     def check(self) -> None:
         super().check()
@@ -292,7 +331,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: Prompt
     echo: bool = False
-    logprobs: int | None = None
+    logprobs: _Whole | None = None
     add_special_tokens: bool = True
 
     @property
@@ -319,7 +358,7 @@ class TokenizeRequest(ChatTemplateFields):
     add_special_tokens: bool | None = None
 
     def check(self) -> None:
-        self.refuse_extras(_NOT_YET)
+        self.refuse_extras(_NOT_YET, harmless=HARMLESS)
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", "prompt")
         if self.messages is not None and self.add_special_tokens:

@@ -45,6 +45,7 @@ class Reply(Protocol):
 
     answer: Answer
     include_usage: bool
+    continuous_usage: bool
 
     def envelope(self) -> Json:
         """The fields that stand in each chunk, before its choices."""
@@ -149,7 +150,10 @@ class StreamedResponse(Response):
         # The envelope is the same each time: encoded once, cut open where the choices go.
         head = "data: " + _encode(dialect.chunk_envelope(reply.envelope()))[:-1] + ',"choices":['
         async for deltas in reply.answer.deltas():
-            tail = f"]{dialect.chunk_usage(reply.answer, reply.include_usage)}}}\n\n"
+            if reply.continuous_usage:
+                tail = f'],"usage":{_encode(usage_json(reply.answer))}}}\n\n'
+            else:
+                tail = f"]{dialect.chunk_usage(reply.answer, reply.include_usage)}}}\n\n"
             if events := [head + _encode(dialect.chunk_choice(choice)) + tail for choice in reply.choices(deltas)]:
                 yield "".join(events).encode()
         if reply.include_usage:

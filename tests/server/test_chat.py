@@ -1,5 +1,8 @@
 """Chat completions, whole and streamed: the same words."""
 
+from pathlib import Path
+
+from octavo.server.protocol import HARMLESS, HARMLESS_IN_MESSAGES, ChatMessage
 from tests.server.serving import Server, events, run
 
 TEXT = "Hi, wörld 🙂!"
@@ -135,6 +138,56 @@ async def test_the_template_gets_what_was_asked(server: Server):
             error = (await server.post(path, body)).json()["error"]
             assert error["param"] == field
             assert error["message"].startswith(f"{field} cannot be set")
+
+
+@run
+async def test_fields_that_change_no_answer(server: Server):
+    """docs/api.md lists each; their values are nobody's business."""
+    plain = (await server.chat()).json()["choices"]
+    api = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    for name in (*HARMLESS, *HARMLESS_IN_MESSAGES):
+        assert f"`{name}`" in api
+    for fields in (
+        *({name: value} for name in HARMLESS for value in (None, True, "low", {"a": [1]})),
+        {"tool_choice": "none", "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"vllm_xargs": None},
+        {"n": 1.0, "max_tokens": 40.0, "seed": 7.0, "top_k": 0.0},
+        {"stream_options": None},
+    ):
+        assert (await server.chat(**fields)).json()["choices"] == plain
+    marked = [{"type": "text", "text": "hello", "cache_control": {"type": "ephemeral"}}]
+    for message in ({"content": marked}, {"content": "hello", "cache_control": {"type": "ephemeral"}}):
+        answer = await server.post("/v1/chat/completions", {"messages": [{"role": "user", **message}]})
+        assert answer.json()["choices"] == plain
+
+
+@run
+async def test_history_as_clients_send_it_back(server: Server):
+    history = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "refusal": None, "annotations": [], "tool_calls": []},
+        {"role": "assistant", "content": "b", "reasoning_content": "hm", "reasoning": None},
+        {"role": "user", "content": "c"},
+    ]
+    tokens = (await server.post("/tokenize", {"messages": history})).json()["tokens"]
+    prompt = (await server.post("/detokenize", {"tokens": tokens})).json()["prompt"]
+    assert prompt == "<s>user:a</s><s>assistant:</s><s>assistant:b</s><s>user:c</s><s>assistant:"
+
+
+def test_templates_are_given_what_was_thought_before():
+    for name in ("reasoning", "reasoning_content"):
+        message = ChatMessage.model_validate({"role": "assistant", "content": "b", name: "hm"})
+        assert message.plain("messages.0") == {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+
+
+@run
+async def test_usage_in_each_chunk(server: Server):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = events((await server.chat(stream=True, stream_options=options)).text)
+    told = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert told == sorted(told)
+    assert len(set(told)) > 5
+    assert chunks[-1]["usage"] == last["usage"]
 
 
 @run
