@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from octavo.checkpoint import Checkpoint, open_engine_checkpoint, open_tokenizer_data
+from octavo.checkpoint import Checkpoint, TokenizerData, open_engine_checkpoint, open_tokenizer_data
 from octavo.config import EngineOptions
 from octavo.deferred_signals import DeferredSignals
 from octavo.engine.engine import Engine
@@ -36,11 +36,14 @@ Messages = Sequence[Mapping[str, Any]]
 
 def _open_tokenizer(options: EngineOptions, checkpoint: Checkpoint | None = None) -> tuple[dict[str, Any], Tokenizer]:
     """The model's generation_config.json, empty if there is none, and its tokenizer, or the one that was asked for."""
-    where = {"hub": options.hub, "revision": options.revision}
-    data = open_tokenizer_data(options.model, **where) if checkpoint is None else checkpoint.tokenizer_data()
+
+    def data_of(source: str) -> TokenizerData:
+        return open_tokenizer_data(source, hub=options.hub, revision=options.revision)
+
+    data = data_of(options.model) if checkpoint is None else checkpoint.tokenizer_data()
     generation_config = dict(data.generation_config)
     if options.tokenizer is not None:
-        data = open_tokenizer_data(options.tokenizer, **where)
+        data = data_of(options.tokenizer)
     return generation_config, Tokenizer.from_data(data)
 
 

@@ -187,8 +187,9 @@ class _SequenceText:
             self._end(delta, finish_reason, stop_token_id)
         elif self._repetition is not None and repeats(output.token_ids, self._repetition):
             delta.abort = True
-            delta.text = found + self._stop_strings.push(self._detokenizer.flush(), count=False)
-            delta.text += self._stop_strings.flush()
+            rest = self._stop_strings.push(self._detokenizer.flush(), count=False)
+            assert isinstance(rest, str), "stop strings were not counted"
+            delta.text = found + rest + self._stop_strings.flush()
             self._end(delta, "repetition", None)
         else:
             delta.text = found
