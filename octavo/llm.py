@@ -5,6 +5,7 @@ one in a process of its own. Names and results are those that vLLM's users know.
 """
 
 import itertools
+import operator
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from octavo.engine.engine import Engine
 from octavo.engine.process import EngineClient
 from octavo.engine.state import StepOutput
 from octavo.engine.stream import Arrived
-from octavo.errors import ConfigError, EngineDeadError, OctavoError, RequestError, nearest
+from octavo.errors import ConfigError, EngineDeadError, OctavoError, RequestError, nearest, short
 from octavo.progress import Progress
 from octavo.request import CompletionOutput, Request, RequestOutput
 from octavo.sampling_defaults import advised
@@ -482,11 +483,22 @@ def read_prompt(request_id: str, prompt: Prompt, params: SamplingParams, tokeniz
             "prompt",
         )
     content = given.get("prompt", given.get("prompt_token_ids"))
-    text = content if isinstance(content, str) else None
-    ids = tokenizer.encode(text) if text is not None else list(content)
+    text = content if isinstance(content, str) and "prompt" in given else None
+    ids = tokenizer.encode(text) if text is not None else _token_ids(content)
     request = Request(request_id, ids, params, cache_salt=given.get("cache_salt"))
     request.bad_words_token_ids = bad_words_to_ids(tokenizer, params.bad_words)
     return RequestText(request, tokenizer, text)
+
+
+def _token_ids(content: Any) -> list[int]:
+    try:
+        if isinstance(content, (str, bytes, Mapping)):
+            raise TypeError
+        return [operator.index(token) for token in content]
+    except TypeError:
+        raise RequestError(
+            f"the prompt is {short(content)}; it must be a text or a list of token ids", "prompt"
+        ) from None
 
 
 def _delta_output(text: RequestText, deltas: list[TextDelta]) -> RequestOutput:

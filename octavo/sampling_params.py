@@ -1,7 +1,7 @@
 """How a request's tokens are drawn and when it ends. Names and meanings are those that vLLM's users know."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -114,9 +114,11 @@ class SamplingParams:
     repetition_detection: RepetitionDetectionParams | None = None
 
     def __post_init__(self) -> None:
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-        self.stop_token_ids = list(self.stop_token_ids or [])
-        self.bad_words = list(self.bad_words or [])
+        self.stop = [self.stop] if isinstance(self.stop, str) else _as_list("stop", self.stop)
+        self.stop_token_ids = _as_list("stop_token_ids", self.stop_token_ids)
+        self.bad_words = _as_list("bad_words", self.bad_words)
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = _as_list("allowed_token_ids", self.allowed_token_ids)
         if self.top_k == -1:
             self.top_k = 0
         if self.logit_bias is not None:
@@ -265,6 +267,12 @@ class SamplingParams:
                 raise RequestError(
                     f"{name} is {short(getattr(self, name))}, which beam search does not use; set it to {off!r}", name
                 )
+
+
+def _as_list(name: str, value: Any) -> list[Any]:
+    if isinstance(value, (str, bytes, Mapping)) or not (value is None or isinstance(value, Iterable)):
+        raise RequestError(f"{name} is {short(value)}; it must be a list", name)
+    return [] if value is None else list(value)
 
 
 def _require(name: str, value: Any, kind: type | tuple[type, ...]) -> None:

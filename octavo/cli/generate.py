@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     sampling_params(llm.sampling_defaults, given)  # a mistake among them is no line's
     # What is no UTF-8 is an error of its own line.
     with (
-        source.open(encoding="utf-8", errors="surrogateescape") as lines,
+        source.open(encoding="utf-8-sig", errors="surrogateescape") as lines,
         target.open("a", encoding="utf-8") as answers,
     ):
         total = sum(1 for line in lines if line.strip())
@@ -102,8 +102,10 @@ class _Job:
         if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
             raise RequestError('a line is {"prompt": ...} or {"messages": [...]}, or a text')
         task.name = value.pop("id", None)
-        chat = value.pop("messages", None)
-        prompt = self.llm.encode_chat(chat) if chat is not None else value.pop("prompt")
+        if "messages" in value:
+            prompt = self.llm.encode_chat(value.pop("messages"))
+        else:
+            prompt = value.pop("prompt")
         SamplingParams.check_names(value)
         return prompt, sampling_params(self.llm.sampling_defaults, self.given | value)
 
