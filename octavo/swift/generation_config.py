@@ -27,14 +27,15 @@ _DEFAULTS: dict[str, Any] = {
 # vLLM's fields that Octavo has nothing for, with the one value at which they do nothing.
 _NO_EFFECT: dict[str, Any] = {
     "best_of": None,
-    "use_beam_search": False,
-    "num_beams": 1,
     "detokenize": True,
     "spaces_between_special_tokens": True,
     "guided_decoding": None,
     "logits_processors": None,
     "truncate_prompt_tokens": None,
 }
+# Beams are asked for by either, and by Octavo's own `beam_width`.
+_OFF = {"temperature": 0.0, "top_k": 0}
+_BEAMS: dict[str, Any] = {"use_beam_search": False, "num_beams": 1}
 _OTHER_NAMES = {"max_new_tokens", "do_sample", "max_length"}
 _FIELDS = {field.name: field for field in fields(SamplingParams)}
 
@@ -61,14 +62,13 @@ class VllmGenerationConfig:
         repetition_penalty: float = 1.0,
         **given: Any,
     ):
-        values = {**_field_defaults(), **_NO_EFFECT, **_DEFAULTS}
+        values = {**_field_defaults(), **_NO_EFFECT, **_BEAMS, **_DEFAULTS}
         values |= {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         values["repetition_penalty"] = repetition_penalty
         for name, value in values.items():
             setattr(self, name, value)
         for name, value in given.items():
             setattr(self, name, value)
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         self.top_k = -1 if self.top_k == 0 else self.top_k
 
     @classmethod
@@ -88,10 +88,12 @@ class VllmGenerationConfig:
             assert value in (True, False), f"do_sample is {value!r}; it must be True or False"
             super().__setattr__("temperature", self._temperature if value else 0)
             return
+        elif name == "stop":
+            value = [value] if isinstance(value, str) else list(value or ())
         elif name == "temperature":
             super().__setattr__("_temperature", value)
-        elif name not in _FIELDS and name not in _NO_EFFECT and name != "_temperature":
-            known = {*_FIELDS, *_NO_EFFECT, *_OTHER_NAMES}
+        elif name not in _FIELDS and name not in _NO_EFFECT and name not in _BEAMS and name != "_temperature":
+            known = {*_FIELDS, *_NO_EFFECT, *_BEAMS, *_OTHER_NAMES}
             raise ConfigError(f"{name} is not a generation parameter.{nearest(name, known)}")
         super().__setattr__(name, value)
 
@@ -109,9 +111,21 @@ class VllmGenerationConfig:
                     f"{name} is {getattr(self, name)!r}, which Octavo does not do; leave it at {harmless!r}"
                 )
         values = {name: getattr(self, name) for name in _FIELDS}
+        if (beams := self._num_beams()) > 1:
+            # A search draws nothing and knows no stop strings: the template's end of a turn is a token as well.
+            extra_stops = []
+            values["beam_width"] = beams
+            # Defaults for drawing give way; what was chosen is refused by name.
+            values |= {name: off for name, off in _OFF.items() if values[name] == _DEFAULTS[name]}
         values["stop"] = list(dict.fromkeys([*self.stop, *extra_stops]))
         values["stop_token_ids"] = list(dict.fromkeys([*(self.stop_token_ids or ()), *stop_token_ids]))
         return SamplingParams(**values)
+
+    def _num_beams(self) -> int:
+        beams = max(self.beam_width, self.num_beams)
+        if self.use_beam_search and beams < 2:
+            raise ConfigError("use_beam_search is True, but num_beams is 1; set num_beams to the number of beams")
+        return beams
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, VllmGenerationConfig) and vars(self) == vars(other)

@@ -240,6 +240,13 @@ def test_assignments():
 
 
 def test_parameters_for_the_engine():
+    config = VllmGenerationConfig()
+    config.stop = "Paris"
+    assert config.stop == ["Paris"]
+    beams = VllmGenerationConfig(num_beams=4, n=2).sampling_params(["<|im_end|>"], [2])
+    assert (beams.beam_width, beams.n, beams.temperature, beams.stop, beams.stop_token_ids) == (4, 2, 0.0, [], [2])
+    with pytest.raises(ConfigError, match="set num_beams to the number of beams"):
+        VllmGenerationConfig(use_beam_search=True).sampling_params([], [])
     params = VllmGenerationConfig(min_p=0.1, stop="a").sampling_params(["b"], [2])
     assert (params.min_p, params.stop, params.stop_token_ids, params.max_tokens) == (0.1, ["a", "b"], [2], 64)
     with pytest.raises(RequestError, match=r"length_penalty is for beam search, which is off"):

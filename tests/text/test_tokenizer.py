@@ -132,7 +132,7 @@ def test_special_tokens_are_seen_or_not(smollm2: Tokenizer, plain: PlainBPE) -> 
     assert smollm2.decode([1, 33], skip_special_tokens=False) == "<|im_start|>" + smollm2.token_text(33)
     assert smollm2.special_ids == frozenset(range(17))
     assert smollm2.bos_token_id == 1
-    assert smollm2.eos_token_ids == (2,)
+    assert smollm2.eos_token_ids == (2, 0)
     assert smollm2.vocab_size == 49152
     assert smollm2.token_bytes(1 << 30) == smollm2.token_bytes(-1) == b""
 
