@@ -122,7 +122,7 @@ class VllmGenerationConfig:
         return SamplingParams(**values)
 
     def _num_beams(self) -> int:
-        beams = max(self.beam_width, self.num_beams)
+        beams: int = max(self.beam_width, self.num_beams)
         if self.use_beam_search and beams < 2:
             raise ConfigError("use_beam_search is True, but num_beams is 1; set num_beams to the number of beams")
         return beams
