@@ -20,6 +20,7 @@ FLOORS = [
         "kernels",
         "memory",
         "sampling_params",
+        "sampling_defaults",
         "request",
         "batch",
         "metrics",

@@ -303,6 +303,9 @@ RULES: dict[str, Rule] = {
     "tokens": Rule(lambda rng: _tokens(rng, 30), ([], [-1], [2**31], [VOCABULARY], [5] * 200_000, ["5"], [5.0])),
     # Of what is nested.
     "include_usage": Rule(_of(True, False)),
+    "continuous_usage_stats": Rule(_of(True, False)),
+    "reasoning_content": Rule(lambda rng: rng.choice([None, "", _texts(rng)])),
+    "reasoning": Rule(lambda rng: rng.choice([None, _texts(rng)])),
     "role": Rule(_of("user"), ("tool", "function", "User", "users", "system\0", "<s>")),
     "content": Rule(
         lambda rng: _texts(rng),
