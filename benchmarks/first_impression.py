@@ -44,8 +44,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 COMMON = frozenset(
     re.findall(
         r"\w+",
-        "a an and are as at be but by can for from has have he her his how i if in is it its me my name not of on one or"
-        " our she so that the their there they this to was we what when which who will with you your",
+        "a an and are as at be but by can for from has have he her his how i if in is it its me my name not of on one"
+        " or our she so that the their there they this to was we what when which who will with you your",
     )
 )
 
