@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 
-from octavo.errors import RequestError
+from octavo.errors import RequestError, short
+from octavo.log import logger
 from octavo.text.special_text import Guard
 from octavo.text.template_sandbox import MOST_SOURCE, TemplateSandbox, render
 
@@ -27,6 +29,8 @@ Message = Mapping[str, Any]
 RESERVED = frozenset(("self", "loop", "super", "caller", "varargs", "kwargs"))
 RESERVED |= {"tokenizer", "template", "strict_compat", "messages", "tools", "add_generation_prompt"}
 
+_MOST_WARNINGS = 16
+
 
 class ChatTemplate:
     """A model's template, or several by name (`default`, `tool_use`: used when tools are given)."""
@@ -35,6 +39,8 @@ class ChatTemplate:
         self.sources: dict[str, str] = {"default": source} if isinstance(source, str) else dict(source)
         self._variables = {"bos_token": bos_token, "eos_token": eos_token}
         self._compiled: dict[str, jinja2.Template] = {}
+        self._used: dict[str, set[str]] = {}  # variables that each reads
+        self._warned: set[str] = set()
 
     def render(
         self,
@@ -51,7 +57,9 @@ class ChatTemplate:
         for a template that takes too long or writes too much.
         """
         check_variables(variables)
-        template = self._template("tool_use" if tools and "tool_use" in self.sources else "default")
+        name = "tool_use" if tools and "tool_use" in self.sources else "default"
+        template = self._template(name)
+        self._check_used(name, tools, variables)
         try:
             return render(
                 template,
@@ -68,6 +76,22 @@ class ChatTemplate:
             why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise RequestError(f"the model's chat template cannot use these messages: {why}", "messages") from None
 
+    def _check_used(self, name: str, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> None:
+        """Raises `RequestError` for tools that the template would not show; warns once of a variable that it does not
+        read: it may be meant for another model."""
+        used = self._used[name]
+        if tools and "tools" not in used:
+            raise RequestError(
+                "the model's chat template does not show tools, so that the model would not know of them; leave them"
+                " out, or give a template that does",
+                "tools",
+            )
+        for unknown in variables.keys() - used - self._warned:
+            if len(self._warned) == _MOST_WARNINGS:  # names are the clients'
+                break
+            self._warned.add(unknown)
+            logger.warning("the model's chat template does not read %s, which changes nothing", short(unknown))
+
     def _template(self, name: str) -> jinja2.Template:
         if name not in self.sources:
             raise RequestError(
@@ -81,7 +105,9 @@ class ChatTemplate:
             try:
                 if len(source) > MOST_SOURCE:
                     raise jinja2.TemplateError(f"it has {len(source):,} characters")
-                self._compiled[name] = _environment().from_string(source)
+                environment = _environment()
+                self._used[name] = meta.find_undeclared_variables(environment.parse(source))
+                self._compiled[name] = environment.from_string(source)
             except Exception as error:  # Python's compiler has limits of its own, and errors for each.
                 raise RequestError(
                     f"the model's chat template is broken ({error or type(error).__name__}); give another with the"

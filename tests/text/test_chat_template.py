@@ -85,9 +85,9 @@ def test_a_template_cannot_change_the_messages() -> None:
 
 
 def test_tools_have_a_template_of_their_own() -> None:
-    template = ChatTemplate({"default": "plain", "tool_use": "tools"})
+    template = ChatTemplate({"default": "plain", "tool_use": "{{ tools | length }} tools"})
     assert template.render(CHAT) == "plain"
-    assert template.render(CHAT, tools=[{}]) == "tools"
+    assert template.render(CHAT, tools=[{}]) == "1 tools"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +152,25 @@ def test_compatibility_lets_messages_write_special_tokens(smollm2: Tokenizer) ->
     ids = encode_chat(smollm2, message, strict_compat=True)
     assert ids == smollm2.encode(smollm2.chat_template.render(message))
     assert len(specials(smollm2, ids)) == len(specials(smollm2, encode_chat(smollm2, message))) + 1
+
+
+def test_tools_that_a_template_does_not_show_are_refused() -> None:
+    template = ChatTemplate("{% macro show(x) %}{{ x }}{% endmacro %}{{ messages[0].content }}")
+    assert template.render(CHAT, tools=[]) == CHAT[0]["content"]
+    with pytest.raises(RequestError, match="does not show tools") as refused:
+        template.render(CHAT, tools=[{"type": "function"}])
+    assert refused.value.param == "tools"
+
+
+def test_variables_that_a_template_does_not_read_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    template = ChatTemplate("{% if flag %}!{% endif %}{{ messages[0].content }}")
+    for _ in range(2):
+        assert template.render(CHAT, flag=True, enable_thinking=False) == "!" + CHAT[0]["content"]
+    assert [record.message for record in caplog.records] == [
+        "the model's chat template does not read 'enable_thinking', which changes nothing"
+    ]
+    template.render(CHAT, **{f"v{i}": 1 for i in range(1000)})
+    assert len(caplog.records) == 16
 
 
 def test_names_tools_and_variables_cannot_forge_either(smollm2: Tokenizer) -> None:
