@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,6 +137,31 @@ class Served:
                 writer.close()
         if answer is None:
             raise ConnectionResetError(f"no answer to GET {path}")
+        return answer
+
+    async def post(
+        self, path: str, body: bytes, seconds: float = 120.0, sent: Callable[[], None] | None = None
+    ) -> Answer:
+        """The whole answer to a POST on a connection of its own, which may come before the body is sent. Says `sent()`
+        when it is. Raises `TimeoutError` or `OSError`."""
+
+        async def send() -> None:
+            writer.write(request_bytes("POST", path, body, "Connection: close\r\n"))
+            await writer.drain()
+            if sent is not None:
+                sent()
+
+        async with asyncio.timeout(seconds):
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            sending = asyncio.create_task(send())
+            try:
+                answer = await read_answer(reader)
+            finally:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+                writer.close()
+        if answer is None or not answer.ended:
+            raise ConnectionResetError(f"no whole answer to POST {path}")
         return answer
 
     async def metrics(self) -> dict[str, float]:

@@ -167,7 +167,7 @@ class SamplingFields(_Fields):
     @property
     def continuous_usage(self) -> bool:
         """Whether each chunk tells the usage so far."""
-        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def check(self) -> None:
         """Raises `RequestError` for what types cannot say."""
@@ -190,6 +190,9 @@ class SamplingFields(_Fields):
             self.stream_options.refuse_extras({"include_obfuscation": (None, False)}, "stream_options.")
             if not self.stream:
                 raise RequestError("stream_options needs stream to be true", "stream_options")
+            if self.stream_options.continuous_usage_stats and not self.stream_options.include_usage:
+                field = "stream_options.continuous_usage_stats"
+                raise RequestError(f"{field} needs include_usage to be true", field)
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs come with whole answers only; set stream to false", "prompt_logprobs")
         self._check_beams()

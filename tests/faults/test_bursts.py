@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.served import Answer, Served, read_answer, request_bytes, save_tiny_model
+from tests.served import Answer, Served, request_bytes, save_tiny_model
 
 pytestmark = pytest.mark.faults
 
@@ -62,20 +62,8 @@ def stopped(server: Served) -> Iterator[None]:
         os.kill(engine, signal.SIGCONT)
 
 
-async def ask(server: Served, body: dict, sent: Callable[[], None] = lambda: None) -> Answer:
-    """Says `sent()` when all of the request is on its way."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    try:
-        writer.write(request_bytes("POST", "/v1/completions", json.dumps(body).encode(), "Connection: close\r\n"))
-        await writer.drain()
-        sent()
-        async with asyncio.timeout(120):
-            answer = await read_answer(reader)
-    finally:
-        writer.close()
-    assert answer is not None
-    assert answer.ended
-    return answer
+async def ask(server: Served, body: dict, sent: Callable[[], None] | None = None) -> Answer:
+    return await server.post("/v1/completions", json.dumps(body).encode(), sent=sent)
 
 
 def refused(answer: Answer) -> bool:

@@ -1,6 +1,7 @@
 """Opens mutants as users do: whatever is wrong with a model's files, it is said in one line, and soon."""
 
 import argparse
+import contextlib
 import logging
 import tempfile
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from octavo.cli.plan import make_plan
 from octavo.cli.sampling import SamplingOptions
 from octavo.config import EngineOptions, ServerOptions
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, RequestError
 from octavo.llm import LLM
 from octavo.sampling_defaults import sampling_params
 from octavo.sampling_params import SamplingParams
@@ -41,7 +42,8 @@ def open_front(path: Path) -> None:
         from octavo.text.chat_template import encode_chat
 
         encode_chat(model.tokenizer, CHAT)
-        encode_chat(model.tokenizer, CHAT, tools=[{"type": "function"}])
+        with contextlib.suppress(RequestError):  # a template need not show tools
+            encode_chat(model.tokenizer, CHAT, tools=[{"type": "function"}])
 
 
 def answer(path: Path) -> None:

@@ -37,6 +37,11 @@ CHAT_MISTAKES = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
     ({"stream": True, "stream_options": {"includ_usage": True}}, "stream_options.includ_usage", "include_usage"),
     ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "whole answers"),
+    (
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        "stream_options.continuous_usage_stats",
+        "needs include_usage",
+    ),
     ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differ"),
     ({"messages": []}, "messages", "at least one"),
