@@ -39,9 +39,11 @@ def serve(model_path: str | None, profile: str | None) -> None:
     pin(SERVER_CORE)
     from octavo import log
     from octavo.config import ServerOptions
+    from octavo.server.metrics import Metrics
     from octavo.server.model import ServedModel
     from octavo.server.run import _loop_factory, listen
     from octavo.server.run import serve as serve_engine
+    from octavo.server.service import Service
     from octavo.text.tokenizer import Tokenizer
     from tests.server.double import EngineDouble, byte_tokenizer
 
@@ -53,8 +55,9 @@ def serve(model_path: str | None, profile: str | None) -> None:
         lambda request, index: list(tokens), -1, vocab_size=tokenizer.vocab_size, max_model_len=2048, num_blocks=4096
     )
     options = ServerOptions(port=0)
-    with listen(options.host, options.port) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        main = serve_engine(engine, lambda: ServedModel("double", tokenizer), options, listener, [])
+    with listen(options) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        service = Service(engine, options, Metrics(lambda: engine.stats))
+        main = serve_engine(service, lambda: ServedModel("double", tokenizer), listener, [])
         if profile is None:
             runner.run(main)
             return
@@ -114,8 +117,8 @@ def request_bytes(stream: bool) -> bytes:
         "stream": stream,
     }
     body = json.dumps(asked).encode()
-    lines = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", "", "")
-    return "\r\n".join(lines).encode() + body
+    lines = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+    return "\r\n".join((*lines, f"Content-Length: {len(body)}", "", "")).encode() + body
 
 
 def processor_seconds(pid: int) -> float:
@@ -129,7 +132,7 @@ def processor_seconds(pid: int) -> float:
 
 async def load(pid: int, port: int, stream: bool, connections: int, seconds: float) -> dict[str, Any]:
     """Keeps `connections` busy for `seconds`."""
-    end = b"0\r\n\r\n" if stream else b'"cached_tokens":0}}}'
+    end = b"0\r\n\r\n" if stream else b'"prompt_logprobs":null}'
     latencies: list[float] = []
     loop, began, used = asyncio.get_running_loop(), time.perf_counter(), time.process_time()
     server_used = processor_seconds(pid)

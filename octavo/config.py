@@ -6,12 +6,16 @@ frozen `EngineConfig` holds no such thing. Nothing here loads torch or touches a
 """
 
 import math
+import operator
+import os
 import re
-from dataclasses import dataclass, field
+import types
+import typing
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, nearest
 
 DEFAULT_MODEL = "smollm2:135m"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -33,14 +37,71 @@ def option(default: Any, help: str, **cli: Any) -> Any:
     return field(default=default, metadata={"help": help, **cli})
 
 
+def words(help: str, metavar: str = "TEXT") -> Any:
+    """An option that takes several texts, and none by default."""
+    return field(default_factory=list, metadata={"help": help, "metavar": metavar})
+
+
+def check_values(options: Any) -> None:
+    """Raises `ConfigError` unless each field of the dataclass `options` holds one of its choices, a value of its type.
+
+    So does the command line. Paths become texts, and numpy's whole numbers Python's.
+    """
+    hints = typing.get_type_hints(type(options))
+    for option_field in fields(options):
+        name, value = option_field.name, getattr(options, option_field.name)
+        kinds = typing.get_args(hints[name]) if _is_union(hints[name]) else (hints[name],)
+        if isinstance(value, os.PathLike) and str in kinds:
+            setattr(options, name, os.fspath(value))
+        elif hasattr(value, "__index__") and not isinstance(value, bool) and {int, float} & {*kinds}:
+            setattr(options, name, operator.index(value))
+        elif not any(_fits(kind, value) for kind in kinds):
+            wanted = " or ".join(_in_words(kind) for kind in kinds)
+            choices = [str(choice) for kind in kinds for choice in typing.get_args(kind)]
+            near = nearest(value, choices) if isinstance(value, str) else ""
+            raise ConfigError(f"{name} is {value!r:.100}; it must be {wanted}{near and '.' + near}")
+
+
+def check_memory(name: str, size: int) -> None:
+    """Raises `ConfigError` for an amount of memory that can only be a number of larger units."""
+    if 0 < size < _LEAST_MEMORY:
+        raise ConfigError(f"{name} is {size}, which are bytes; write a unit, as in {size}GiB")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str) and value in typing.get_args(kind)
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind or (kind is str and isinstance(value, str))
+
+
+def _in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return "a list of texts"
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+    return names[kind]
+
+
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_LEAST_MEMORY = 64 * 1024
 _UNITS |= {unit + "i": 1024 ** (power + 1) for power, unit in enumerate("kmgt")}
 
 
 def parse_size(text: str | int) -> int:
     """Bytes of a size such as `2GiB`, `512M` or `1000000`; raises `ConfigError` on anything else."""
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         return text
+    if not isinstance(text, str):
+        raise ConfigError(f"size {text!r:.100} is not understood: write bytes or a unit, as in 2GiB or 512MB")
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if not found or found[2] not in _UNITS:
         raise ConfigError(f"size {text!r} is not understood: write bytes or a unit, as in 2GiB or 512MB")
@@ -226,6 +287,11 @@ class EngineOptions:
         if self.kv_cache_memory is not None:
             self.kv_cache_memory = parse_size(self.kv_cache_memory)
         self.prefix_cache_size = parse_size(self.prefix_cache_size)
+        if self.swap_space is not None:
+            self.swap_space = parse_size(self.swap_space)
+        check_values(self)
+        for name in ("kv_cache_memory", "prefix_cache_size", "swap_space"):
+            check_memory(name, getattr(self, name) or 0)
         if self.prefix_cache_dir is not None and not self.enable_prefix_caching:
             raise ConfigError(
                 "prefix_cache_dir is given, but enable_prefix_caching is off; leave out --prefix-cache-dir or"
@@ -233,12 +299,8 @@ class EngineOptions:
             )
         if self.prefix_cache_dir is not None and self.load_format == "dummy":
             raise ConfigError("prefix_cache_dir is for a model's own weights; leave it out with --load-format dummy")
-        if self.swap_space is not None:
-            self.swap_space = parse_size(self.swap_space)
-            if self.swap_space < 0:
-                raise ConfigError(f"swap_space is {self.swap_space}; it must be at least 0")
-        if self.preemption_mode not in ("auto", "recompute", "swap"):
-            raise ConfigError(f"preemption_mode is {self.preemption_mode!r}; it must be auto, recompute or swap")
+        if self.swap_space is not None and self.swap_space < 0:
+            raise ConfigError(f"swap_space is {self.swap_space}; it must be at least 0")
         for name in (
             "max_model_len",
             "block_size",
@@ -254,8 +316,6 @@ class EngineOptions:
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise ConfigError(f"{name} is {value}; it must be above 0 and at most 1")
-        if self.generation_config not in ("auto", "none"):
-            raise ConfigError(f"generation_config is {self.generation_config!r}; it must be auto or none")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
 
@@ -287,20 +347,38 @@ class EngineConfig:
         return math.ceil(self.max_model_len / self.block_size)
 
 
+LISTS = ("served_model_name", "api_key", "allowed_origins", "allowed_hosts")  # of ServerOptions
+
+
 @dataclass(slots=True)
 class ServerOptions:
     """What a user may choose about the HTTP server."""
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = option(8000, "port to listen on")
-    served_model_name: str | None = option(None, "name that clients use; the model's own by default")
-    api_key: str | None = option(None, "clients must send this key (Authorization: Bearer KEY)")
-    allowed_origins: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "origins whose pages a browser lets read answers, such as https://example.org; * for all",
-            "metavar": "ORIGIN",
-        },
+    uds: str | None = option(None, "Unix socket to listen on, in place of host and port", metavar="PATH")
+    root_path: str = option("", "path at which a proxy shows this server, such as /llm", metavar="PATH")
+    ssl_certfile: str | None = option(None, "certificate for TLS, with its chain (PEM)", metavar="FILE")
+    ssl_keyfile: str | None = option(None, "private key of the certificate (PEM)", metavar="FILE")
+    served_model_name: list[str] = words(
+        "names that clients use, of which answers tell the first; the model's own by default", "NAME"
+    )
+    api_key: list[str] = words(
+        "clients must send one of these keys (Authorization: Bearer KEY); OCTAVO_API_KEY keeps it out of the process"
+        " list",
+        "KEY",
+    )
+    api_key_file: str | None = option(None, "file with a key on each line", metavar="FILE")
+    isolate_prefix_cache: bool = option(
+        False, "clients with different keys share no cached prefix, so that none learns what another has asked"
+    )
+    allowed_origins: list[str] = words(
+        "origins whose pages a browser lets read answers, such as https://example.org; * for all", "ORIGIN"
+    )
+    allowed_hosts: list[str] = words(
+        "names by which clients may reach this server; * for all (default: all, but on this machine alone and without"
+        " a key only names of this machine)",
+        "NAME",
     )
     max_queued_requests: int = option(1024, "waiting requests before new ones get 429")
     max_body_bytes: int = option(4 * 1024**2, "largest request body", metavar="SIZE", parse=parse_size)
@@ -308,10 +386,34 @@ class ServerOptions:
     confirm_timeout: float = option(5.0, "seconds after which a request that the engine has not confirmed is refused")
     stall_timeout: float = option(120.0, "seconds of silence of an engine with work that make /health false")
     on_engine_death: Literal["restart", "exit"] = option("restart", "what to do when the engine process dies")
+    log_requests: bool = option(False, "a log line for each request: id, status, tokens, times; no text of it")
+    log_format: Literal["text", "json"] = option("text", "log lines as text, or each as a JSON object")
+
+    def __post_init__(self) -> None:
+        for name in LISTS:
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
+        self.max_body_bytes = parse_size(self.max_body_bytes)
+        check_values(self)
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ConfigError(f"root_path is {self.root_path!r}; it must begin with / and not end with one, as in /llm")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("TLS needs both ssl_certfile and ssl_keyfile; give both")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+                raise ConfigError(
+                    f"allowed_origins has {origin!r}; an origin is a scheme and a host, as in https://example.org"
+                )
+        for name in ("max_queued_requests", "max_body_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        for name in ("drain_seconds", "confirm_timeout", "stall_timeout"):
+            if (value := getattr(self, name)) < 0:
+                raise ConfigError(f"{name} is {value}; it must be at least 0")
 
 
 def cache_home() -> Path:
     """Folder of downloaded models: `OCTAVO_HOME`, or `~/.cache/octavo`."""
-    import os
-
     return Path(os.environ.get("OCTAVO_HOME") or Path.home() / ".cache" / "octavo")

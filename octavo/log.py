@@ -1,10 +1,14 @@
 """One logger, one format, on standard error; standard output belongs to results."""
 
+import json
 import logging
 import sys
-from typing import TextIO
+from datetime import datetime
+from typing import Literal, TextIO
 
 logger = logging.getLogger("octavo")
+
+Format = Literal["text", "json"]
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
@@ -15,11 +19,28 @@ class _StandardError(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
-def setup(verbose: bool = False, process: str = "") -> None:
+class _Json(logging.Formatter):
+    """A line as an object: time, level, process, message, and what the caller gave as `extra={"fields": {...}}`."""
+
+    def __init__(self, process: str):
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        line = {"time": time, "level": record.levelname.lower(), "process": self._process}
+        line |= {"message": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def setup(verbose: bool = False, process: str = "", lines: Format = "text") -> None:
     """Sends Octavo's log lines to standard error; `process` tags the lines of a process that is not the main one."""
     handler = _StandardError()
     tag = f" {process}" if process else ""
-    handler.setFormatter(logging.Formatter(f"%(asctime)s octavo{tag}: %(message)s", datefmt="%H:%M:%S"))
+    text = logging.Formatter(f"%(asctime)s octavo{tag}: %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(text if lines == "text" else _Json(process or "main"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False

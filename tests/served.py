@@ -94,8 +94,10 @@ async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 
 def request_bytes(method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
-    """`headers` are lines that each end with CRLF."""
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+    """`headers` are lines that each end with CRLF; a body is JSON unless they say otherwise."""
+    if body and "content-type:" not in headers.lower():
+        headers = f"Content-Type: application/json\r\n{headers}"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
     return head.encode("latin-1") + body
 
 

@@ -57,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     arguments: argparse.Namespace = parser.parse_args(words)
-    log.setup(getattr(arguments, "verbose", False))
+    log.setup(getattr(arguments, "verbose", False), lines=getattr(arguments, "log_format", "text"))
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()

@@ -31,10 +31,10 @@ def run_engine(channel: EngineChannel) -> None:
     """Main function of the engine process; its first message says which engine."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
-        _, options, verbose = channel.receive()
+        _, options, verbose, log_format = channel.receive()
     except (EOFError, OSError):
         return
-    log.setup(verbose, process="engine")
+    log.setup(verbose, process="engine", lines=log_format)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(channel, inbox), name="octavo-receive", daemon=True).start()
     try:

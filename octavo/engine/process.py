@@ -26,6 +26,7 @@ from octavo.engine.info import EngineInfo
 from octavo.engine.state import StepOutput
 from octavo.engine.stream import Stream, Wake
 from octavo.errors import EngineDeadError, EngineStalledError, OctavoError, QueueFullError, RequestError
+from octavo.log import Format
 from octavo.metrics import EngineStats
 from octavo.request import Request
 
@@ -62,6 +63,7 @@ class EngineClient:
         max_queued_requests: int = 1024,
         confirm_timeout: float = CONFIRM_SECONDS,
         verbose: bool = False,
+        log_format: Format = "text",
     ):
         self.options = options
         self.max_queued_requests = max_queued_requests
@@ -69,7 +71,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.on_death: Callable[[str], None] = lambda reason: None
         self._confirm_timeout = confirm_timeout
-        self._verbose = verbose
+        self._log = (verbose, log_format)
         self._streams: dict[str, Stream] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: ClientChannel | None = None
@@ -91,7 +93,7 @@ class EngineClient:
         atexit.register(self._kill_process)  # for a parent that ends without `close`
         self._ready = asyncio.get_running_loop().create_future()
         self._channel = await ClientChannel.open(ours, self)
-        self._channel.send(("start", self.options, self._verbose))
+        self._channel.send(("start", self.options, *self._log))
         self.info = await self._ready
         return self.info
 

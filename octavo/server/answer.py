@@ -29,6 +29,7 @@ class Part:
     text: RequestText
     stream: Stream
     first_choice: int
+    queue_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,19 @@ class Answer:
             else sum(len(output.token_ids) for part in self.parts for output in part.text.outputs()),
         )
 
+    def finish_reasons(self) -> list[str | None]:
+        """How each choice ended; None where it did not."""
+        return [output.finish_reason for part in self.parts for output in part.text.outputs()]
+
+    def queue_seconds(self) -> float | None:
+        """The longest time from a prompt's arrival to its first step; None if none had one."""
+        return max((part.queue_seconds for part in self.parts if part.queue_seconds is not None), default=None)
+
+    def first_token_seconds(self) -> float | None:
+        """From the arrival to the first token of any choice; None without one."""
+        times = [part.stream.first_token - part.request.arrival for part in self.parts if part.stream.first_token]
+        return min(times, default=None)
+
     def num_logprobs(self) -> int:
         """Log probabilities in the whole answer, about."""
         count = 0
@@ -148,6 +162,7 @@ class Answer:
     def _take(self, part: Part, arrived: Arrived) -> list[TextDelta]:
         if arrived.queue_seconds is not None:
             self._metrics.queued.observe(arrived.queue_seconds)
+            part.queue_seconds = arrived.queue_seconds
             part.text.num_cached_tokens = arrived.cached_tokens
         for start, entries in arrived.prompt_logprobs:
             part.text.put_prompt_logprobs(start, entries)

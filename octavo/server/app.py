@@ -4,7 +4,6 @@ FastAPI's own parsing would read a body of any size and report mistakes in its o
 application with all that stands in front of it.
 """
 
-import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,9 +16,11 @@ from starlette.types import ASGIApp
 
 from octavo import __version__
 from octavo.errors import OctavoError, nearest
+from octavo.server.access import Caller
 from octavo.server.body import Bodies
 from octavo.server.chat import start_chat
 from octavo.server.completions import start_completion
+from octavo.server.exchange import Exchange
 from octavo.server.failure import Failure, RefusedError
 from octavo.server.front import Front
 from octavo.server.metrics import CONTENT_TYPE
@@ -69,10 +70,12 @@ def build_app(service: Service) -> ASGIApp:
     app.add_exception_handler(HTTPException, tell_http)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     front = Front(app, service, OPEN_PATHS, frozenset(paths))
-    if not service.options.allowed_origins:
+    origins = service.options.allowed_origins
+    if not origins:
         return front
     # In front of the key: a browser asks whether it may ask, and sends no key with that.
-    return CORSMiddleware(front, service.options.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+    shown = ["x-request-id", "retry-after"]
+    return CORSMiddleware(front, origins, allow_methods=["*"], allow_headers=["*"], expose_headers=shown)
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
@@ -106,16 +109,17 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 
 def _add_model(app: FastAPI, service: Service, parsed: Parsed) -> None:
-    def card(model: ServedModel) -> Json:
-        return service.dialect.card(model, service.limits.max_model_len)
+    def card(model: ServedModel, name: str) -> Json:
+        return service.dialect.card(model, name, service.limits.max_model_len)
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [card(service.ready_model())]})
+        model = service.ready_model()
+        return json_response({"object": "list", "data": [card(model, name) for name in model.names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        return json_response(card(service.model_named(name)))
+        return json_response(card(service.model_named(name), name))
 
     @_post(app, "/tokenize", TokenizeRequest)
     async def tokenize(request: Request) -> Response:
@@ -145,13 +149,13 @@ def _add_answers(app: FastAPI, service: Service, parsed: Parsed) -> None:
     @_post(app, "/v1/chat/completions", ChatRequest)
     async def chat_completions(request: Request) -> Response:
         asked = await parsed(request, ChatRequest)
-        reply = await start_chat(service, asked, _tenant(asked, request))
+        reply = await start_chat(service, asked, _caller(asked, request))
         return await _answered(service, reply, asked.stream, request)
 
     @_post(app, "/v1/completions", CompletionRequest)
     async def completions(request: Request) -> Response:
         asked = await parsed(request, CompletionRequest)
-        reply = await start_completion(service, asked, _tenant(asked, request))
+        reply = await start_completion(service, asked, _caller(asked, request))
         return await _answered(service, reply, asked.stream, request)
 
 
@@ -171,15 +175,12 @@ def _post(app: FastAPI, path: str, kind: type[BaseModel]) -> Callable[[Handler],
     return register
 
 
-def _tenant(asked: SamplingFields, request: Request) -> str:
-    """Who asks: the user that the body names, or else the key, of which only a digest is kept."""
-    if asked.user:
-        return f"user {asked.user}"
-    key = request.headers.get("authorization", "")
-    return f"key {hashlib.sha256(key.encode()).hexdigest()}" if key else ""
+def _caller(asked: SamplingFields, request: Request) -> Caller:
+    return Caller.of(request.scope["headers"], asked.user)
 
 
 async def _answered(service: Service, reply: Reply, stream: bool | None, request: Request) -> Response:
+    Exchange.of(request.scope).reply = reply
     return StreamedResponse(reply, service.dialect) if stream else await whole_response(reply, request.receive)
 
 
@@ -188,7 +189,7 @@ def _failed(failure: Failure) -> Response:
 
 
 def _no_route(app: FastAPI, service: Service, request: Request, error: HTTPException) -> Response:
-    path = request.url.path
+    path = request.scope["path"]
     if error.status_code == 405:
         message = f"{path[:100]} does not take {request.method}"
     else:

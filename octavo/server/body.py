@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from octavo.errors import QueueFullError
+from octavo.errors import QueueFullError, short
 from octavo.server.failure import ClientGoneError, RefusedError
 from octavo.server.off_loop import off_loop, uncollected
 from octavo.server.protocol import parse
@@ -33,11 +33,11 @@ class Bodies:
         self._parsing = asyncio.Lock()
 
     async def parsed(self, request: Request, kind: type[Any]) -> Any:
-        """`request`'s body as a `kind`; raises `RequestError`, `RefusedError` (413) and `QueueFullError`."""
+        """`request`'s body as a `kind`; raises `RequestError`, `RefusedError` (413, 415) and `QueueFullError`."""
         taken = 0
         try:
             chunks = []
-            self._check_size(request)
+            self._check_head(request)
             async for chunk in request.stream():
                 taken += len(chunk)
                 self._held += len(chunk)
@@ -68,8 +68,23 @@ class Bodies:
         finally:
             self._held -= taken
 
-    def _check_size(self, request: Request) -> None:
-        """Refuses what says itself that it is too large, before it is read."""
+    def _check_head(self, request: Request) -> None:
+        """Refuses what says itself that it is no plain JSON or too large, before it is read."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+            # A page in a browser may send other types to any server (see `access`).
+            raise RefusedError(
+                415,
+                f"the body's content type is {short(kind)}; send JSON with the header Content-Type: application/json",
+                code="unsupported_media_type",
+            )
+        coding = request.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("identity", ""):
+            raise RefusedError(
+                415,
+                f"the body's content encoding is {short(coding)}; send it as it is, without Content-Encoding",
+                code="unsupported_media_type",
+            )
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._limit:
             raise self._too_large()

@@ -7,6 +7,7 @@ from typing import Any
 
 from octavo.errors import RequestError
 from octavo.request import CompletionOutput, Logprob, Request
+from octavo.server.access import NOBODY, Caller
 from octavo.server.answer import Answer
 from octavo.server.logprobs import check_prompt_logprobs, finite, most_likely, prompt_logprobs_json
 from octavo.server.model import ServedModel, TextDelta
@@ -15,8 +16,8 @@ from octavo.server.service import Service
 from octavo.server.stream import Json, ending_json, usage_json
 
 
-async def start_chat(service: Service, asked: ChatRequest, tenant: str = "") -> "ChatReply":
-    """Submits a chat of `tenant`; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
+async def start_chat(service: Service, asked: ChatRequest, caller: Caller = NOBODY) -> "ChatReply":
+    """Submits a chat of `caller`; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
     model = service.model_named(asked.model)
     asked.check()
     service.dialect.check_chat(model)
@@ -28,7 +29,8 @@ async def start_chat(service: Service, asked: ChatRequest, tenant: str = "") -> 
     check_prompt_logprobs(params.prompt_logprobs, len(token_ids), 1)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     bad_words = await model.bad_words(params.bad_words)
-    request = Request(answer_id, token_ids, params, asked.priority, asked.cache_salt, bad_words, tenant=tenant)
+    salt = service.cache_salt(asked.cache_salt, caller)
+    request = Request(answer_id, token_ids, params, asked.priority, salt, bad_words, tenant=caller.tenant)
     try:
         answer = await service.answer([request], [None], whole=not asked.stream)
     except RequestError as error:
@@ -44,14 +46,14 @@ class ChatReply:
         self.answer = answer
         self.include_usage = asked.include_usage
         self.continuous_usage = asked.continuous_usage
-        self._id = answer_id
+        self.answer_id = answer_id
         self._model = model
         self._created = int(time.time())
         self._num_logprobs = asked.num_logprobs
         self._begun: set[int] = set()
 
     def envelope(self, kind: str = "chat.completion.chunk") -> Json:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model.name}
+        return {"id": self.answer_id, "object": kind, "created": self._created, "model": self._model.name}
 
     def choices(self, deltas: list[TextDelta]) -> Iterator[Json]:
         for delta in deltas:

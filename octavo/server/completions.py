@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from octavo.request import Logprob, Request
 from octavo.sampling_params import SamplingParams
+from octavo.server.access import NOBODY, Caller
 from octavo.server.answer import Answer, Part
 from octavo.server.logprobs import check_prompt_logprobs, finite, most_likely, prompt_logprobs_json
 from octavo.server.model import ServedModel, TextDelta
@@ -17,8 +18,8 @@ from octavo.server.service import Service
 from octavo.server.stream import Json, ending_json, usage_json
 
 
-async def start_completion(service: Service, asked: CompletionRequest, tenant: str = "") -> "CompletionReply":
-    """Submits the prompts of `tenant`; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
+async def start_completion(service: Service, asked: CompletionRequest, caller: Caller = NOBODY) -> "CompletionReply":
+    """Submits the prompts of `caller`; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
     model = service.model_named(asked.model)
     asked.check()
     service.dialect.check_completion(model)
@@ -32,8 +33,9 @@ async def start_completion(service: Service, asked: CompletionRequest, tenant: s
     check_prompt_logprobs(params.prompt_logprobs, sum(map(len, encoded)), params.n)
     bad_words = await model.bad_words(params.bad_words)
     answer_id = f"cmpl-{uuid.uuid4().hex}"
+    salt = service.cache_salt(asked.cache_salt, caller)
     requests = [
-        Request(f"{answer_id}-{place}", token_ids, params, asked.priority, asked.cache_salt, bad_words, tenant=tenant)
+        Request(f"{answer_id}-{place}", token_ids, params, asked.priority, salt, bad_words, tenant=caller.tenant)
         for place, token_ids in enumerate(encoded)
     ]
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
@@ -55,7 +57,7 @@ class CompletionReply:
         self.answer = answer
         self.include_usage = asked.include_usage
         self.continuous_usage = asked.continuous_usage
-        self._id = answer_id
+        self.answer_id = answer_id
         self._model = model
         self._created = int(time.time())
         self._echo = asked.echo
@@ -65,7 +67,7 @@ class CompletionReply:
         self._offsets: dict[int, int] = {}  # characters of each choice whose logprobs were told
 
     def envelope(self) -> Json:
-        return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._model.name}
+        return {"id": self.answer_id, "object": "text_completion", "created": self._created, "model": self._model.name}
 
     def choices(self, deltas: list[TextDelta]) -> Iterator[Json]:
         for delta in deltas:

@@ -18,10 +18,10 @@ class Dialect:
         """How `error` is told to the client."""
         return failure_of(error)
 
-    def card(self, model: ServedModel, max_model_len: int) -> dict[str, Any]:
-        """The model's entry in the list of models."""
+    def card(self, model: ServedModel, name: str, max_model_len: int) -> dict[str, Any]:
+        """The entry in the list of models for one of the model's names."""
         return {
-            "id": model.name,
+            "id": name,
             "object": "model",
             "created": model.created,
             "owned_by": "octavo",

@@ -89,6 +89,6 @@ def _refused(error: RefusedError) -> Failure:
         headers["retry-after"] = str(RESTART_SECONDS)
     elif error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    elif error.status == 413:
+    elif error.status in (413, 415):
         headers["connection"] = "close"  # the rest of the body is not read
     return Failure(error.status, str(error), kind, error.param, error.code, headers)

@@ -1,19 +1,22 @@
-"""The front door, around the whole application: the key, the count of requests, and errors that nobody expected."""
+"""The front door, around the whole application.
 
-import hashlib
-import hmac
+Who may ask, request ids, the count and log of requests, and errors that nobody expected.
+"""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.log import logger
-from octavo.server.failure import Failure, RefusedError
+from octavo.server.access import Hosts
+from octavo.server.exchange import Exchange
+from octavo.server.failure import Failure
 from octavo.server.service import Service
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Front:
-    """ASGI middleware. `known_paths` are the metrics' labels; whatever else a client asks for counts as `other`."""
+    """ASGI middleware. `open_paths` need no key and are not logged; `known_paths` are the metrics' labels, and whatever
+    else a client asks for counts as `other`."""
 
     def __init__(
         self,
@@ -24,8 +27,8 @@ class Front:
     ):
         self._app = app
         self._service = service
-        api_key = service.options.api_key
-        self._key = None if api_key is None else _digest(api_key.encode())
+        self._hosts = Hosts.of(service.options, service.keys)
+        self._root_path = service.options.root_path
         self._open_paths = open_paths
         self._known_paths = known_paths
 
@@ -33,43 +36,47 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 0
+        scope = self._inner(scope)
+        exchange = Exchange.begin(scope)
+        method, path = exchange.method, exchange.path
+        if method == "HEAD":
+            scope["method"] = "GET"
 
-        async def counted(message: Message) -> None:
-            nonlocal status
+        async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":
-                status = message["status"]
+                exchange.status = message["status"]
+                headers = [*message.get("headers", ()), (b"x-request-id", exchange.request_id.encode())]
+                message = {**message, "headers": headers}
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         self._service.enter()
         try:
-            self._check_key(scope)
-            await self._app(scope, receive, counted)
+            self._hosts.check(scope["headers"])
+            if path not in self._open_paths:
+                self._service.keys.check(scope["headers"])
+            await self._app(scope, receive, sent)
         except Exception as error:
             failure = self._service.dialect.failure(error)
             if failure.status >= 500:
                 logger.exception("an unexpected error")
-            if status == 0:
-                await _send_failure(failure, counted)
+            if exchange.status == 0:
+                await _send_failure(failure, sent)
         finally:
             self._service.leave()
-            path = scope["path"] if scope["path"] in self._known_paths else "other"
-            self._service.metrics.http(scope["method"] if scope["method"] in _METHODS else "other", path, status or 499)
+            label = path if path in self._known_paths else "other"
+            self._service.metrics.http(method if method in _METHODS else "other", label, exchange.status or 499)
+            if self._service.options.log_requests and path not in self._open_paths:
+                exchange.log()
 
-    def _check_key(self, scope: Scope) -> None:
-        """Takes the same time whatever key is given: digests are compared, and those in constant time."""
-        if self._key is None or scope["path"] in self._open_paths:
-            return
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(key.strip()), self._key):
-            raise RefusedError(
-                401, "a valid API key is needed: send the header Authorization: Bearer KEY", code="invalid_api_key"
-            )
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+    def _inner(self, scope: Scope) -> Scope:
+        """A scope of our own, whose path is without the prefix of a proxy that did not take it off."""
+        path: str = scope["path"]
+        root = self._root_path
+        if root and (path == root or path.startswith(root + "/")):
+            path = path[len(root) :] or "/"
+        return {**scope, "path": path, "raw_path": path.encode(), "root_path": root}
 
 
 async def _send_failure(failure: Failure, send: Send) -> None:

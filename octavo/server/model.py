@@ -31,12 +31,20 @@ _LOOKED_AT = 8  # characters of a text for each token of the context that are en
 
 @dataclass(slots=True)
 class ServedModel:
-    """`created` is a Unix time in seconds; `sampling_defaults` hold where a request sets nothing."""
+    """`name` is what answers tell, and `aliases` are other names by which clients may ask for it.
+
+    `created` is a Unix time in seconds; `sampling_defaults` hold where a request sets nothing.
+    """
 
     name: str
     tokenizer: Tokenizer
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
+    aliases: Sequence[str] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *self.aliases]
 
     @property
     def is_chat(self) -> bool:
@@ -143,7 +151,8 @@ def load_model(options: EngineOptions, server_options: ServerOptions) -> ServedM
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else Tokenizer.from_checkpoint(checkpoint)
     tokenizer.check_vocabulary(read_config(checkpoint.config).vocab_size)
     defaults = advised(checkpoint.generation_config) if options.generation_config == "auto" else {}
-    return ServedModel(server_options.served_model_name or name_of(options.model), tokenizer, defaults)
+    name, *aliases = dict.fromkeys(server_options.served_model_name or [name_of(options.model)])
+    return ServedModel(name, tokenizer, defaults, aliases=aliases)
 
 
 def name_of(model: str) -> str:

@@ -8,12 +8,15 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 import shlex
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import uvicorn
 
@@ -22,6 +25,7 @@ from octavo.config import EngineOptions, ServerOptions
 from octavo.engine.process import EngineClient
 from octavo.errors import ConfigError
 from octavo.log import logger
+from octavo.server.access import Keys
 from octavo.server.dialect import Dialect
 from octavo.server.metrics import Metrics
 from octavo.server.model import ServedModel, load_model
@@ -30,6 +34,8 @@ from octavo.server.supervisor import Supervisor
 from octavo.timeline import Timeline, describe, process_age
 
 KEEP_ALIVE_SECONDS = 60  # longer than most clients' own limit: who closes last avoids the race
+_BACKLOG = 2048
+_UNIX: int | None = getattr(socket, "AF_UNIX", None)
 CLOSING_SECONDS = 2  # for sending what is written, once the engine has ended
 
 
@@ -48,7 +54,9 @@ def run_server(
     """
     timeline = [("python", process_age())]
     began = time.monotonic()
-    with listen(server_options.host, server_options.port) as listener:
+    with listen(server_options) as listener:
+        # What is wrong with these must show before a model is fetched for them.
+        _tls_context(server_options), Keys.of(server_options)
         # Fetches a model that is not here yet, before two processes look for it.
         open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False)
         timeline.append(("files", time.monotonic() - began))
@@ -59,6 +67,7 @@ def run_server(
                 max_queued_requests=server_options.max_queued_requests,
                 confirm_timeout=server_options.confirm_timeout,
                 verbose=verbose,
+                log_format=server_options.log_format,
             )
             reader = load or (lambda: load_model(options, server_options))
             service = Service(engine, server_options, Metrics(lambda: engine.stats), dialect=dialect or Dialect())
@@ -76,6 +85,7 @@ async def serve(
 ) -> int:
     """Serves `service` on `listener` until a signal or the engine's end; `timeline` holds the phases so far."""
     began = time.monotonic()
+    tls = _tls_context(service.options)
     supervisor = Supervisor(service, load)
     supervisor.timeline += timeline
     loop = asyncio.get_running_loop()
@@ -83,7 +93,7 @@ async def serve(
         loop.add_signal_handler(name, supervisor.signalled)
     loading = asyncio.ensure_future(supervisor.load())
     await asyncio.sleep(0)  # the engine's process is on its way now
-    http = HttpServer(service)
+    http = HttpServer(service, tls)
     supervisor.timeline.append(("http", time.monotonic() - began))
     serving = asyncio.ensure_future(http.serve(sockets=[listener]))
     stopping = asyncio.ensure_future(supervisor.stopped.wait())
@@ -108,7 +118,7 @@ class HttpServer(uvicorn.Server):
     """uvicorn, but for its signal handlers, which are the supervisor's, and its clock, which ticks ten times a second
     to write a Date header: an idle server sleeps."""
 
-    def __init__(self, service: Service):
+    def __init__(self, service: Service, tls: ssl.SSLContext | None = None):
         from octavo.server.app import build_app
         from octavo.server.connection import Connection
 
@@ -125,6 +135,8 @@ class HttpServer(uvicorn.Server):
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=CLOSING_SECONDS,
         )
+        config.load()
+        config.ssl = tls
         super().__init__(config)
         self.stop = asyncio.Event()
 
@@ -132,28 +144,105 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        assert sockets, "listened before"
+        if sockets[0].family != _UNIX:
+            await super().startup(sockets)
+            return
+
+        def connection() -> asyncio.Protocol:
+            return self.config.http_protocol_class(  # type: ignore[call-arg]
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        loop = asyncio.get_running_loop()
+        self.servers = [await loop.create_unix_server(connection, sock=sockets[0], ssl=self.config.ssl)]
+        self.started = True
+
     async def main_loop(self) -> None:
         await self.stop.wait()
 
 
-def listen(host: str, port: int) -> socket.socket:
+@contextlib.contextmanager
+def listen(options: ServerOptions) -> Iterator[socket.socket]:
     """A listening socket; raises `ConfigError` that says what to do. Port 0 is any free one."""
-    if not 0 <= port < 65536:
-        raise ConfigError(f"--port is {port}; it must be from 0 to 65535")
+    if options.uds is not None:
+        with _listen_unix(Path(options.uds).expanduser()) as listener:
+            yield listener
+        return
+    host, port = options.host, options.port
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, OverflowError, UnicodeError) as error:
-        raise ConfigError(f"--host {host} and --port {port} are no address to listen on: {error}") from None
-    listener = socket.socket(family, kind, protocol)
+        raise ConfigError(f"host {host} and port {port} are no address to listen on: {error}") from None
+    with socket.socket(family, kind, protocol) as listener:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(_cannot_listen(host, port, error)) from None
+        listener.setblocking(False)
+        yield listener
+
+
+@contextlib.contextmanager
+def _listen_unix(path: Path) -> Iterator[socket.socket]:
+    """A listening Unix socket, whose file is there as long as it listens. One that a dead server left is replaced."""
+    if _UNIX is None:
+        raise ConfigError(f"uds is {path}, and this system has no Unix sockets; use --host and --port")
+    with socket.socket(_UNIX, socket.SOCK_STREAM) as listener:
+        try:
+            if path.is_socket() and not _answers(path):
+                path.unlink()
+            listener.bind(str(path))
+        except OSError as error:
+            in_use = error.errno == errno.EADDRINUSE
+            why = "it is there already, and no socket that was left" if in_use else error.strerror or str(error)
+            if in_use and path.is_socket():
+                why = "another program listens on it"
+            raise ConfigError(f"cannot listen on the Unix socket {path}: {why}; choose another with --uds") from None
+        try:
+            listener.listen(_BACKLOG)
+            listener.setblocking(False)
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _answers(path: Path) -> bool:
+    """Whether a program listens on the socket."""
+    assert _UNIX is not None, "asked before"
+    with socket.socket(_UNIX, socket.SOCK_STREAM) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def _tls_context(options: ServerOptions) -> ssl.SSLContext | None:
+    """What makes connections TLS ones; raises `ConfigError` for files that cannot be used."""
+    if options.ssl_certfile is None or options.ssl_keyfile is None:
+        return None
+
+    def no_password() -> str:
+        raise ConfigError(
+            f"ssl_keyfile {options.ssl_keyfile} is encrypted; decrypt it, as with: openssl pkey -in FILE -out NEW_FILE"
+        )
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    for name in ("ssl_certfile", "ssl_keyfile"):
+        path = Path(getattr(options, name)).expanduser()
+        if not path.is_file() or not os.access(path, os.R_OK):
+            raise ConfigError(f"{name} {path} is no file that can be read")
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise ConfigError(_cannot_listen(host, port, error)) from None
-    listener.setblocking(False)
-    return listener
+        context.load_cert_chain(
+            Path(options.ssl_certfile).expanduser(), Path(options.ssl_keyfile).expanduser(), no_password
+        )
+    except (ssl.SSLError, OSError, ValueError) as error:
+        why = getattr(error, "reason", None) or str(error)
+        raise ConfigError(
+            f"ssl_certfile {options.ssl_certfile} and ssl_keyfile {options.ssl_keyfile} are no certificate in PEM"
+            f" and its key ({why})"
+        ) from None
+    return context
 
 
 def _cannot_listen(host: str, port: int, error: Exception) -> str:
@@ -171,25 +260,30 @@ def _announce(service: Service, timeline: Timeline, listener: socket.socket) -> 
     """The lines that a person waits for: what took how long, and what to try."""
     logger.info("ready after %.2f s: %s", process_age(), describe(timeline))
     model = service.ready_model()
-    url = url_of(listener)
-    print(f"{model.name} is served at {url}\nTry it:\n  {curl_line(model, url, service.options)}", flush=True)
+    url = url_of(listener, service.options)
+    print(f"{model.name} is served at {url}\nTry it:\n  {curl_line(model, url, service)}", flush=True)
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, options: ServerOptions) -> str:
     """Where a client on this machine reaches `listener`."""
+    if options.uds is not None:
+        return f"unix:{options.uds}"
+    scheme = "http" if options.ssl_certfile is None else "https"
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def curl_line(model: ServedModel, url: str, options: ServerOptions) -> str:
+def curl_line(model: ServedModel, url: str, service: Service) -> str:
     """A command that asks the model something."""
     question = "What is the capital of France?"
     path = "chat/completions" if model.is_chat else "completions"
     asked: dict[str, object] = {"model": model.name, "temperature": 0}
     asked |= {"messages": [{"role": "user", "content": question}]} if model.is_chat else {"prompt": question}
     body = shlex.quote(json.dumps(asked, ensure_ascii=False))
-    key = "" if options.api_key is None else " -H 'Authorization: Bearer YOUR_API_KEY'"
+    key = " -H 'Authorization: Bearer YOUR_API_KEY'" if service.keys else ""
+    if url.startswith("unix:"):
+        url = f"--unix-socket {shlex.quote(url.removeprefix('unix:'))} http://localhost"
     return f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {body}"
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from octavo.config import ServerOptions
 from octavo.engine.limits import Limits
 from octavo.engine.process import EngineClient
-from octavo.errors import EngineDeadError, nearest, short
+from octavo.errors import ConfigError, EngineDeadError, nearest, short
 from octavo.request import Request
+from octavo.server.access import Caller, Keys
 from octavo.server.answer import Answer
 from octavo.server.dialect import Dialect
 from octavo.server.failure import RefusedError
@@ -20,7 +21,8 @@ from octavo.server.model import ServedModel
 class Service:
     """`model` is None until it is loaded; `draining` says that the server takes nothing more.
 
-    `num_open` HTTP requests are being answered; `quiet` is set while there are none.
+    `num_open` HTTP requests are being answered; `quiet` is set while there are none. Raises `ConfigError` for keys that
+    cannot be read.
     """
 
     engine: EngineClient
@@ -32,6 +34,12 @@ class Service:
     draining: bool = False
     num_open: int = 0
     quiet: asyncio.Event = field(default_factory=asyncio.Event)
+    keys: Keys = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = Keys.of(self.options)
+        if self.options.isolate_prefix_cache and not self.keys:
+            raise ConfigError("isolate_prefix_cache tells clients apart by their API keys; give some with --api-key")
 
     def enter(self) -> None:
         """One more HTTP request is being answered."""
@@ -65,14 +73,20 @@ class Service:
     def model_named(self, name: str | None) -> ServedModel:
         """The model that a client calls `name`; None is whatever is served."""
         model = self.ready_model()
-        if name is not None and name != model.name:
+        if name is not None and name not in model.names:
+            known = " and ".join(map(repr, model.names))
             raise RefusedError(
                 404,
-                f"the model {short(name)} is not served here, but {model.name!r} is.{nearest(name, [model.name])}",
+                f"the model {short(name)} is not served here, but {known} {'are' if model.aliases else 'is'}."
+                f"{nearest(name, model.names)}",
                 param="model",
                 code="model_not_found",
             )
         return model
+
+    def cache_salt(self, asked: str | None, caller: Caller) -> str | None:
+        """What keeps the cached prefixes of a request apart: what it `asked` for, and its key if that is an option."""
+        return f"{caller.key} {asked or ''}" if self.options.isolate_prefix_cache else asked
 
     @property
     def limits(self) -> Limits:

@@ -44,6 +44,7 @@ class Reply(Protocol):
     """An answer in the shapes of one endpoint."""
 
     answer: Answer
+    answer_id: str
     include_usage: bool
     continuous_usage: bool
 

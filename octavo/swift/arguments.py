@@ -4,11 +4,11 @@ What Octavo cannot honour is refused by name; nothing is ignored.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from octavo.config import EngineOptions, ServerOptions, option, parse_size
+from octavo.config import EngineOptions, ServerOptions, option, parse_size, words
 from octavo.errors import ConfigError
 from octavo.swift.models import get_default_template_type, guess_model_type, locate, model_info
 
@@ -34,8 +34,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_logprobs": ((20,), "a request may ask for up to 100"),
     "log_interval": ((10,), "/metrics has the figures at any time"),
     "hub_token": ((None,), "models are looked up on this machine only"),
-    "ssl_keyfile": ((None,), "put a proxy that speaks TLS in front"),
-    "ssl_certfile": ((None,), "put a proxy that speaks TLS in front"),
 }
 _DTYPES = {"AUTO": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -50,10 +48,6 @@ def parse_switch(text: str) -> bool:
 
 def switch(default: bool, help: str) -> Any:
     return option(default, help, parse=parse_switch)
-
-
-def words(help: str) -> Any:
-    return field(default_factory=list, metadata={"help": help})
 
 
 @dataclass(slots=True)
@@ -200,4 +194,11 @@ class DeployArguments(InferArguments):
 
     def server_options(self) -> ServerOptions:
         name = self.served_model_name or self.resolved_model_type()
-        return ServerOptions(host=self.host, port=self.port, served_model_name=name, api_key=self.api_key)
+        return ServerOptions(
+            host=self.host,
+            port=self.port,
+            ssl_certfile=self.ssl_certfile,
+            ssl_keyfile=self.ssl_keyfile,
+            served_model_name=[] if name is None else [name],
+            api_key=[] if self.api_key is None else [self.api_key],
+        )

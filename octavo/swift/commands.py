@@ -141,6 +141,6 @@ def _served(model: ServedModel, arguments: DeployArguments, server_options: Serv
     stops = {stop: model.tokenizer.token_id(stop) for stop in template.stop_texts()}
     defaults["stop_token_ids"] = [index for index in stops.values() if index is not None]
     defaults["stop"] = [*arguments.stop_words, *(stop for stop, index in stops.items() if index is None)]
-    served = TemplateModel(server_options.served_model_name or model.name, model.tokenizer, defaults)
+    served = TemplateModel(model.name, model.tokenizer, defaults)
     served.template = template
     return served

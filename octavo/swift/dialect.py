@@ -37,9 +37,9 @@ class SwiftDialect(Dialect):
         status = 400 if found.code in _BAD_REQUESTS else found.status
         return SwiftFailure(status, found.message, found.kind, headers=found.headers)
 
-    def card(self, model: ServedModel, max_model_len: int) -> dict[str, Any]:
+    def card(self, model: ServedModel, name: str, max_model_len: int) -> dict[str, Any]:
         return {
-            "id": model.name,
+            "id": name,
             "is_chat": model.is_chat,
             "is_multimodal": False,
             "object": "model",

@@ -568,7 +568,7 @@ def _sent(rng: random.Random, made: Request) -> Request:
         made.num_answers = 3
         made.what += ", pipelined"
         return made
-    kinds = ["application/json", "text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1"]
+    kinds = ["application/json", "APPLICATION/JSON", "application/json; charset=latin-1", "application/x.y+json"]
     made.pieces = [request_bytes("POST", made.path, content, f"Content-Type: {rng.choice(kinds)}\r\n")]
     return made
 
@@ -576,8 +576,9 @@ def _sent(rng: random.Random, made: Request) -> Request:
 def _chunked(rng: random.Random, path: str, content: bytes) -> list[bytes]:
     size = max(1, len(content) // rng.randint(1, 5))
     pieces = [content[i : i + size] for i in range(0, len(content), size)]
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-    return [head, *(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces), b"0\r\n\r\n"]
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += "Transfer-Encoding: chunked\r\n\r\n"
+    return [head.encode(), *(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces), b"0\r\n\r\n"]
 
 
 def _odd_body(rng: random.Random, number: int, path: str, content: bytes) -> Request:
@@ -620,10 +621,13 @@ def _flipped(rng: random.Random, content: bytes) -> bytes:
 
 def _odd_http(rng: random.Random, number: int, path: str, content: bytes) -> Request:
     whole = request_bytes("POST", path, content)
-    post = f"POST {path} HTTP/1.1\r\nHost: x\r\n".encode()
+    post = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
     method = rng.choice(["GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
     other = rng.choice(["/", "/v1", "/v1/chat/completion", "/v1/models/x", "/v1/models/%00%ff", "/v1//completions"])
     other = rng.choice([other, path + "/", path + "?a=b&c", "/" + "x" * 5000, "/%e4%b8", "/v1/models/" + "y" * 3000])
+    kind = rng.choice(["text/plain", "application/x-www-form-urlencoded", "", "application/", "json", "x" * 5000])
+    coding = rng.choice(["gzip", "identity", "br, gzip", "x" * 5000])
+    host = rng.choice(["evil.example", "", "[::1", "[::1]:80", "localhost.:1", "x" * 5000, ":80", "1.2.3.4.5"])
     odd: list[tuple[str, bytes, dict[str, Any]]] = [
         ("method", request_bytes(method, path, content), {"method": method}),
         ("method without a body", request_bytes(method, path), {"method": method}),
@@ -649,9 +653,12 @@ def _odd_http(rng: random.Random, number: int, path: str, content: bytes) -> Req
         ),
         ("headers of 70 KB", request_bytes("POST", path, content, f"X: {'x' * 70_000}\r\n"), {"alone": True}),
         ("many headers", request_bytes("POST", path, content, "".join(f"X{i}: 1\r\n" for i in range(2000))), {}),
-        ("headers as bytes", whole.replace(b"Host: x", b"Host: \xff\xfe", 1), {"alone": True}),
-        ("header with a NUL", whole.replace(b"Host: x", b"Host: \0", 1), {"alone": True}),
-        ("header without colon", whole.replace(b"Host: x", b"Host", 1), {"alone": True}),
+        ("headers as bytes", whole.replace(b"Host: localhost", b"Host: \xff\xfe", 1), {"alone": True}),
+        ("header with a NUL", whole.replace(b"Host: localhost", b"Host: \0", 1), {"alone": True}),
+        ("header without colon", whole.replace(b"Host: localhost", b"Host", 1), {"alone": True}),
+        ("content type", request_bytes("POST", path, content, f"Content-Type: {kind}\r\n"), {}),
+        ("content coding", request_bytes("POST", path, content, f"Content-Encoding: {coding}\r\n"), {}),
+        ("host", whole.replace(b"Host: localhost", f"Host: {host}".encode(), 1), {}),
         ("key", request_bytes("POST", path, content, "Authorization: Bearer \xff\r\n"), {}),
         ("expects 100", request_bytes("POST", path, content, "Expect: 100-continue\r\n"), {}),
         (

@@ -63,8 +63,8 @@ for name, value in settings.get("connection", {}).items():
     assert hasattr(connection, name)
     setattr(connection, name, value)
 options = ServerOptions(port=0, **settings.get("options", {}))
-log.setup()
-with listen(options.host, options.port) as listener:
+log.setup(lines=options.log_format)
+with listen(options) as listener:
     engine = Engine(script, EOS)
     try:
         service = Service(engine, options, Metrics(lambda: engine.stats))

@@ -69,7 +69,7 @@ async def serving(
     await engine.start()
     service = Service(engine, options, Metrics(lambda: engine.stats), model, dialect)
     transport = httpx.ASGITransport(build_app(service), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://octavo") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield Server(engine, service, client)
     assert engine.num_open == 0, "a request was left open"
 

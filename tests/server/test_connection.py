@@ -9,11 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.served import request_bytes
 from tests.server.test_lifetime import Process, ask, server
 
 BOUNDS = {"HEAD_SECONDS": 0.5, "BODY_SECONDS": 0.8, "UNREAD_SECONDS": 0.5, "LINGER_SECONDS": 0.4}
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
-GET = b"GET /version HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+GET = b"GET /version HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def connect(process: Process) -> socket.socket:
@@ -112,7 +113,7 @@ def test_heads_and_bodies_have_a_size(tmp_path: Path):
         with connect(process) as client:
             client.sendall(POST + key + b"Content-Length: 99999999\r\n\r\n")
             assert error_of(all_of(client), b"413 ")["code"] == "body_too_large"
-        big = b"POST /v1/completions HTTP/1.1\r\nContent-Length: 20000000\r\n" + key
+        big = POST + b"Content-Length: 20000000\r\n" + key
         for more in (b"", b"Connection: close\r\n"):  # clients that send all before they read
             with connect(process) as client:
                 client.sendall(big + more + b"\r\n" + b" " * 20_000_000)
@@ -143,7 +144,7 @@ def test_bodies_have_a_size_together(tmp_path: Path):
 
 def test_a_client_that_stops_reading_is_cut_off(tmp_path: Path):
     body = json.dumps({"prompt": "x" * 400, "echo": True, "n": 30, "max_tokens": 1}).encode()
-    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    request = request_bytes("POST", "/v1/completions", body)
     with server(tmp_path, connection=BOUNDS) as process, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(10)

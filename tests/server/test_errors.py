@@ -7,6 +7,8 @@ import pytest
 from octavo.config import ServerOptions
 from tests.server.serving import Server, run, serving
 
+JSON = {"Content-Type": "application/json"}
+
 
 def error_of(answer, status: int) -> dict:
     assert answer.status_code == status, answer.text
@@ -104,9 +106,9 @@ async def test_more_logprobs_than_an_answer_may_hold(server: Server):
 @run
 async def test_bodies_that_are_no_request(server: Server):
     for body in (b"", b"{", b"\xff{}", b'{"messages": [{"role": "user", "content": "\\ud800"}]}'):
-        answer = await server.client.post("/v1/chat/completions", content=body)
+        answer = await server.client.post("/v1/chat/completions", content=body, headers=JSON)
         assert "not valid JSON" in error_of(answer, 400)["message"]
-    answer = await server.client.post("/v1/chat/completions", content=b"[]")
+    answer = await server.client.post("/v1/chat/completions", content=b"[]", headers=JSON)
     assert error_of(answer, 400)["message"] == "the body must be a JSON object"
 
 
@@ -180,7 +182,7 @@ def test_a_body_that_is_too_large():
                     sent += 100
                     yield b" " * 100
 
-            error_of(await server.client.post("/v1/completions", content=pieces()), 413)
+            error_of(await server.client.post("/v1/completions", content=pieces(), headers=JSON), 413)
             assert sent <= 1200, "the body was read beyond the limit"
 
     asyncio.run(ask())

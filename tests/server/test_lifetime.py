@@ -16,8 +16,10 @@ import httpx
 import openai
 import pytest
 
+from octavo.config import ServerOptions
 from octavo.errors import ConfigError
 from octavo.server.run import listen
+from tests.served import request_bytes
 
 TEXT = "Hi, wörld! " * 3
 
@@ -105,8 +107,7 @@ def test_a_client_that_goes_away_ends_its_request(tmp_path: Path, stream: bool):
     with server(tmp_path) as process:
         body = json.dumps(ask("slow", stream=stream)).encode()
         with socket.create_connection(("127.0.0.1", int(process.url.rsplit(":")[-1]))) as client:
-            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
-            client.sendall(body)
+            client.sendall(request_bytes("POST", "/v1/chat/completions", body))
             wait_until(lambda: process.metric('octavo_kv_blocks{state="owned"}') == 1)
             if stream:
                 assert client.recv(4096).startswith(b"HTTP/1.1 200")
@@ -200,11 +201,11 @@ def test_a_taken_port_says_what_to_do():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} is in use .* --port"):
-            listen("127.0.0.1", port)
+            listen(ServerOptions(port=port)).__enter__()
     with pytest.raises(ConfigError, match="--host"):
-        listen("192.0.2.1", 0)
-    with pytest.raises(ConfigError, match="--port"):
-        listen("127.0.0.1", 99999)
+        listen(ServerOptions(host="192.0.2.1", port=0)).__enter__()
+    with pytest.raises(ConfigError, match="port is 99999"):
+        ServerOptions(port=99999)
     if os.geteuid():
         with pytest.raises(ConfigError, match="--port"):
-            listen("127.0.0.1", 80)
+            listen(ServerOptions(port=80)).__enter__()

@@ -136,7 +136,7 @@ def test_switches_in_words():
     assert parse("--enforce_eager").enforce_eager is True
     assert parse("--stop-words", "a", "b").stop_words == ["a", "b"]
     assert parse("--model", "x").model_id_or_path == "x"
-    assert parse("--port", "9").server_options().served_model_name == "qwen-7b-chat"
+    assert parse("--port", "9").server_options().served_model_name == ["qwen-7b-chat"]
 
 
 # ---- real processes -------------------------------------------------------------------------------------------
