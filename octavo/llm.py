@@ -30,6 +30,7 @@ from octavo.sampling_params import SamplingParams
 from octavo.text.chat_template import encode_chat
 from octavo.text.output import RequestText, TextDelta, bad_words_to_ids
 from octavo.text.tokenizer import Tokenizer
+from octavo.vllm_arguments import ANY, ENGINE, translated
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -56,7 +57,8 @@ class LLM:
     """A model in this process. Threads may share it: their requests are computed together.
 
     `model` is a known name, a GGUF file, a folder or ORG/NAME of a hub; the keyword arguments are the fields of
-    `octavo.config.EngineOptions`. Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`.
+    `octavo.config.EngineOptions`; vLLM's others are taken where they change nothing (docs/migrate.md).
+    Raises `CheckpointError`, `ConfigError`, `CapacityError` or `DownloadError`.
     """
 
     def __init__(self, model: str | None = None, **options: Any):
@@ -455,10 +457,11 @@ class AsyncLLM:
 
 
 def _engine_options(model: str | None, options: dict[str, Any]) -> EngineOptions:
+    options = translated(options, ENGINE | {"served_model_name": ANY})
     known = {field.name for field in fields(EngineOptions)}
     for name in options:
         if name not in known:
-            raise ConfigError(f"{name} is not an option of LLM.{nearest(name, known)}")
+            raise ConfigError(f"{name} is not an option of LLM.{nearest(name, [*known, *ENGINE])}")
     return EngineOptions(**options) if model is None else EngineOptions(model=model, **options)
 
 

@@ -21,6 +21,7 @@ FLOORS = [
         "memory",
         "sampling_params",
         "sampling_defaults",
+        "vllm_arguments",
         "request",
         "batch",
         "metrics",

@@ -5,14 +5,18 @@
 
 import argparse
 import dataclasses
+import functools
+import json
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from octavo.config import format_size, parse_size
 from octavo.errors import ConfigError, nearest
+from octavo.vllm_arguments import Argument, spelled
 
 Options = TypeVar("Options")
 
@@ -75,8 +79,9 @@ def _add_option(group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]",
     meta = field.metadata
     flag = "--" + field.name.replace("_", "-")
     text = meta["help"].replace("%", "%%")
-    if field.default not in (None, "auto", dataclasses.MISSING) and not isinstance(field.default, bool):
-        text += f" (default: {field.default})"
+    if field.default not in (None, "auto", "", dataclasses.MISSING) and not isinstance(field.default, bool):
+        default = format_size(field.default) if meta.get("parse") is parse_size else field.default
+        text += f" (default: {default})"
     if meta.get("positional"):
         group.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, metavar=meta["metavar"], help=text)
         return
@@ -92,11 +97,29 @@ def _add_option(group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]",
         settings["action"] = argparse.BooleanOptionalAction
         settings["help"] += f" (default: {'on' if field.default else 'off'})"
     elif typing.get_origin(hint) is typing.Literal:
-        settings["choices"] = typing.get_args(hint)
+        settings |= {"choices": typing.get_args(hint), "type": functools.partial(spelled, field.name)}
     else:
         settings["type"] = _reader(meta.get("parse", hint))
         settings["metavar"] = meta.get("metavar", {int: "N", float: "X"}.get(hint, "TEXT"))
     group.add_argument(flag, *meta.get("also", ()), **settings)
+
+
+def add_foreign(parser: argparse.ArgumentParser, arguments: Mapping[str, Argument]) -> None:
+    """Adds another engine's arguments, without help: their values are JSON, or texts."""
+    for name, argument in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        if argument.is_switch:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
+        else:
+            parser.add_argument(flag, type=_json_or_text, **settings)
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _reader(parse: Any) -> Any:

@@ -18,28 +18,9 @@ from octavo.sampling_params import SamplingParams
 from octavo.swift.generation_config import VllmGenerationConfig
 from octavo.swift.models import get_default_template_type, guess_model_type, locate
 from octavo.swift.tokenizer import HfTokenizer
+from octavo.vllm_arguments import ENGINE, translated
 
 DTYPES = {None: "auto", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
-# vLLM's engine options with the only values that Octavo can honour: those at which they change nothing here.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "disable_log_stats": (True, False),
-    "disable_custom_all_reduce": (True, False),
-    "trust_remote_code": (True, False),  # no code of a model ever runs
-    "enforce_eager": (True, False),
-    "limit_mm_per_prompt": (None, {}),
-    "pipeline_parallel_size": (1, None),
-    "quantization": (None,),
-    "swap_space": (0, None),
-    "cpu_offload_gb": (0, None),
-    "kv_cache_dtype": ("auto", None),
-    "distributed_executor_backend": (None,),
-    "enable_chunked_prefill": (True, None),
-    "enable_expert_parallel": (False, None),
-    "speculative_config": (None,),
-    "enable_sleep_mode": (False, None),
-    "task_type": (None, "causal_lm"),
-    "reasoning_parser": (None,),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,20 +168,16 @@ def engine_options(given: Mapping[str, Any], **options: Any) -> EngineOptions:
 
     The model is left to be set, so that a mistake here shows before anything is looked for or fetched.
     """
-    known = {field.name for field in fields(EngineOptions)}
     for name, value in given.items():
-        if name in _HARMLESS:
-            if value not in _HARMLESS[name]:
-                only = " or ".join(map(repr, _HARMLESS[name]))
-                raise ConfigError(f"{name} is {value!r}, which Octavo does not support; leave it at {only}")
-        elif name in known and name != "model":
-            options[name] = value
-        elif name == "tensor_parallel_size":
+        if name == "tensor_parallel_size":
             refuse_parallel(value, name)
-        else:
-            raise ConfigError(f"{name} is not an option of the engine.{nearest(name, {*known, *_HARMLESS})}")
-    if options.get("enable_prefix_caching", True) is None:
-        del options["enable_prefix_caching"]
+    given = translated(given, ENGINE)
+    known = {field.name for field in fields(EngineOptions)} - {"model"}
+    for name in given.keys() - known - {"task_type"}:
+        raise ConfigError(f"{name} is not an option of the engine.{nearest(name, {*known, *ENGINE})}")
+    if given.get("task_type") not in (None, "causal_lm"):
+        raise ConfigError(f"task_type is {given['task_type']!r}; Octavo answers causal_lm alone: leave it out")
+    options |= {name: value for name, value in given.items() if name in known}
     return EngineOptions(**options)
 
 

@@ -249,7 +249,7 @@ def test_an_engine_whose_main_thread_hangs_ends_with_its_parent(tmp_path: Path):
         descriptors = (theirs.fileno(),)
         hanging = subprocess.Popen(command, env=environment, pass_fds=descriptors, stdout=subprocess.PIPE)
     channel = EngineChannel(ours)
-    channel.send("start", EngineOptions(model=str(save_llama(tmp_path)), kv_cache_memory=2**22), False)
+    channel.send("start", EngineOptions(model=str(save_llama(tmp_path)), kv_cache_memory=2**22), False, "text")
     assert channel.receive()[0] == "ready"
     channel.send("add", request_of("r"))
     assert channel.receive() == ("confirmed",), "a thread of its own confirms"

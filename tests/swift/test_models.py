@@ -186,7 +186,7 @@ def test_what_an_engine_tells(engine, modelscope_cache):
         ({"use_async": True}, "use_async=True"),
         ({"gpu_memory_utilisation": 0.5}, "Did you mean 'gpu_memory_utilization'"),
         ({"engine_kwargs": {"max_num_seq": 3}}, "Did you mean 'max_num_seqs'"),
-        ({"engine_kwargs": {"swap_space": 4}}, "swap_space is 4, which Octavo does not support"),
+        ({"engine_kwargs": {"swap_space": 4}}, "swap_space is 4, which are bytes"),
         ({"limit_mm_per_prompt": {"image": 2}}, "limit_mm_per_prompt"),
         ({"torch_dtype": "int4"}, "choose float16, bfloat16, float32"),
     ],
