@@ -18,6 +18,10 @@ class Dialect:
         """How `error` is told to the client."""
         return failure_of(error)
 
+    def schemas(self) -> dict[str, Any]:
+        """Where its answers have other shapes than `schema` has, these, by name."""
+        return {}
+
     def card(self, model: ServedModel, name: str, max_model_len: int) -> dict[str, Any]:
         """The entry in the list of models for one of the model's names."""
         return {

@@ -5,7 +5,7 @@ field is refused with the nearest known name. Fields that can change no answer a
 one in docs/api.md. Knows nothing of tokens or engines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
@@ -55,6 +55,7 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
 # Fields that change no answer, whatever their value: they are for OpenAI's accounts, logs, prices and caches.
 HARMLESS = frozenset(("metadata", "service_tier", "store", "verbosity"))
 HARMLESS_IN_MESSAGES = frozenset(("cache_control",))
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {**_NOT_YET, **dict.fromkeys(sorted(HARMLESS))}
 _MESSAGE_NOT_YET: dict[str, tuple[Any, ...]] = {
     "annotations": (None, []),
     "audio": _NEVER,
@@ -94,32 +95,47 @@ _List = Annotated[list[_Item], Field(fail_fast=True)]
 _IN_ROLES = ("system", "developer", "user", "assistant")
 
 
-class _Fields(BaseModel):
+class Fields(BaseModel):
+    """What clients send: its fields, and those that are known beside them."""
+
     # Extra fields are gathered by pydantic, then refused by `refuse_extras` in our own words.
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
-    def refuse_extras(
-        self, not_yet: dict[str, tuple[Any, ...]], where: str = "", harmless: frozenset[str] = frozenset()
-    ) -> None:
-        """Raises `RequestError` for the first field that is unknown, or known and not supported yet."""
-        for name, value in (self.model_extra or {}).items():
-            if name in harmless:
+    @classmethod
+    def fields_without_effect(cls) -> dict[str, tuple[Any, ...] | None]:
+        """Fields that are known, but none of ours: the values at which they are taken, None for any."""
+        return {}
+
+    def refuse_extras(self, where: str = "", also_harmless: Container[str] = ()) -> None:
+        """Raises `RequestError` for the first field that is unknown, or known and not supported yet.
+
+        `also_harmless` are fields whose value does not matter in this request.
+        """
+        if not self.model_extra:
+            return
+        without_effect = self.fields_without_effect()
+        for name, value in self.model_extra.items():
+            if name in also_harmless or without_effect.get(name, ()) is None:
                 continue
-            if name not in not_yet:
-                near = nearest(name, [*type(self).model_fields, *not_yet, *harmless])
+            if (values := without_effect.get(name)) is None:
+                near = nearest(name, [*type(self).model_fields, *without_effect])
                 raise RequestError(f"unknown field {short(where + name)}.{near}", (where + name)[:_LONGEST_PLACE])
-            if value not in not_yet[name]:
+            if value not in values:
                 raise RequestError(
                     f"{where}{name} is not supported yet (its value is {short(value)}); leave it out", where + name
                 )
 
 
-class StreamOptions(_Fields):
+class StreamOptions(Fields):
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
+    @classmethod
+    def fields_without_effect(cls) -> dict[str, tuple[Any, ...] | None]:
+        return {"include_obfuscation": (None, False)}
 
-class SamplingFields(_Fields):
+
+class SamplingFields(Fields):
     """The fields that chat and completions share. `None` is the default of each.
 
     `user`, `safety_identifier` and `prompt_cache_key` name the caller to OpenAI. Here `user` is whose turn it is, where
@@ -160,6 +176,10 @@ class SamplingFields(_Fields):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    @classmethod
+    def fields_without_effect(cls) -> dict[str, tuple[Any, ...] | None]:
+        return _WITHOUT_EFFECT
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -173,7 +193,7 @@ class SamplingFields(_Fields):
         """Raises `RequestError` for what types cannot say."""
         # Tools that may not be called are as good as none.
         no_tools = (self.model_extra or {}).get("tool_choice") == "none"
-        self.refuse_extras(_NOT_YET, harmless=HARMLESS | {"tools", "functions"} if no_tools else HARMLESS)
+        self.refuse_extras(also_harmless=("tools", "functions") if no_tools else ())
         if self.temperature is not None and not 0 <= self.temperature <= MAX_TEMPERATURE:
             raise RequestError(
                 f"temperature is {short(self.temperature)}; it must be from 0 to {MAX_TEMPERATURE}", "temperature"
@@ -187,7 +207,7 @@ class SamplingFields(_Fields):
         if self.cache_salt == "":
             raise RequestError("cache_salt is empty; give a text that nobody can guess, or leave it out", "cache_salt")
         if self.stream_options is not None:
-            self.stream_options.refuse_extras({"include_obfuscation": (None, False)}, "stream_options.")
+            self.stream_options.refuse_extras("stream_options.")
             if not self.stream:
                 raise RequestError("stream_options needs stream to be true", "stream_options")
             if self.stream_options.continuous_usage_stats and not self.stream_options.include_usage:
@@ -234,21 +254,29 @@ class SamplingFields(_Fields):
 _SAMPLING_NAMES = frozenset(f.name for f in fields(SamplingParams)) - {"logprobs", "max_tokens", "beam_width"}
 
 
-class TextPart(_Fields):
-    type: str
+class TextPart(Fields):
+    type: Annotated[str, Field(json_schema_extra={"enum": ["text"]})]
     text: str | None = None
 
+    @classmethod
+    def fields_without_effect(cls) -> dict[str, tuple[Any, ...] | None]:
+        return dict.fromkeys(sorted(HARMLESS_IN_MESSAGES))
 
-class ChatMessage(_Fields):
-    role: str
+
+class ChatMessage(Fields):
+    role: Annotated[str, Field(json_schema_extra={"enum": list(_IN_ROLES)})]
     content: str | Annotated[_List[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
 
+    @classmethod
+    def fields_without_effect(cls) -> dict[str, tuple[Any, ...] | None]:
+        return {**_MESSAGE_NOT_YET, **dict.fromkeys(sorted(HARMLESS_IN_MESSAGES))}
+
     def plain(self, where: str) -> dict[str, Any]:
         """The message as chat templates know it: role and content as text. `where` names it in errors."""
-        self.refuse_extras(_MESSAGE_NOT_YET, f"{where}.", HARMLESS_IN_MESSAGES)
+        self.refuse_extras(f"{where}.")
         if self.role not in _IN_ROLES:
             known = ", ".join(_IN_ROLES)
             raise RequestError(
@@ -276,7 +304,7 @@ class ChatMessage(_Fields):
             if part.type != "text":
                 field = f"{where}.content.{i}.type"
                 raise RequestError(f"{field} is {short(part.type)}; only text is supported yet", field)
-            part.refuse_extras({}, f"{where}.content.{i}.", HARMLESS_IN_MESSAGES)
+            part.refuse_extras(f"{where}.content.{i}.")
             if part.text is None:
                 field = f"{where}.content.{i}.text"
                 raise RequestError(f"{field} is missing; it must be a string", field)
@@ -286,7 +314,7 @@ class ChatMessage(_Fields):
 Messages = Annotated[_List[ChatMessage], Field(max_length=MAX_MESSAGES)]
 
 
-class ChatTemplateFields(_Fields):
+class ChatTemplateFields(Fields):
     """How messages become a prompt."""
 
     add_generation_prompt: bool = True
@@ -360,8 +388,12 @@ class TokenizeRequest(ChatTemplateFields):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
 
+    @classmethod
+    def fields_without_effect(cls) -> dict[str, tuple[Any, ...] | None]:
+        return _WITHOUT_EFFECT
+
     def check(self) -> None:
-        self.refuse_extras(_NOT_YET, harmless=HARMLESS)
+        self.refuse_extras()
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", "prompt")
         if self.messages is not None and self.add_special_tokens:
@@ -374,7 +406,7 @@ class TokenizeRequest(ChatTemplateFields):
                 raise RequestError(f"{name} is for messages; a prompt has no chat template", name)
 
 
-class DetokenizeRequest(_Fields):
+class DetokenizeRequest(Fields):
     """POST /detokenize."""
 
     model: str | None = None
@@ -382,7 +414,7 @@ class DetokenizeRequest(_Fields):
     skip_special_tokens: bool = False
 
     def check(self) -> None:
-        self.refuse_extras({})
+        self.refuse_extras()
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from octavo.server.answer import Answer
 from octavo.server.dialect import Dialect
 from octavo.server.failure import Failure
 from octavo.server.model import ServedModel
+from octavo.server.schema import components
 from octavo.server.stream import json_bytes, usage_json
 
 # What ms-swift counts among bad requests; OpenAI has statuses of their own for these.
@@ -24,6 +25,10 @@ class SwiftFailure(Failure):
 
     def body(self) -> bytes:
         return json_bytes({"message": self.message, "object": "error"})
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,17 @@ class SwiftDialect(Dialect):
             "object": "model",
             "created": model.created,
             "owned_by": self.owned_by,
+        }
+
+    def schemas(self) -> dict[str, Any]:
+        text, number, flag = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+        chunk = components()["CompletionChunk"]
+        chunk["properties"]["object"] = {"const": "text_completion.chunk"}
+        card = {"id": text, "is_chat": flag, "is_multimodal": flag, "object": text, "created": number, "owned_by": text}
+        return {
+            "Error": _object({"message": text, "object": {"const": "error"}}),
+            "ModelCard": _object(card),
+            "CompletionChunk": chunk,
         }
 
     def check_chat(self, model: ServedModel) -> None:

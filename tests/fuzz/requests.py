@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from octavo.sampling_params import MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from octavo.server import protocol
 from octavo.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from octavo.server.schema import components
 from tests.served import BEGIN, CONTEXT, END, VOCABULARY, request_bytes
 
 KINDS: dict[str, type[BaseModel]] = {
@@ -74,6 +75,8 @@ _OTHERS = [
     *(NESTED, _NESTED_OBJECT, Raw("["), Raw("}"), Raw(""), Raw('"'), Raw("tru"), Raw("'x'"), Raw("/**/1")),
     *(["x"] * 10_000, [0] * 10_000, [-1], [2**31], [2**63], [2**70], [Raw("1e400")], [1.0], [VOCABULARY]),
 ]
+_SOME_TEXTS = ["user", "system", "text", "never", "none", "x"]
+_SCHEMAS = components()
 _ANYTHING = [*_NUMBERS, *_TEXTS, *_OTHERS]
 
 
@@ -504,6 +507,44 @@ def _spoil_together(rng: random.Random, body: Body) -> str:
     return "with ".join(f"{name} " for name in together).strip()
 
 
+# ---- the schema ---------------------------------------------------------------------------------------------------
+
+
+def by_schema(rng: random.Random, schema: Body, depth: int = 0) -> Any:
+    """A value that /openapi.json allows: right in its types, odd in what no type says."""
+    if "$ref" in schema:
+        return by_schema(rng, _SCHEMAS[schema["$ref"].rsplit("/", 1)[-1]], depth)
+    if "anyOf" in schema:
+        return by_schema(rng, rng.choice(schema["anyOf"]), depth)
+    if "enum" in schema:
+        return rng.choice(schema["enum"])
+    kind = schema.get("type", rng.choice(["string", "integer", "null", "array"] if depth < 5 else ["boolean"]))
+    if kind == "object":
+        return _object_by_schema(rng, schema, depth)
+    if kind == "array":
+        inner = schema.get("items", {})
+        return [by_schema(rng, inner, depth + 1) for _ in range(rng.choice([0, 1, 1, 2, 3, 30]))]
+    if kind == "integer":
+        return rng.choice([rng.randint(-2, 20), rng.choice(_NUMBERS[:40]), 4.0])
+    if kind == "number":
+        return rng.choice([rng.randint(-2, 3), rng.uniform(-2, 2), rng.choice(_NUMBERS)])
+    if kind == "string":
+        return rng.choice([_texts(rng), *_SOME_TEXTS])
+    return {"boolean": rng.random() < 0.5, "null": None}[kind]
+
+
+def _object_by_schema(rng: random.Random, schema: Body, depth: int) -> Body:
+    inner = schema.get("additionalProperties")
+    if "properties" not in schema:
+        inner = inner if isinstance(inner, dict) else {}
+        return {_texts(rng, 6): by_schema(rng, inner, depth + 1) for _ in range(rng.randint(0, 3))}
+    required = schema.get("required", [])
+    # Few at a time, else one of them always refuses the request.
+    likely = rng.choice([0.0, 0.05, 0.3])
+    names = [name for name in schema["properties"] if name in required or rng.random() < likely]
+    return {name: by_schema(rng, schema["properties"][name], depth + 1) for name in names}
+
+
 # ---- HTTP ---------------------------------------------------------------------------------------------------------
 
 
@@ -533,7 +574,10 @@ def request(seed: int, number: int) -> Request:
     path = rng.choices(list(KINDS), _WEIGHTS)[0]
     body = valid_body(rng, path)
     kind = rng.random()
-    if kind < 0.38:
+    if kind < 0.08:
+        body = by_schema(rng, {"$ref": f"#/components/schemas/{KINDS[path].__name__}"})
+        return _sent(rng, Request(number, f"by schema {' '.join(sorted(body))}"[:200], path, [], body=body))
+    if kind < 0.42:
         return _sent(rng, Request(number, "valid", path, [], valid=True, body=body))
     if kind < 0.75:
         what = spoil(rng, path, body)

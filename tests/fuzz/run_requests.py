@@ -7,6 +7,7 @@ left behind, and the engine's process is the same at the end as at the start.
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import tempfile
 import time
@@ -15,6 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+
+from octavo.server.schema import ANSWERS, components
 from tests.fuzz.requests import Request, request
 from tests.served import Answer, BadAnswerError, Served, read_answer, request_bytes, save_tiny_model
 
@@ -26,7 +30,8 @@ SECONDS = 60.0  # for an answer, on a busy machine
 CONNECTIONS = 8
 BATCH = 64
 LONGEST_MESSAGE = 2000  # characters
-_EARLY = (404, 405, 413)  # what may be said before the body is there, after which the connection is closed
+_EARLY = (403, 404, 405, 413, 415)  # what may be said before the body is there, after which the connection is closed
+_LONG = 50_000  # bytes of an answer that is not compared with its schema
 ENDS = ("stop", "length", "repetition")
 _TRIES = 20  # of a request that meets a full queue
 
@@ -67,11 +72,13 @@ def check(asked: Request, answer: Answer) -> str:
         return _check_events(asked, answer)
     if status >= 400:
         _check_error(_json(answer.body))
+        _check_shape(asked, answer)
         if asked.valid and status != 429:
             raise FaultError(f"a valid request is refused with {status}: {answer.body[:500]!r}")
         return str(status)
     if asked.method == "POST" and "completions" in asked.path:
         _check_choices(asked, _json(answer.body))
+    _check_shape(asked, answer)
     return str(status)
 
 
@@ -83,6 +90,23 @@ def _json(text: bytes) -> Any:
         return json.loads(text.decode(), parse_constant=refuse)
     except ValueError:
         raise FaultError(f"the answer is not JSON: {text[:500]!r}") from None
+
+
+def _check_shape(asked: Request, answer: Answer) -> None:
+    """An answer to a known path is what /openapi.json says."""
+    if asked.method != "POST" or asked.path not in ANSWERS or len(answer.body) > _LONG or not answer.body:
+        return
+    kind = "Error" if answer.status >= 400 else ANSWERS[asked.path][0].__name__
+    try:
+        _validator(kind).validate(_json(answer.body))
+    except jsonschema.ValidationError as error:
+        raise FaultError(f"the answer is no {kind} of /openapi.json: {error.message[:500]}") from None
+
+
+@functools.cache
+def _validator(kind: str) -> jsonschema.Draft202012Validator:
+    schema = {"$ref": f"#/components/schemas/{kind}", "components": {"schemas": components()}}
+    return jsonschema.Draft202012Validator(schema)
 
 
 def _check_error(value: Any) -> Any:

@@ -25,7 +25,7 @@ def test_a_request_is_made_by_seed_and_number_alone():
     assert request(1, 77) == request(1, 77)
     assert request(1, 77) != request(2, 77)
     kinds = Counter(request(1, number).what.split()[0].strip(":,") for number in range(1000))
-    assert set(kinds) == {"valid", "odd", "body", "HTTP"}
+    assert set(kinds) == {"valid", "by", "odd", "body", "HTTP"}
     assert kinds["valid"] > 300
 
 

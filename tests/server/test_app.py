@@ -40,8 +40,7 @@ async def test_tokenize_and_back(server: Server):
 async def test_version_and_schema(server: Server):
     assert (await server.get("/version")).json() == {"version": octavo.__version__}
     schema = (await server.get("/openapi.json")).json()
-    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]
-    assert "messages" in body["content"]["application/json"]["schema"]["properties"]
+    assert "messages" in schema["components"]["schemas"]["ChatRequest"]["required"]
 
 
 @run
