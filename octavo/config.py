@@ -56,7 +56,8 @@ def check_values(options: Any) -> None:
         elif hasattr(value, "__index__") and not isinstance(value, bool) and {int, float} & {*kinds}:
             setattr(options, name, operator.index(value))
         elif not any(_fits(kind, value) for kind in kinds):
-            wanted = " or ".join(_in_words(kind) for kind in kinds)
+            *others, last = [word for kind in kinds for word in _in_words(kind)]
+            wanted = f"{', '.join(others)} or {last}" if others else last
             choices = [str(choice) for kind in kinds for choice in typing.get_args(kind)]
             near = nearest(value, choices) if isinstance(value, str) else ""
             raise ConfigError(f"{name} is {value!r:.100}; it must be {wanted}{near and '.' + near}")
@@ -82,13 +83,13 @@ def _fits(kind: Any, value: Any) -> bool:
     return type(value) is kind or (kind is str and isinstance(value, str))
 
 
-def _in_words(kind: Any) -> str:
+def _in_words(kind: Any) -> list[str]:
     if typing.get_origin(kind) is Literal:
-        return ", ".join(typing.get_args(kind))
+        return [*typing.get_args(kind)]
     if typing.get_origin(kind) is list:
-        return "a list of texts"
+        return ["a list of texts"]
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
-    return names[kind]
+    return [names[kind]]
 
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}

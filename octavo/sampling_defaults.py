@@ -27,7 +27,7 @@ def sampling_params(advice: Mapping[str, Any], given: Mapping[str, Any]) -> Samp
     Advice is for drawing tokens, which a beam search does not; and who ignores EOS wants all tokens.
     """
     if given.get("beam_width", 0) > 1:
-        advice = {"temperature": 0.0}
+        advice = {"temperature": 0.0, "stop_token_ids": advice.get("stop_token_ids", [])}
     elif given.get("ignore_eos"):
         advice = {name: value for name, value in advice.items() if name != "repetition_detection"}
     return SamplingParams(**{**advice, **given})

@@ -113,8 +113,8 @@ def test_the_document_has_every_argument():
     ("options", "message"),
     [
         ({"dtype": "flaot16"}, "dtype is 'flaot16'; it must be auto, float32, .*Did you mean 'float16'"),
-        ({"hub": "huggingface"}, "it must be auto, hf, modelscope"),
-        ({"device": "gpu"}, "it must be auto, cpu, cuda"),
+        ({"hub": "huggingface"}, "it must be auto, hf or modelscope"),
+        ({"device": "gpu"}, "it must be auto, cpu or cuda"),
         ({"quantize": "awq"}, "it must be int8, int4, fp8 or None"),
         ({"max_model_len": "8k"}, "max_model_len is '8k'; it must be a whole number or None"),
         ({"max_model_len": True}, "max_model_len is True"),

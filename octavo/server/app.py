@@ -194,7 +194,9 @@ def _caller(asked: SamplingFields, request: Request) -> Caller:
 
 async def _answered(service: Service, reply: Reply, stream: bool | None, request: Request) -> Response:
     Exchange.of(request.scope).reply = reply
-    return StreamedResponse(reply, service.dialect) if stream else await whole_response(reply, request.receive)
+    if stream:
+        return StreamedResponse(reply, service.dialect)
+    return await whole_response(reply, service.dialect, request.receive)
 
 
 def _failed(failure: Failure) -> Response:

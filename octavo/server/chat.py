@@ -19,6 +19,7 @@ from octavo.server.stream import Json, ending_json, usage_json
 async def start_chat(service: Service, asked: ChatRequest, caller: Caller = NOBODY) -> "ChatReply":
     """Submits a chat of `caller`; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
     model = service.model_named(asked.model)
+    service.dialect.adapt(asked)
     asked.check()
     service.dialect.check_chat(model)
     token_ids = await model.encode_chat(

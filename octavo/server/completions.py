@@ -21,6 +21,7 @@ from octavo.server.stream import Json, ending_json, usage_json
 async def start_completion(service: Service, asked: CompletionRequest, caller: Caller = NOBODY) -> "CompletionReply":
     """Submits the prompts of `caller`; raises `RequestError`, `QueueFullError` or a `RefusedError`."""
     model = service.model_named(asked.model)
+    service.dialect.adapt(asked)
     asked.check()
     service.dialect.check_completion(model)
     prompts = asked.prompts()

@@ -9,6 +9,7 @@ from typing import Any
 from octavo.server.answer import Answer
 from octavo.server.failure import Failure, failure_of
 from octavo.server.model import ServedModel
+from octavo.server.protocol import SamplingFields
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
@@ -48,6 +49,13 @@ class Dialect:
     def completion_tokens(self, asked: int | None, room: int) -> int:
         """The most tokens of a completion."""
         return DEFAULT_COMPLETION_TOKENS if asked is None else asked
+
+    def adapt(self, asked: SamplingFields) -> None:
+        """Writes fields of its own clients in a request as OpenAI's or vLLM's; before the request is checked."""
+
+    def choice(self, choice: dict[str, Any]) -> dict[str, Any]:
+        """A choice of a whole answer."""
+        return choice
 
     def chunk_envelope(self, envelope: dict[str, Any]) -> dict[str, Any]:
         """The fields of a streamed chunk before its choices."""

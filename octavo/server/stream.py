@@ -110,14 +110,20 @@ def ending_json(answer: TextDelta | CompletionOutput) -> Json:
     return ending
 
 
-async def whole_response(reply: Reply, receive: Receive) -> Response:
+async def whole_response(reply: Reply, dialect: Dialect, receive: Receive) -> Response:
     """Collects the stream and answers with one object."""
+
+    def whole() -> Json:
+        answer = reply.whole()
+        answer["choices"] = [dialect.choice(choice) for choice in answer["choices"]]
+        return answer
+
     async with _open(reply.answer, receive):
         async for _ in reply.answer.deltas():
             pass
     if reply.answer.num_logprobs() > _MANY_LOGPROBS:
-        return await long_response(reply.whole)
-    return json_response(reply.whole())
+        return await long_response(whole)
+    return json_response(whole())
 
 
 class StreamedResponse(Response):

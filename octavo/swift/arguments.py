@@ -20,7 +20,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "dataset": (([],), "name JSON-lines files with --val_dataset"),
     "quant_method": ((None,), "use a model whose weights are quantized already"),
     "quantization_bit": ((0,), "use a model whose weights are quantized already"),
-    "num_beams": ((1,), "answers are sampled; use --temperature 0 for the likeliest"),
     "rope_scaling": ((None,), "the model's own scaling is used"),
     "merge_lora": ((False,), "merge the adapter elsewhere"),
     "limit_mm_per_prompt": ((None, "", "{}"), "Octavo takes text only"),
@@ -83,7 +82,7 @@ class InferArguments:
     top_k: int | None = option(None, "draw from so many likeliest tokens (default: the model's)")
     top_p: float | None = option(None, "draw from the tokens that hold this share (default: the model's)")
     repetition_penalty: float | None = option(None, "above 1 discourages repetition (default: the model's)")
-    num_beams: int = option(1, "beam search")
+    num_beams: int = option(1, "above 1 searches with so many beams, and draws nothing")
     stop_words: list[str] = words("texts that end an answer")
     rope_scaling: str | None = option(None, "stretch the context")
     stream: bool = switch(True, "show answers as they grow")
@@ -191,6 +190,11 @@ class DeployArguments(InferArguments):
     served_model_name: str | None = option(None, "name that clients use (default: the model type)")
     verbose: bool = switch(False, "say more while working")
     log_interval: int = option(10, "seconds between lines of statistics")
+
+    def _refuse(self) -> None:
+        InferArguments._refuse(self)
+        if self.num_beams != 1:
+            raise ConfigError(f"--num_beams {self.num_beams} is for infer: a server's clients ask for it; leave it out")
 
     def server_options(self) -> ServerOptions:
         name = self.served_model_name or self.resolved_model_type()

@@ -66,6 +66,7 @@ def prepare_vllm_engine_template(args: InferArguments, use_async: bool = False) 
     config.max_tokens = args.max_new_tokens
     for name, value in args.sampling().items():
         setattr(config, name, value)
+    config.num_beams = args.num_beams
     config.stop = [*config.stop, *args.stop_words]
     return engine, _template(args, template_type, engine.hf_tokenizer)
 

@@ -35,9 +35,7 @@ class InferRequest:
 
 # Settings that Octavo has nothing for, with the values at which they do nothing.
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
     "best_of": (None,),
-    "length_penalty": (1.0,),
     "structured_outputs_regex": (None,),
 }
 # Settings that the model's generation_config.json gives where a request does not.
@@ -75,6 +73,8 @@ class RequestConfig:
             if getattr(self, name) not in harmless:
                 value = getattr(self, name)
                 raise ConfigError(f"{name} is {value!r}, which is not supported yet; leave it at {harmless[0]!r}")
+        if self.num_beams == 1 and self.length_penalty != 1.0:
+            raise ConfigError(f"length_penalty is {self.length_penalty!r}, which needs num_beams above 1; leave it out")
 
     def sampling_params(self, model: Mapping[str, Any], room: int, stops: list[str], ids: list[int]) -> SamplingParams:
         """Octavo's parameters: from here, else from the model's generation_config; `room` bounds the answer."""
@@ -84,6 +84,11 @@ class RequestConfig:
             values["temperature"] = 0.0
         values |= {name: value for name in FROM_MODEL if (value := getattr(self, name)) is not None}
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if self.num_beams > 1:
+            # A search draws nothing and knows no stop strings: the template's end of a turn is a token as well.
+            chosen = {name: value for name in FROM_MODEL if (value := getattr(self, name)) is not None}
+            values, stops = {"temperature": 0.0, **chosen}, []
+            values |= {"beam_width": self.num_beams, "length_penalty": self.length_penalty}
         return SamplingParams(
             **values,
             n=self.n,

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.errors import ConfigError, nearest
+from octavo.log import logger
 from octavo.progress import Progress
 from octavo.request import RequestOutput
+from octavo.sampling_params import SamplingParams
 from octavo.swift.engine import LoRARequest, SwiftEngine, refuse_lora
 from octavo.swift.generation_config import VllmGenerationConfig
 from octavo.swift.template import STRATEGIES, Template
@@ -40,6 +42,8 @@ def inference_vllm(
     **kwargs: Any,
 ) -> list[Response]:
     """Answers all requests together; responses stand in the order of `request_list`.
+
+    A prompt that is too long for `template.max_length` or for the context has an empty response.
 
     `generation_info` is cleared, then filled with num_prompt_tokens, num_generated_tokens, num_samples, runtime
     (seconds), samples/s and tokens/s. `max_batch_size` cuts a long list into parts that run one after another.
@@ -194,7 +198,7 @@ class _Job:
         prepared = [_prepare(template, deepcopy(request)) for request in requests]
         try:
             for index, (answer, token_ids) in enumerate(prepared):
-                if token_ids is None:
+                if token_ids is None or not self._has_room(index, token_ids, params):
                     self.responses[index] = {"response": "", "history": answer.history}
                     continue
                 name = f"{id(self)}-{index}"
@@ -205,6 +209,18 @@ class _Job:
         except BaseException:
             self.close()
             raise
+
+    def _has_room(self, index: int, token_ids: list[int], params: SamplingParams) -> bool:
+        """Whether the context has room for an answer; else says so, since the other requests go on."""
+        limits = self.engine.llm.engine.scheduler.limits
+        if limits.room(len(token_ids), params.num_sequences) > 0:
+            return True
+        logger.warning(
+            "request %d of the list is not answered: its prompt has %d tokens, and the context of %d has no room for an"
+            " answer; shorten it, or set max_length and truncation_strategy",
+            *(index, len(token_ids), limits.max_model_len),
+        )
+        return False
 
     def steps(self) -> Iterator[list[RequestOutput]]:
         """Outputs of this job's requests, step by step, until all are finished."""

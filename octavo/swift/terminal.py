@@ -85,10 +85,11 @@ class Terminal:
     def _command(self, text: str) -> bool:
         """Does what a command says; whether it was one."""
         word = text.strip().lower()
-        if self._asks_system and word != "reset-system":
-            self._system, self._history, self._asks_system = text, [], False
-        elif word == "clear":
+        if word == "clear":
             self._history = []
+        elif self._asks_system and word != "reset-system":
+            system = text if text else self._template.default_system
+            self._system, self._history, self._asks_system = system, [], False
         elif word == "reset-system":
             self._asks_system = True
         elif word == "multi-line" and not self._several_lines:

@@ -56,6 +56,19 @@ def test_a_conversation(folder, tmp_path, monkeypatch, capsys):
     assert all(list(entry) == ["system", "query", "response", "history"] for entry in kept)
 
 
+def test_an_empty_system_is_the_default_one(folder, tmp_path, monkeypatch):
+    lines = ["reset-system", "Pirate.", "One", "reset-system", "clear", "", "Two", "exit"]
+    monkeypatch.setattr("builtins.input", lambda prompt="": lines.pop(0))
+    assert infer_main(arguments(folder, result_dir=str(tmp_path / "kept"))) == 0
+    (path,) = (tmp_path / "kept").iterdir()
+    kept = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert [(entry["query"], entry["system"]) for entry in kept] == [
+        ("One", "Pirate."),
+        ("Two", "You are a helpful assistant."),
+    ]
+    assert not lines
+
+
 def test_the_second_turn_has_the_first_as_history(folder, tmp_path, monkeypatch):
     lines = ["One", "Two"]
 

@@ -137,3 +137,45 @@ def test_every_chunk_has_usage_and_role():
 
     deployed(chat)
     deployed(base, chat=False)
+
+
+def test_clients_of_ms_swift_may_ask_for_beams():
+    async def test(server: Server) -> None:
+        server.engine.script = lambda request, index: [*TOKENIZER.encode(f"beam {request.params.beam_width}"), 257]
+        found = (await server.chat(num_beams=3, n=2, images=[], audios=None)).json()
+        assert [choice["message"]["content"] for choice in found["choices"]] == ["beam 3", "beam 3"]
+        for beams in (1, None):
+            assert (await server.chat(num_beams=beams)).json()["choices"][0]["message"]["content"] == "beam 0"
+        for odd in (0, -1, "2", 2.5, True, [2]):
+            reply = await server.chat(num_beams=odd)
+            assert reply.status_code == 400
+            assert reply.json()["message"].startswith("num_beams is ")
+        assert "unknown field 'images'" in (await server.chat(images=["a.png"])).json()["message"]
+
+    deployed(test)
+
+
+def test_logprobs_have_one_shape_on_both_routes():
+    async def chat(server: Server) -> None:
+        reply = (await server.chat(logprobs=True, top_logprobs=2, max_tokens=1)).json()
+        (token,) = reply["choices"][0]["logprobs"].pop("content")
+        assert reply["choices"][0]["logprobs"] == {}
+        assert list(token) == ["token", "logprob", "bytes", "top_logprobs"]
+
+    async def base(server: Server) -> None:
+        server.engine.script = lambda request, index: [*TOKENIZER.encode("é")]
+        reply = (await server.complete(logprobs=2, max_tokens=2)).json()
+        first, second = reply["choices"][0]["logprobs"]["content"]
+        assert (first["bytes"], second["bytes"]) == ([0xC3], [0xA9])
+        assert len(first["top_logprobs"]) == 2
+        streamed = events((await server.complete(logprobs=2, max_tokens=2, stream=True)).text)
+        pieces = [piece["choices"][0]["logprobs"] for piece in streamed]
+        assert [token for piece in pieces if piece for token in piece["content"]] == [first, second]
+
+    deployed(chat)
+    deployed(base, chat=False)
+
+
+def test_a_repetition_is_an_end_like_others():
+    choice = {"index": 0, "finish_reason": "repetition", "text": ""}
+    assert SwiftDialect().choice(choice)["finish_reason"] == "stop"

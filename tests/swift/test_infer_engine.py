@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -86,10 +87,21 @@ def test_a_reference_answer_is_left_out(vllm_engine):
     assert first.choices == second.choices
 
 
+def test_beams(vllm_engine):
+    two = RequestConfig(num_beams=3, n=2, max_tokens=6, length_penalty=0.5)
+    (found,) = vllm_engine.infer([HI], two)
+    assert [choice.index for choice in found.choices] == [0, 1]
+    assert found == replace(vllm_engine.infer([HI], two)[0], id=found.id, created=found.created)
+    with pytest.raises(RequestError, match="temperature"):
+        vllm_engine.infer([HI], RequestConfig(num_beams=3, temperature=0.5))
+
+
 def test_mistakes(modelscope_cache, vllm_engine):
-    for config in (RequestConfig(num_beams=2), RequestConfig(structured_outputs_regex="a+")):
+    for config in (RequestConfig(best_of=2), RequestConfig(structured_outputs_regex="a+")):
         with pytest.raises(ConfigError, match="is not supported yet"):
             vllm_engine.infer([HI], config)
+    with pytest.raises(ConfigError, match=r"length_penalty is 0\.5, which needs num_beams above 1"):
+        vllm_engine.infer([HI], RequestConfig(length_penalty=0.5))
     with pytest.raises(ConfigError, match="takes text only"):
         InferRequest(HI.messages, images=["a.png"])
     with pytest.raises(RequestError, match=r"messages\[1\].role is 'user'"):

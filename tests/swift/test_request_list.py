@@ -201,8 +201,21 @@ def test_an_answer_ends_where_the_context_does(engine, template):
     assert length < engine.max_model_len
     inference_vllm(engine, template, [prompt], generation_config=greedy(10**6, ignore_eos=True), generation_info=info)
     assert info["num_generated_tokens"] <= engine.max_model_len - length
-    with pytest.raises(RequestError, match="shorten the prompt"):
-        inference_vllm(engine, template, [{"query": "ab " * engine.max_model_len}])
+    assert not engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_longer_than_the_context_leaves_the_others_alone(engine, template, stream, caplog):
+    info = {}
+    requests = [{"query": "Hi"}, {"query": "ab " * engine.max_model_len, "history": [["a", "b"]]}, {"query": "Bye"}]
+    run = inference_stream_vllm if stream else inference_vllm
+    found = list(run(engine, template, requests, generation_config=greedy(4), generation_info=info))
+    first, long, last = found[-1] if stream else found
+    assert long == {"response": "", "history": [["a", "b"]]}
+    assert first["response"]
+    assert last["history"] == [["Bye", last["response"]]]
+    assert info["num_samples"] == 2
+    assert "request 1 of the list is not answered: its prompt has" in caplog.messages[0]
     assert not engine.has_unfinished_requests()
 
 
