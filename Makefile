@@ -20,4 +20,4 @@ check: .venv/.installed-dev
 	scripts/install dev
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-clients build *.egg-info

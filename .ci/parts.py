@@ -30,6 +30,7 @@ PARTS = (
     Part("tests", 10, "make test"),
     Part("other builds", 3, "scripts/test -m other_builds"),
     Part("faults and fuzz", 4, "scripts/test -m faults"),
+    Part("clients", 3, "scripts/clients"),
 )
 
 

@@ -14,6 +14,9 @@ from octavo.log import logger
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# They have an environment of their own, see scripts/clients.
+collect_ignore = ["clients"]
+
 # Tiny tensors gain nothing from threads, and spinning ones slow every other process of the machine down.
 torch.set_num_threads(1)
 
