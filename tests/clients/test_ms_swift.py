@@ -1,4 +1,4 @@
-"""ms-swift 2.6.1's own client against `octavo deploy`: its two modules out of its wheel, since the whole needs torch."""
+"""ms-swift 2.6.1 as a client of `octavo deploy`: two modules of its wheel, since the whole needs torch."""
 
 import asyncio
 import sys
