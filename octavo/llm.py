@@ -23,6 +23,7 @@ from octavo.engine.process import EngineClient
 from octavo.engine.state import StepOutput
 from octavo.engine.stream import Arrived
 from octavo.errors import ConfigError, EngineDeadError, OctavoError, RequestError, nearest, short
+from octavo.models import check_runnable
 from octavo.progress import Progress
 from octavo.request import CompletionOutput, Request, RequestOutput
 from octavo.sampling_defaults import advised
@@ -74,7 +75,7 @@ class LLM:
     def _open(self, options: EngineOptions) -> None:
         self.options = options
         # A wrong device must show before a model is fetched for it; else the files are opened once for both.
-        checkpoint = None if options.device == "cuda" else open_engine_checkpoint(options)
+        checkpoint = None if options.device == "cuda" else open_engine_checkpoint(options, check_runnable)
         with ThreadPoolExecutor(1) as beside:
             # Much of the engine's start is spent outside of Python, where a tokenizer can be built.
             opened = beside.submit(_open_tokenizer, options, checkpoint) if checkpoint else None

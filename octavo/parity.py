@@ -18,7 +18,7 @@ from octavo.checkpoint import Checkpoint, open_checkpoint
 from octavo.config import EngineOptions, ModelConfig
 from octavo.engine.engine import Engine
 from octavo.errors import ConfigError, RequestError
-from octavo.models import read_config
+from octavo.models import check_runnable, read_config
 from octavo.models.loader import CheckpointTensors
 from octavo.request import Request
 from octavo.runner.cpu import KernelRunner
@@ -66,7 +66,7 @@ def compare(options: EngineOptions, prompts: Mapping[str, str], max_tokens: int)
 
     Raises `ConfigError` where there is nothing to compare with, and what `LLM` raises.
     """
-    checkpoint = open_checkpoint(options.model, hub=options.hub, revision=options.revision)
+    checkpoint = open_checkpoint(options.model, hub=options.hub, revision=options.revision, check=check_runnable)
     reference = load_reference(checkpoint, options.device)
     engine = Engine.build(options)
     executor = engine.executor

@@ -5,7 +5,7 @@ config.json, tensors carry Hugging Face's names in [out, in] order. Bytes stay b
 arithmetic on weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,13 +69,32 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(model: str, *, hub: str = "auto", revision: str | None = None, weights: bool = True) -> Checkpoint:
+class Description(Protocol):
+    """What a model says of its shape, before it is fetched or when it is open."""
+
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+
+# Raises an `OctavoError` for a model that is of no use.
+Check = Callable[[Description], None]
+
+
+def open_checkpoint(
+    model: str,
+    *,
+    hub: str = "auto",
+    revision: str | None = None,
+    weights: bool = True,
+    check: Check | None = None,
+) -> Checkpoint:
     """Open what a user names: a known name such as `smollm2:135m`, a GGUF file, a folder, or `ORG/NAME` of a hub.
 
-    A model that is not on this machine yet is fetched first. `weights=False` accepts a folder without safetensors
-    files (its `tensors` are then empty). Raises `CheckpointError` or `DownloadError`.
+    A model that is not on this machine yet is fetched first, once `check` has seen what it says of itself.
+    `weights=False` accepts a folder without safetensors files (its `tensors` are then empty). Raises `CheckpointError`,
+    `DownloadError` or what `check` raises.
     """
-    path = locate(model, hub, revision)
+    path = locate(model, hub, revision, check)
     if path.is_dir():
         from octavo.checkpoint.folder import FolderCheckpoint
 
@@ -87,10 +106,10 @@ def open_checkpoint(model: str, *, hub: str = "auto", revision: str | None = Non
     return checkpoint
 
 
-def open_engine_checkpoint(options: EngineOptions) -> Checkpoint:
+def open_engine_checkpoint(options: EngineOptions, check: Check | None = None) -> Checkpoint:
     """`open_checkpoint` of the model that an engine is to run."""
     weights = options.load_format != "dummy"
-    return open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=weights)
+    return open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=weights, check=check)
 
 
 def open_tokenizer_data(source: str, *, hub: str = "auto", revision: str | None = None) -> TokenizerData:
@@ -116,8 +135,8 @@ def _advice(model: str) -> Mapping[str, Any]:
     return known.MODELS[model].advice if model in known.MODELS else {}
 
 
-def locate(model: str, hub: str = "auto", revision: str | None = None) -> Path:
-    """The GGUF file or the folder that `model` names, fetched if it is not there yet."""
+def locate(model: str, hub: str = "auto", revision: str | None = None, check: Check | None = None) -> Path:
+    """The GGUF file or the folder that `model` names, fetched if it is not there yet, see `open_checkpoint`."""
     from octavo.checkpoint import hub as known
     from octavo.checkpoint import hubs
 
@@ -126,7 +145,7 @@ def locate(model: str, hub: str = "auto", revision: str | None = None) -> Path:
     if (path := local_path(model)) is not None:
         return path
     if (name := hubs.RepositoryName.parse(model)) is not None:
-        return hubs.find(name, hub, revision) or hubs.pull(name, hub, revision)
+        return hubs.find(name, hub, revision) or hubs.pull(name, hub, revision, check)
     listed = ", ".join(known.MODELS)
     raise CheckpointError(
         f"model {model!r} is neither a known name ({listed}), nor a .gguf file, nor a folder with config.json, nor"
@@ -147,8 +166,24 @@ def local_path(model: str) -> Path | None:
     if path.is_file():
         if path.suffix == ".gguf":
             return path
-        raise CheckpointError(f"{model} is a file but not a .gguf one; for safetensors, name the folder around it")
+        raise CheckpointError(f"{model} is {_kind(path)}")
     return None
+
+
+def _kind(path: Path) -> str:
+    """What a file that was named as a model is, with what to do."""
+    from octavo.checkpoint.foreign import described
+
+    if path.suffix in (".safetensors", ".json", ".jinja", ".model"):
+        return "one file of a model; name the folder around it"
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        return "a pickle, which can run code when it is read; name a folder with safetensors, or a .gguf file"
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(64)
+    except OSError as error:
+        return f"a file that cannot be read ({error.strerror}); make it readable"
+    return described(beginning) or "a file but not a .gguf one; for safetensors, name the folder around it"
 
 
 def _known_path(name: str) -> Path | None:

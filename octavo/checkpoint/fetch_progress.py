@@ -1,6 +1,7 @@
 """What a person sees on stderr while files are fetched: a bar in a terminal, else a line now and then."""
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class FetchProgress:
-    """A context manager around one fetch of `total` bytes; `origin` reads like "from PyPI with pip"."""
+    """A context manager around one fetch of `total` bytes; `origin` reads like "from PyPI"."""
 
     def __init__(self, name: str, total: int, origin: str, licence: str = ""):
         self.done = 0
@@ -24,6 +25,8 @@ class FetchProgress:
         self._licence = licence
         self._begin = self._last_line = time.monotonic()
         self._bar: Progress | None = None
+        self._lock = threading.Lock()
+        self._stopped = False
 
     def __enter__(self) -> "FetchProgress":
         facts = ", ".join(filter(None, (format_size(self._total), self._licence)))
@@ -48,8 +51,15 @@ class FetchProgress:
             _say(f"  {format_size(self.done)} of {format_size(self._total)}")
 
     def advance(self, num_bytes: int) -> None:
-        """`num_bytes` more are there."""
-        self.update(self.done + num_bytes)
+        """`num_bytes` more are there. Threads may call it; raises `InterruptedError` after `stop`."""
+        with self._lock:
+            if self._stopped:
+                raise InterruptedError("the fetch was given up")
+            self.update(self.done + num_bytes)
+
+    def stop(self) -> None:
+        """Ends the threads that count here."""
+        self._stopped = True
 
     def unpacking(self) -> None:
         """All bytes are there; the file is being unpacked and checked."""

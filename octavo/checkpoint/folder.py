@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.checkpoint import TensorInfo, TokenizerData, tiktoken
+from octavo.checkpoint.foreign import described
 from octavo.checkpoint.safetensors import SafetensorsFile
 from octavo.errors import CheckpointError
 
@@ -193,8 +194,11 @@ def _read_text(path: Path) -> str:
                 f"{path} has more than {_MOST_TEXT} bytes, which is no text of a model; fetch it again"
             )
         return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
+    except UnicodeDecodeError as error:
+        what = described(path.read_bytes()[:64])
+        raise CheckpointError(f"{path} is {what or f'no text ({error}); fetch it again'}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; make it readable") from None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -207,7 +211,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()  # half a character may be escaped, but is no text
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from None
+        what = described(text[:64].encode("utf-8", "replace"))
+        raise CheckpointError(
+            f"{path} is {what}" if what else f"{path} is not JSON ({error}); fetch it again"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; fetch it again")
     return content

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.checkpoint.foreign import described
 from octavo.checkpoint.mapped import map_file
 from octavo.errors import CheckpointError
 
@@ -94,6 +95,8 @@ class GgufFile:
 
     def _read_header(self, reader: "_Reader") -> None:
         if (magic := bytes(self.data[:4])) != b"GGUF":
+            if what := described(bytes(self.data[:64])):
+                raise reader.broken(f"is {what}")
             raise reader.broken(f"is not a GGUF file: it begins with {magic!r} instead of b'GGUF'")
         reader.position = 4
         version = reader.scalar("I")

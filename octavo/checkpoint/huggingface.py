@@ -1,21 +1,27 @@
 """Hugging Face's hub through its own client, `huggingface_hub`, which is imported only when it is needed.
 
-The client keeps its cache, resumes, and knows HF_TOKEN; endpoint and folder are passed, so that they are the ones that
-`caches` looks at. Checked here: that what came has the SHA-256 that the hub lists.
+The client keeps its cache and knows HF_TOKEN; endpoint and folder are passed, so that they are the ones that `caches`
+looks at. Large files are fetched here (`download`), since the client begins anew what was interrupted, several at once,
+to where the client then finds them; that they have the SHA-256 that the hub lists is checked.
 """
 
 import hashlib
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from octavo.checkpoint.caches import hf_cache
+from octavo.checkpoint.download import Arriving, Download, Interrupted
 from octavo.checkpoint.fetch_progress import FetchProgress
+from octavo.checkpoint.locked import locked
 from octavo.checkpoint.repository import Listing, RepositoryFile
 from octavo.errors import DownloadError
+
+_AT_ONCE = 4  # files
 
 
 class HuggingFace:
@@ -45,17 +51,63 @@ class HuggingFace:
 
     def fetch(self, listing: Listing, files: Sequence[RepositoryFile], progress: FetchProgress) -> None:
         client = _client(listing.repo_id)
+        home = self._home(listing.repo_id)
+        home.mkdir(parents=True, exist_ok=True)
+        with locked(home, listing.repo_id), ThreadPoolExecutor(_AT_ONCE) as threads:
+            large = [self._download(client, listing, file) for file in files if file.sha256]
+            running = [threads.submit(download.run, progress) for download in large]
+            try:
+                for each in running:
+                    each.result()
+            except BaseException:
+                progress.stop()  # the others end at their next piece
+                raise
+            finally:
+                threads.shutdown(cancel_futures=True)
         for file in files:
             with _translated(listing.repo_id, listing.revision, self.endpoint):
+                # The client finds what was fetched by its hash, and links it into the snapshot.
                 path = client.hf_hub_download(
                     listing.repo_id,
                     file.path,
                     revision=listing.revision,
                     cache_dir=hf_cache(),
                     endpoint=self.endpoint,
-                    **_bar_settings(client, progress),
+                    **_bar_settings(client, progress, counted=bool(file.sha256)),
                 )
             _check(Path(path), file)
+
+    def num_fetched(self, listing: Listing, files: Sequence[RepositoryFile]) -> int:
+        client = _client(listing.repo_id)
+        return sum(self._download(client, listing, file).num_there() for file in files if file.sha256)
+
+    def _download(self, client: Any, listing: Listing, file: RepositoryFile) -> Download:
+        return Download(
+            self._home(listing.repo_id) / "blobs" / file.sha256,
+            file.size,
+            file.sha256,
+            lambda start: self._arriving(client, listing, file, start),
+            lambda error: DownloadError(_unreachable(listing.repo_id, self.endpoint, error)),
+            lambda found: _differs(file, found),
+        )
+
+    @contextmanager
+    def _arriving(self, client: Any, listing: Listing, file: RepositoryFile, start: int) -> Iterator[Arriving]:
+        url = client.hf_hub_url(listing.repo_id, file.path, revision=listing.revision, endpoint=self.endpoint)
+        headers = client.utils.build_hf_headers() | {"Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        with ExitStack() as stack:
+            with _translated(listing.repo_id, listing.revision, self.endpoint):
+                request = client.get_session().stream("GET", url, headers=headers, timeout=30, follow_redirects=True)
+                try:
+                    answer = stack.enter_context(request)
+                except Exception as error:  # the client's transport has changed, and with it what it raises
+                    raise Interrupted from error
+                if answer.status_code >= 500 or answer.status_code in (408, 429):
+                    raise Interrupted(f"{answer.status_code} from {self.endpoint}")
+                client.utils.hf_raise_for_status(answer)
+            yield Arriving(answer.status_code == 206, _pieces(answer))
 
     def read_range(self, listing: Listing, file: RepositoryFile, start: int, end: int) -> bytes:
         client = _client(listing.repo_id)
@@ -76,6 +128,18 @@ class HuggingFace:
 
     def _home(self, repo_id: str) -> Path:
         return hf_cache() / f"models--{repo_id.replace('/', '--')}"
+
+
+def _pieces(answer: Any) -> Iterator[bytes]:
+    pieces = answer.iter_raw()  # as they arrive: a chunk in the making would be lost with the connection
+    while True:
+        try:
+            piece = next(pieces, b"")
+        except Exception as error:
+            raise Interrupted from error
+        if not piece:
+            return
+        yield piece
 
 
 def _client(repo_id: str) -> Any:
@@ -102,6 +166,8 @@ def _translated(repo_id: str, revision: str | None, endpoint: str) -> Iterator[N
 
     try:
         yield
+    except (DownloadError, Interrupted):
+        raise
     except errors.GatedRepoError:
         raise DownloadError(
             f"{repo_id} asks for its conditions to be accepted: do so at {endpoint}/{repo_id}, then set HF_TOKEN to a"
@@ -141,13 +207,14 @@ def _unreachable(repo_id: str, endpoint: str, error: Exception) -> str:
     )
 
 
-def _bar_settings(client: Any, progress: FetchProgress) -> dict[str, Any]:
-    """Lets the client count into `progress`; an older one, which cannot, shows its own bars."""
+def _bar_settings(client: Any, progress: FetchProgress, counted: bool) -> dict[str, Any]:
+    """Lets the client count into `progress`, unless the file is `counted` already; an older one, which cannot, shows
+    its own bars."""
     known = inspect.signature(client.hf_hub_download).parameters
-    return {"tqdm_class": _counting(progress)} if "tqdm_class" in known else {}
+    return {"tqdm_class": _counting(progress, counted)} if "tqdm_class" in known else {}
 
 
-def _counting(progress: FetchProgress) -> type[Any]:
+def _counting(progress: FetchProgress, counted: bool) -> type[Any]:
     """The class that the client makes its bars of, here one that shows nothing and counts."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -155,10 +222,10 @@ def _counting(progress: FetchProgress) -> type[Any]:
         def __init__(self, *_: Any, **settings: Any):
             settings.pop("name", None)
             super().__init__(**(settings | {"disable": True}))
-            progress.advance(settings.get("initial") or 0)
+            self.update(settings.get("initial"))
 
         def update(self, n: float | None = 1) -> None:
-            progress.advance(int(n or 0))
+            progress.advance(0 if counted else int(n or 0))
 
     return Counting
 
@@ -172,7 +239,11 @@ def _check(path: Path, file: RepositoryFile) -> None:
     if found != file.sha256:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-        raise DownloadError(
-            f"{file.path} as fetched has sha256 {found} instead of {file.sha256}; run the command again, or set"
-            " HF_ENDPOINT to another mirror"
-        )
+        raise _differs(file, found)
+
+
+def _differs(file: RepositoryFile, found: str) -> DownloadError:
+    return DownloadError(
+        f"{file.path} as fetched has sha256 {found} instead of {file.sha256}; run the command again, or set HF_ENDPOINT"
+        " to another mirror"
+    )

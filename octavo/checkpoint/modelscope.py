@@ -1,22 +1,22 @@
 """ModelScope's hub over its REST interface, by the standard library alone (decision 0060).
 
-A file is fetched into a `.part` beside its place, continued where a broken connection left it, hashed on the way and
-renamed; the snapshot's folder gets its files when all are there. The layout is ModelScope's newer client's.
+Files are fetched (`download`) into a folder of their own; the snapshot's gets them when all are there. The layout is
+ModelScope's newer client's.
 """
 
-import hashlib
 import http.client
 import json
 import os
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from octavo.checkpoint.caches import modelscope_roots
+from octavo.checkpoint.download import Arriving, Download, Interrupted
 from octavo.checkpoint.fetch_progress import FetchProgress
 from octavo.checkpoint.locked import locked
 from octavo.checkpoint.repository import Listing, RepositoryFile
@@ -24,8 +24,6 @@ from octavo.errors import DownloadError
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30.0
-_MOST_TRIES = 5  # in a row without a new byte
-_PAUSE = 1.0  # before the second try; then twice as long each time
 _DOMAIN = "www.modelscope.cn"
 
 
@@ -65,15 +63,17 @@ class ModelScope:
         return self._home(listing) / "snapshots" / listing.revision
 
     def fetch(self, listing: Listing, files: Sequence[RepositoryFile], progress: FetchProgress) -> None:
-        target, staging = self.folder(listing), self._home(listing) / "fetching" / listing.revision
-        staging.mkdir(parents=True, exist_ok=True)
-        with locked(self._home(listing), listing.repo_id):
-            for file in files:
-                if not (staging / file.path).is_file():
-                    self._fetch_file(listing, file, staging / file.path, progress)
+        target, home = self.folder(listing), self._home(listing)
+        home.mkdir(parents=True, exist_ok=True)
+        with locked(home, listing.repo_id):
+            for download in (self._download(listing, file) for file in files):
+                download.run(progress)
             for file in files:
                 (target / file.path).parent.mkdir(parents=True, exist_ok=True)
-                (staging / file.path).replace(target / file.path)
+                (self._staging(listing) / file.path).replace(target / file.path)
+
+    def num_fetched(self, listing: Listing, files: Sequence[RepositoryFile]) -> int:
+        return sum(self._download(listing, file).num_there() for file in files)
 
     def settle(self, listing: Listing) -> None:
         """Nothing to note: a snapshot's folder has the revision's name."""
@@ -90,63 +90,48 @@ class ModelScope:
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(listing.repo_id, error) from None
 
-    def _fetch_file(self, listing: Listing, file: RepositoryFile, target: Path, progress: FetchProgress) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        tries = 0
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            error = self._continue(listing, file, part, progress)
-            if error is None:
-                break
-            tries = 1 if part.exists() and part.stat().st_size > before else tries + 1
-            if tries >= _MOST_TRIES:
-                raise self._unreachable(listing.repo_id, error)
-            time.sleep(_PAUSE * 2 ** (tries - 1))
-        with part.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
-            os.fsync(content.fileno())
-        if file.sha256 and found != file.sha256:
-            part.unlink()
-            raise DownloadError(
+    def _download(self, listing: Listing, file: RepositoryFile) -> Download:
+        def differs(found: str) -> DownloadError:
+            return DownloadError(
                 f"{file.path} of {listing.repo_id} as fetched has sha256 {found} instead of {file.sha256}; run the"
                 " command again, or use another MODELSCOPE_DOMAIN"
             )
-        part.replace(target)
 
-    def _continue(
-        self, listing: Listing, file: RepositoryFile, part: Path, progress: FetchProgress
-    ) -> Exception | None:
-        """Fetches what `part` lacks; what went wrong on the way, if trying again may help."""
-        have = part.stat().st_size if part.exists() else 0
-        if have > file.size:
-            part.unlink()
-            have = 0
-        if have == file.size and part.exists():
-            return None
+        return Download(
+            self._staging(listing) / file.path,
+            file.size,
+            file.sha256,
+            lambda start: self._arriving(listing, file, start),
+            lambda error: self._unreachable(listing.repo_id, error),
+            differs,
+        )
+
+    @contextmanager
+    def _arriving(self, listing: Listing, file: RepositoryFile, start: int) -> Iterator[Arriving]:
         try:
-            answer = self._get(self._file_url(listing, file), listing.repo_id, have, None)
+            answer = self._get(self._file_url(listing, file), listing.repo_id, start, None)
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):
                 raise self._refused(error, listing.repo_id, listing.revision) from None
-            return error
+            raise Interrupted from error
         except (OSError, http.client.HTTPException) as error:
-            return error
-        # A server that ignores the range sends the file from its beginning.
-        goes_on = answer.status == 206
-        with answer, part.open("ab" if goes_on else "wb") as output:
-            progress.advance(have if goes_on and not progress.done else 0)
+            raise Interrupted from error
+
+        def pieces() -> Iterator[bytes]:
             while True:
                 try:
-                    chunk = answer.read(_CHUNK)
+                    piece = answer.read(_CHUNK)
                 except (OSError, http.client.HTTPException) as error:
-                    return error
-                if not chunk:
-                    break
-                output.write(chunk)
-                progress.advance(len(chunk))
-        size = part.stat().st_size
-        return None if size == file.size else ConnectionError(f"{file.path} ended at byte {size} of {file.size}")
+                    raise Interrupted from error
+                if not piece:
+                    return
+                yield piece
+
+        with answer:
+            yield Arriving(answer.status == 206, pieces())
+
+    def _staging(self, listing: Listing) -> Path:
+        return self._home(listing) / "fetching" / listing.revision
 
     def _get(self, url: str, repo_id: str, start: int = 0, end: int | None = None) -> Any:
         """An open answer; raises what urllib raises."""

@@ -5,9 +5,9 @@ A safetensors file tells its tensors in its first bytes, and so does a GGUF file
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from octavo.checkpoint import TensorInfo
 from octavo.checkpoint.gguf_model import GgufCheckpoint
@@ -20,26 +20,27 @@ _FIRST_RANGE = 1 << 16
 _GGUF_RANGES = (4 << 20, 16 << 20, 64 << 20)
 
 
-class Description(Protocol):
-    """What a checkpoint says of its shape; a `Checkpoint` is one too."""
-
-    config: dict[str, Any]
-    tensors: Mapping[str, TensorInfo]
-
-
 class RemoteModel:
-    """A `Description` over the network. `files` are those that a pull would fetch."""
+    """A `Description` over the network. `files` are those that a pull would fetch.
 
-    def __init__(self, name: RepositoryName, hub: Hub, revision: str | None):
-        listing = hub.list_files(name.repo_id, revision)
-        self.files = needed_files(name, listing.files)
+    With `whole` false the tensors of the first file stand for all.
+    """
+
+    def __init__(self, hub: Hub, listing: Listing, files: Sequence[RepositoryFile], *, whole: bool = True):
+        self.files = files
         self.folder = hub.folder(listing)
+        self._whole = whole
         self.config: dict[str, Any] = {}
         self.tensors: Mapping[str, TensorInfo] = {}
         if self.files[-1].path.endswith(".gguf"):
             self._read_gguf(hub, listing, self.files[-1])
         else:
             self._read_folder(hub, listing)
+
+    @classmethod
+    def find(cls, name: RepositoryName, hub: Hub, revision: str | None) -> "RemoteModel":
+        listing = hub.list_files(name.repo_id, revision)
+        return cls(hub, listing, needed_files(name, listing.files))
 
     def _read_folder(self, hub: Hub, listing: Listing) -> None:
         config = next((file for file in self.files if file.path == "config.json"), None)
@@ -50,9 +51,9 @@ class RemoteModel:
         except (ValueError, TypeError, RecursionError):
             raise CheckpointError(f"config.json of {listing.repo_id} is not a JSON object") from None
         tensors: dict[str, TensorInfo] = {}
-        for file in self.files:
-            if file.path.endswith(".safetensors"):
-                tensors |= _read_header(hub, listing, file)
+        weights = [file for file in self.files if file.path.endswith(".safetensors")]
+        for file in weights if self._whole else weights[:1]:
+            tensors |= _read_header(hub, listing, file)
         self.tensors = tensors
 
     def _read_gguf(self, hub: Hub, listing: Listing, file: RepositoryFile) -> None:

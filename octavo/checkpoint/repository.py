@@ -7,7 +7,7 @@ to `caches`. No network here: `locate` asks a hub only for what no cache holds.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -81,6 +81,10 @@ class Hub(Protocol):
         """Puts `files` into `folder(listing)`, in their order, checked."""
         ...
 
+    def num_fetched(self, listing: Listing, files: Sequence[RepositoryFile]) -> int:
+        """Bytes of `files` that an interrupted fetch has left, and that need not come again."""
+        ...
+
     def settle(self, listing: Listing) -> None:
         """Notes in the cache, once all files are there, what the revision that was asked for means."""
         ...
@@ -100,16 +104,24 @@ def find_complete(name: RepositoryName, hub: str, revision: str | None) -> Path 
     return None
 
 
-def pull(name: RepositoryName, hub: Hub, revision: str | None) -> Path:
-    """Fetches what is needed and not there yet of a repository; the folder, or the GGUF file if it is one."""
+Before = Callable[[Listing, Sequence[RepositoryFile]], None]
+
+
+def pull(name: RepositoryName, hub: Hub, revision: str | None, before: Before | None = None) -> Path:
+    """Fetches what is needed and not there yet of a repository; the folder, or the GGUF file if it is one.
+
+    `before` is called with what is needed, if something of it must be fetched, and may refuse.
+    """
     listing = hub.list_files(name.repo_id, revision)
     files = needed_files(name, listing.files)
     folder = hub.folder(listing)
     missing = [file for file in files if not _is_there(folder / file.path, file)]
     try:
         if missing:
+            if before is not None:
+                before(listing, files)
             total = sum(file.size for file in missing)
-            check_disk(str(name), total, folder, hub.variable)
+            check_disk(str(name), total - hub.num_fetched(listing, missing), folder, hub.variable)
             with FetchProgress(str(name), total, f"from {hub.title}") as progress:
                 hub.fetch(listing, missing, progress)
         hub.settle(listing)

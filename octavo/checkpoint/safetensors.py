@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.checkpoint.foreign import described
 from octavo.checkpoint.mapped import map_file
 from octavo.errors import CheckpointError
 
 PREFIX_BYTES = 8
+_BEGINNING = 64  # bytes, by which a file that is something else is known
 # The reference implementation's own bound; a larger length is noise read as a number.
 MAX_HEADER_BYTES = 100_000_000
 MOST_DIMENSIONS = 8
@@ -40,10 +42,12 @@ class StoredTensor:
 
 
 def header_size(prefix: bytes, source: str) -> int:
-    """Bytes of the JSON header, from a file's first 8 bytes.
+    """Bytes of the JSON header, from a file's first bytes, of which 8 are needed.
 
     `source` names the file in a `CheckpointError`.
     """
+    if what := described(prefix):
+        raise CheckpointError(f"{source} is {what}")
     if len(prefix) < PREFIX_BYTES:
         raise CheckpointError(f"{source} has {len(prefix)} bytes; it was cut short: fetch it again")
     size = int.from_bytes(prefix[:PREFIX_BYTES], "little")
@@ -108,7 +112,7 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         data = map_file(path)
-        size = header_size(bytes(data[:PREFIX_BYTES]), str(path))
+        size = header_size(bytes(data[:_BEGINNING]), str(path))
         begin = PREFIX_BYTES + size
         if begin > len(data):
             raise CheckpointError(f"{path} ends in the middle of its header; it was cut short: fetch it again")

@@ -11,13 +11,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint import hubs, local_path, locate, open_checkpoint
+from octavo.checkpoint import Description, hubs, local_path, locate, open_checkpoint
 from octavo.checkpoint.hub import MODELS, cached
-from octavo.checkpoint.remote import Description, RemoteModel
+from octavo.checkpoint.remote import RemoteModel
 from octavo.checkpoint.repository import RepositoryName, free_disk
 from octavo.cli.machine import gpus
 from octavo.cli.options import add_options, from_args
-from octavo.config import DTYPE_BYTES, EngineOptions, ModelConfig, format_size
+from octavo.config import DTYPE_BYTES, EngineOptions, ModelConfig, check_memory, format_size, parse_size
 from octavo.errors import CapacityError, CheckpointError
 from octavo.kernels import library
 from octavo.kernels.support import kv_dtype, settle
@@ -36,13 +36,19 @@ _OPTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, EngineOptions, "model and engine", only=_OPTIONS)
+    parser.add_argument(
+        "--memory",
+        type=parse_size,
+        metavar="SIZE",
+        help="plan for a GPU with so much memory, such as 24GiB, whatever is here (with --device cpu: for so much RAM)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0 if the model fits, 1 if it does not."""
     options = from_args(EngineOptions, arguments)
-    found = make_plan(options)
+    found = make_plan(options, arguments.memory)
     print(json.dumps(found) if arguments.json else "\n".join(_lines(found)))
     return 0 if found["fits"] else 1
 
@@ -58,11 +64,16 @@ class _Source:
     variable: str
 
 
-def make_plan(options: EngineOptions) -> dict[str, Any]:
-    """The plan as JSON has it; sizes in bytes. Raises `CheckpointError`, `ConfigError` or `DownloadError`."""
+def make_plan(options: EngineOptions, memory: int | None = None) -> dict[str, Any]:
+    """The plan as JSON has it; sizes in bytes. `memory` is that of another machine.
+
+    Raises `CheckpointError`, `ConfigError` or `DownloadError`.
+    """
+    if memory is not None:
+        check_memory("memory", memory or 1)
     source = _find(options)
     model = read_config(source.what.config)
-    device, free, total, place = _memory(options.device)
+    device, free, total, place = _memory(options.device) if memory is None else _elsewhere(options.device, memory)
     tensors = source.what.tensors
     dtype, precision, why = settle(options, model, stored_types(tensors), device)
     kernels = library.load() if device == "cpu" and precision != "plain" else None
@@ -130,7 +141,7 @@ def _find(options: EngineOptions) -> _Source:
         )
     if model not in MODELS and local_path(model) is None and name and hubs.find(name, hub, revision) is None:
         chosen = hubs.choose(hub)
-        remote = RemoteModel(name, chosen, revision)
+        remote = RemoteModel.find(name, chosen, revision)
         download = sum(file.size for file in remote.files)
         return _Source(remote, f"{chosen.title}, not fetched", download, remote.folder, chosen.variable)
     path = locate(model, hub, revision)
@@ -144,6 +155,13 @@ def _memory(wanted: str) -> tuple[str, int, int | None, str]:
     if wanted != "cpu" and torch_may_use_gpu() and (found := gpus()):
         return "cuda", found[0].free, found[0].total, f"GPU {found[0].index} ({found[0].name})"
     return "cpu", free_ram(), None, "RAM"
+
+
+def _elsewhere(wanted: str, memory: int) -> tuple[str, int, int | None, str]:
+    """As `_memory`, for a device that is not here."""
+    if wanted == "cpu":
+        return "cpu", memory, None, f"{format_size(memory)} of RAM elsewhere"
+    return "cuda", memory, memory, f"a GPU of {format_size(memory)} elsewhere"
 
 
 def _disk(source: _Source) -> dict[str, Any]:

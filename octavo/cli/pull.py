@@ -14,11 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from octavo.checkpoint import hubs, local_path, locate
     from octavo.checkpoint.hub import MODELS
+    from octavo.models import check_runnable
 
     options = from_args(EngineOptions, arguments)
     name = hubs.RepositoryName.parse(options.model)
     if arguments.update and name and options.model not in MODELS and local_path(options.model) is None:
-        print(hubs.pull(name, options.hub, options.revision))
+        print(hubs.pull(name, options.hub, options.revision, check_runnable))
     else:
-        print(locate(options.model, options.hub, options.revision))
+        print(locate(options.model, options.hub, options.revision, check_runnable))
     return 0

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint import Checkpoint, Description
+from octavo.checkpoint.gguf import BLOCK_SIZES
 from octavo.config import ModelConfig
-from octavo.errors import ConfigError, nearest
+from octavo.errors import CheckpointError, ConfigError, nearest
 from octavo.models.family import Family
 
 FAMILIES: Mapping[str, str] = {
@@ -20,6 +21,10 @@ FAMILIES: Mapping[str, str] = {
     "Qwen2ForCausalLM": "octavo.models.qwen2:Qwen2",
     "Qwen3ForCausalLM": "octavo.models.qwen3:Qwen3",
 }
+
+
+# Types of matrices that decoders take.
+READABLE = BLOCK_SIZES.keys() - {"F64", "I8", "I16", "I32", "I64"}
 
 
 def family_of(architecture: str) -> type[Family]:
@@ -39,12 +44,33 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     return _family(hf).config(hf)
 
 
+def check_runnable(what: Description) -> None:
+    """Raises `ConfigError` or `CheckpointError` for a model that cannot run, by what it says before it is fetched.
+
+    The types of its matrices are looked at where it tells them.
+    """
+    read_config(what.config)
+    types = {info.dtype for info in what.tensors.values() if len(info.shape) == 2} - READABLE
+    if types:
+        raise CheckpointError(
+            f"the model's weights are stored as {', '.join(sorted(types))}, which Octavo does not read; take the"
+            " original model in F32, F16 or BF16, or a GGUF file of it in Q8_0, Q4_0 to Q5_1 or Q2_K to Q6_K"
+        )
+
+
 def read_model(checkpoint: Checkpoint) -> ModelConfig:
     """The `ModelConfig` of a model's files together; raises `ConfigError` or `CheckpointError`."""
     return _family(checkpoint.config).of(checkpoint)
 
 
 def _family(hf: Mapping[str, Any]) -> type[Family]:
+    if quantized := hf.get("quantization_config") or hf.get("compression_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+        raise ConfigError(
+            "config.json: quantization_config says that the weights are quantized by"
+            f" {method or quantized!r:.60}, which Octavo does not read; take the original model (quantize brings it to"
+            " int8 or int4 on a CPU, to fp8 on a GPU), or a GGUF file of it"
+        )
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise ConfigError(

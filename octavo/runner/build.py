@@ -14,7 +14,7 @@ from octavo.config import EngineConfig, EngineOptions
 from octavo.kernels.support import kv_dtype, settle
 from octavo.log import logger
 from octavo.memory import MemoryPlan, free_ram, resolve
-from octavo.models import read_model
+from octavo.models import check_runnable, read_model
 from octavo.models.sizes import stored_types, weight_bytes
 from octavo.runner.device import choose_device
 from octavo.runner.executor import Executor, load_executor
@@ -42,7 +42,7 @@ def build_executor(
 
     device = choose_device(options.device)
     if checkpoint is None:
-        checkpoint = open_engine_checkpoint(options)
+        checkpoint = open_engine_checkpoint(options, check_runnable)
     model = read_model(checkpoint)
     mark("open model")
     capability, (free, total) = _of_device(device)

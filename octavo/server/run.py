@@ -25,6 +25,7 @@ from octavo.config import EngineOptions, ServerOptions
 from octavo.engine.process import EngineClient
 from octavo.errors import ConfigError
 from octavo.log import logger
+from octavo.models import check_runnable
 from octavo.server.access import Keys
 from octavo.server.dialect import Dialect
 from octavo.server.metrics import Metrics
@@ -58,7 +59,7 @@ def run_server(
         # What is wrong with these must show before a model is fetched for them.
         _tls_context(server_options), Keys.of(server_options)
         # Fetches a model that is not here yet, before two processes look for it.
-        open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False)
+        open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False, check=check_runnable)
         timeline.append(("files", time.monotonic() - began))
 
         async def serve_model() -> int:

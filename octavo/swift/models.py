@@ -9,6 +9,7 @@ from typing import Any
 from octavo.checkpoint import hub, hubs
 from octavo.checkpoint.repository import RepositoryName
 from octavo.errors import ConfigError, DownloadError, nearest
+from octavo.models import check_runnable
 from octavo.swift.names import Names
 
 
@@ -107,7 +108,7 @@ def locate(
         raise DownloadError(
             f"there is no model at {ids[0]}; name a folder with config.json, a .gguf file or a hub's id"
         )
-    return str(hubs.pull(repositories[0], order[0], revision))
+    return str(hubs.pull(repositories[0], order[0], revision, check_runnable))
 
 
 def _ids(model_type: str | None, hf_first: bool) -> list[str]:

@@ -22,6 +22,7 @@ class FakeHub:
     revisions: tuple[str, ...] = ("main", "master", COMMIT)
     token: str = ""  # without it the answer is 401
     cuts: int = 0  # answers that break off in the middle of a file of more than 1000 bytes
+    ignores_ranges: bool = False  # an answer is the whole file, whatever was asked for
     wrong_sums: bool = False  # listed checksums belong to other bytes
     asked: Counter[str] = field(default_factory=Counter)
     ranges: list[str] = field(default_factory=list)
@@ -101,7 +102,10 @@ class Answer(BaseHTTPRequestHandler):
         if wanted := self.headers.get("Range"):
             hub.ranges.append(wanted)
             first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start, end = int(first), min(end, int(last) + 1 if last else end)
+            if hub.ignores_ranges:
+                wanted = None
+            else:
+                start, end = int(first), min(end, int(last) + 1 if last else end)
         self.send_response(206 if wanted else 200)
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")

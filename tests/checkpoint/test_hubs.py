@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.checkpoint import hubs, locate, modelscope, open_checkpoint
+from octavo.checkpoint import download, hubs, locate, modelscope, open_checkpoint
 from octavo.checkpoint.repository import RepositoryName, choose_paths
 from octavo.errors import CheckpointError, ConfigError, DownloadError
 from tests.checkpoint.fake_hubs import COMMIT, FakeHub, serving
@@ -56,7 +56,7 @@ def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "modelscope"))
-    monkeypatch.setattr(modelscope, "_PAUSE", 0.01)
+    monkeypatch.setattr(download, "PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -99,22 +99,51 @@ def test_the_second_time_asks_nobody(hub: str, asked: str, server: FakeHub) -> N
 
 
 @pytest.mark.parametrize("hub", HUBS)
-def test_goes_on_after_a_cut(hub: str, server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+def test_goes_on_after_a_cut(hub: str, server: FakeHub) -> None:
     server.cuts = 1
     folder = locate(NAME, hub)
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert [wanted for wanted in server.ranges if not wanted.startswith("bytes=0-")]
 
 
-def test_goes_on_in_the_next_run(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hub", HUBS)
+def test_goes_on_in_the_next_run(hub: str, server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     server.cuts = 1
-    monkeypatch.setattr(modelscope, "_MOST_TRIES", 1)
-    fails("modelscope", "goes on where it stopped")
-    assert hubs.find(RepositoryName(NAME), "modelscope", None) is None
-    half = 8 + len(FILES["model.safetensors"]) // 2 - 8
-    assert (locate(NAME, "modelscope") / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    monkeypatch.setattr(download, "MOST_TRIES", 1)
+    fails(hub, "goes on where it stopped")
+    assert hubs.find(RepositoryName(NAME), hub, None) is None
+    half = len(FILES["model.safetensors"]) // 2
+    # What is there already needs no room on the disk.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 5, half + 200))
+    assert (locate(NAME, hub) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert server.ranges == [f"bytes={half}-"]
+
+
+@pytest.mark.parametrize("hub", HUBS)
+def test_a_server_without_ranges_begins_anew(hub: str, server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.cuts, server.ignores_ranges = 2, True
+    assert (locate(NAME, hub) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    assert server.ranges
+
+
+def test_a_part_that_is_too_long_is_thrown_away(server: FakeHub, tmp_path: Path) -> None:
+    home = tmp_path / "modelscope/models/octo--tiny.1/fetching/master"
+    home.mkdir(parents=True)
+    (home / "model.safetensors.part").write_bytes(b"x" * (len(FILES["model.safetensors"]) + 1))
+    assert (locate(NAME, "modelscope") / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_shards_of_hugging_face_come_at_once_and_stop_together(server: FakeHub, tmp_path: Path) -> None:
+    shards = {f"model-{i:05}-of-00006.safetensors": safetensors(**{f"w{i}": [40 + i, 64]}) for i in range(6)}
+    index = {"weight_map": {f"w{i}": name for i, name in enumerate(shards)}}
+    files = {**shards, "config.json": FILES["config.json"], "model.safetensors.index.json": json.dumps(index).encode()}
+    server.files = files
+    server.wrong_sums = True
+    fails("hf", "sha256")
+    server.wrong_sums = False
+    folder = locate(NAME, "hf")
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    assert len(open_checkpoint(NAME, hub="hf").tensors) == 6
 
 
 @pytest.mark.parametrize("hub", HUBS)

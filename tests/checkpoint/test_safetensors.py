@@ -193,9 +193,9 @@ def test_an_unknown_name_lists_what_is_known(tmp_path: Path) -> None:
         open_checkpoint("smollm2:135")
     with pytest.raises(CheckpointError, match="ORG/NAME of a hub"):
         open_checkpoint("Llama-3.2-1B")
-    (tmp_path / "model.bin").touch()
+    (tmp_path / "model.txt").touch()
     with pytest.raises(CheckpointError, match=r"not a \.gguf one"):
-        open_checkpoint(str(tmp_path / "model.bin"))
+        open_checkpoint(str(tmp_path / "model.txt"))
 
 
 @pytest.mark.parametrize(

@@ -177,3 +177,21 @@ def test_the_table_agrees_with_the_memory(
     assert not fits[128, 16]
     assert fits[32, 16]
     assert found["cached_tokens"] == 128 * 5
+
+
+def test_a_card_that_one_does_not_own(server: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> tuple[int, dict[str, Any]]:
+        code = main(["plan", NAME, "--json", *words])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, found = told("--memory", "24GiB")
+    assert code == 0
+    assert (found["device"], found["total_memory"], found["dtype"]) == ("cuda", 24 * 2**30, "bfloat16")
+    assert found["memory"] == "a GPU of 24.00 GiB elsewhere"
+    assert found["budget"] == int(0.9 * 24 * 2**30)
+    code, found = told("--memory", "8GiB", "--device", "cpu")
+    assert (found["device"], found["free_memory"], found["memory"]) == ("cpu", 8 * 2**30, "8.00 GiB of RAM elsewhere")
+    code, found = told("--memory", "1MiB")
+    assert (code, found["fits"]) == (1, False)
+    assert main(["plan", NAME, "--memory", "24"]) == 2
+    assert "memory is 24, which are bytes; write a unit, as in 24GiB" in capsys.readouterr().err

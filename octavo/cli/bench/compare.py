@@ -66,8 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _path(options: EngineOptions) -> str:
     from octavo.checkpoint import locate
+    from octavo.models import check_runnable
 
-    return str(locate(options.model, options.hub, options.revision))
+    return str(locate(options.model, options.hub, options.revision, check_runnable))
 
 
 def _compare(
