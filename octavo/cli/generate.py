@@ -1,149 +1,317 @@
 """`octavo generate`: answers a file of prompts, one JSON value a line, into a file of answers.
 
-A run that was interrupted goes on where it stopped: lines whose answers stand in the output file are not asked again.
+Lines of our own form and of OpenAI's batch files may be mixed; the latter are answered as the server answers their
+bodies. A run that was interrupted goes on where it stopped (`answers_file`).
 """
 
 import argparse
+import asyncio
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
+from octavo.cli.answers_file import AnswersFile, batch_id, digest_of
 from octavo.cli.options import add_options, from_args
 from octavo.cli.sampling import SamplingOptions
-from octavo.config import EngineOptions
-from octavo.errors import ConfigError, OctavoError, RequestError
+from octavo.config import EngineOptions, ServerOptions
+from octavo.errors import ConfigError, EngineDeadError, OctavoError, QueueFullError, RequestError, short
 from octavo.sampling_defaults import sampling_params
 from octavo.sampling_params import SamplingParams
 
+_FULL_SECONDS = 0.05  # until a full queue is tried again
+_URLS = "/v1/chat/completions or /v1/completions"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    wanted = 'lines of {"prompt": ...} or {"messages": [...]}, each with sampling parameters of its own if wanted'
+    wanted = (
+        'lines of {"prompt": ...} or {"messages": [...]}, each with sampling parameters of its own if wanted, or of'
+        " OpenAI's batch files; - reads standard input"
+    )
     parser.add_argument("-i", "--input", required=True, metavar="FILE", help=wanted)
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="answers, one JSON object a line")
+    told = "answers, one JSON object a line; an interrupted run goes on; - writes standard output"
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help=told)
     add_options(parser, SamplingOptions, "answers")
     add_options(parser, EngineOptions, "model and engine")
+    add_options(parser, ServerOptions, "OpenAI's batch files", only=("served_model_name",))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    source, target = Path(arguments.input), Path(arguments.output)
-    if not source.is_file():
-        raise ConfigError(f"input file {source} does not exist")
-    done = _finished_lines(target)
-    from octavo.llm import LLM
+    answers = AnswersFile(arguments.output)
+    try:
+        with _opened(arguments.input) as lines:
+            total = None
+            if lines.seekable():
+                total = sum(1 for line in lines if line.strip())
+                lines.seek(0)
+                answers.check(arguments.input, lines)
+                lines.seek(0)
+            elif answers.done:
+                raise ConfigError(
+                    f"{arguments.output} has answers already, and standard input cannot be compared with them; name"
+                    " another output"
+                )
+            options, server_options = from_args(EngineOptions, arguments), from_args(ServerOptions, arguments)
+            given = from_args(SamplingOptions, arguments).given()
+            job = _Job(answers, given, total)
+            return asyncio.run(job.run(lines, options, server_options, verbose=arguments.verbose))
+    finally:
+        answers.close()
 
-    llm = LLM.from_options(from_args(EngineOptions, arguments))
-    given = from_args(SamplingOptions, arguments).given()
-    sampling_params(llm.sampling_defaults, given)  # a mistake among them is no line's
-    # What is no UTF-8 is an error of its own line.
-    with (
-        source.open(encoding="utf-8-sig", errors="surrogateescape") as lines,
-        target.open("a", encoding="utf-8") as answers,
-    ):
-        total = sum(1 for line in lines if line.strip())
-        lines.seek(0)
-        return _Job(llm, given, answers, total, done).run(lines)
+
+def _opened(name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    if name == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    try:
+        if os.path.isdir(name):  # noqa: PTH112 -- a name of any kind
+            raise ConfigError(f"input {name} is a folder; name a file of JSON lines")
+        return open(name, "rb")  # noqa: PTH123 -- the caller closes it
+    except OSError as error:
+        raise ConfigError(f"input {name} cannot be read: {error.strerror}; name a file of JSON lines") from None
 
 
 @dataclass(slots=True)
 class _Task:
-    number: int  # of the line in the input file, from 1
-    name: Any  # the line's own "id", if it has one
+    """A line that is being answered. `name` is its own `id`; `custom_id` is there if it is a batch file's."""
+
+    number: int
+    digest: str
+    name: Any = None
+    custom_id: str | None = None
 
 
 class _Job:
-    """One run over one file."""
+    """One run over one input."""
 
-    def __init__(self, llm: Any, given: dict[str, Any], answers: IO[str], total: int, done: set[int]):
-        self.llm, self.given, self.answers, self.total, self.done = llm, given, answers, total, done
-        self.tasks: list[_Task] = []
-        self.answered = self.bad = 0
+    def __init__(self, answers: AnswersFile, given: dict[str, Any], total: int | None):
+        self.answers, self.given, self.total = answers, given, total
+        self.answered = self.bad = self.tokens = 0
+        self._custom_ids: dict[str, int] = {}  # the line of each
+        self._service: Any = None
+        self._advance: Callable[[], None] = lambda: None
 
-    def run(self, lines: IO[str]) -> int:
+    async def run(
+        self, lines: Iterable[bytes], options: EngineOptions, server_options: ServerOptions, *, verbose: bool
+    ) -> int:
         """Answers every line; 0, or 1 if some were bad."""
+        from octavo.checkpoint import open_checkpoint
+        from octavo.engine.process import EngineClient
+        from octavo.models import check_runnable
+        from octavo.server.metrics import Metrics
+        from octavo.server.model import load_model
+        from octavo.server.service import Service
+
+        # Fetches a model that is not here yet, before two processes look for it.
+        open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False, check=check_runnable)
+        engine = EngineClient(options, verbose=verbose)
+        self._service = Service(engine, server_options, Metrics(lambda: engine.stats))
+        starting = asyncio.ensure_future(engine.start())
+        try:
+            model = self._service.model = await asyncio.to_thread(load_model, options, server_options)
+            sampling_params(model.sampling_defaults, self.given)  # a mistake among them is no line's
+            limits = (await starting).limits
+            with self._progress():
+                await self._answer_all(lines, 2 * limits.max_num_seqs)
+        finally:
+            starting.cancel()
+            await engine.close()
+        there = len(self.answers.done)
+        print(f"{self.answered} answered, {there} already there, {self.bad} bad lines", file=sys.stderr)
+        return 1 if self.bad else 0
+
+    async def _answer_all(self, lines: Iterable[bytes], most: int) -> None:
+        """At most `most` lines at a time, each as a task of its own."""
+        open_tasks: set[asyncio.Task[None]] = set()
+        try:
+            for number, line in enumerate(lines, 1):
+                if number in self.answers.done:
+                    self._note_custom_id(number, line)
+                    continue
+                if not line.strip():
+                    continue
+                if len(open_tasks) >= most:
+                    open_tasks = await _settled(open_tasks, asyncio.FIRST_COMPLETED)
+                open_tasks.add(asyncio.create_task(self._answer(_Task(number, digest_of(line)), line)))
+                await asyncio.sleep(0)  # lines enter in their order
+            while open_tasks:
+                open_tasks = await _settled(open_tasks, asyncio.FIRST_COMPLETED)
+        finally:
+            for task in open_tasks:
+                task.cancel()
+            await asyncio.gather(*open_tasks, return_exceptions=True)
+
+    async def _answer(self, task: _Task, line: bytes) -> None:
+        try:
+            value = _read(task, line)
+            if "custom_id" in value or "body" in value:
+                await self._answer_batch_line(task, value)
+            else:
+                await self._answer_line(task, value)
+        except EngineDeadError:
+            raise
+        except (OctavoError, ValueError, RecursionError) as error:
+            self._report(task, error)
+        self._advance()
+
+    # ---- lines of our own ----------------------------------------------------------------------------------------
+
+    async def _answer_line(self, task: _Task, value: dict[str, Any]) -> None:
+        from octavo.llm import read_prompt
+        from octavo.text.chat_template import encode_chat
+
+        if ("prompt" in value) == ("messages" in value):
+            raise RequestError('a line is {"prompt": ...} or {"messages": [...]}, or a text')
+        model = self._service.model
+        task.name = value.pop("id", None)
+        if "messages" in value:
+            prompt = encode_chat(model.tokenizer, value.pop("messages"))
+        else:
+            prompt = value.pop("prompt")
+        SamplingParams.check_names(value)
+        params = sampling_params(model.sampling_defaults, self.given | value)
+        text = read_prompt(f"line-{task.number}", prompt, params, model.tokenizer)
+        answer = await self._until_taken(lambda: self._service.answer([text.request], [text.prompt], True))
+        async with contextlib.aclosing(answer.deltas()) as deltas:
+            async for _ in deltas:
+                pass
+        (output,) = answer.results()
+        self._count(answer)
+        told: dict[str, Any] = {"line": task.number, "digest": task.digest}
+        if task.name is not None:
+            told["id"] = task.name
+        told |= {"text": output.outputs[0].text, "finish_reason": output.outputs[0].finish_reason}
+        if len(output.outputs) > 1:
+            told["texts"] = [sample.text for sample in output.outputs]
+        usage = answer.usage()
+        self._write(told | {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion})
+
+    # ---- lines of OpenAI's batch files ---------------------------------------------------------------------------
+
+    async def _answer_batch_line(self, task: _Task, value: dict[str, Any]) -> None:
+        from octavo.server.failure import failure_of
+
+        task.custom_id = value.get("custom_id") if isinstance(value.get("custom_id"), str) else None
+        try:
+            self._check_batch_line(task, value)
+            status, body = 200, await self._answer_body(value["url"], value["body"])
+        except EngineDeadError:
+            raise
+        except OctavoError as error:
+            failure = failure_of(error)
+            status, body = failure.status, json.loads(failure.body())
+            self._report(task, error)
+        response = {"status_code": status, "request_id": batch_id(task.number, task.digest), "body": body}
+        told = {"id": response["request_id"], "custom_id": task.custom_id, "response": response, "error": None}
+        self._write(told, answered=status == 200)
+
+    def _note_custom_id(self, number: int, line: bytes) -> None:
+        """Of a line that an earlier run has answered."""
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            if isinstance(custom_id := json.loads(line).get("custom_id"), str):
+                self._custom_ids.setdefault(custom_id, number)
+
+    def _check_batch_line(self, task: _Task, value: dict[str, Any]) -> None:
+        if task.custom_id is None:
+            raise RequestError(f"custom_id is {short(value.get('custom_id'))}; it must be a text", "custom_id")
+        if (first := self._custom_ids.setdefault(task.custom_id, task.number)) != task.number:
+            raise RequestError(
+                f"custom_id {short(task.custom_id)} is that of line {first}; give each line its own", "custom_id"
+            )
+        if unknown := value.keys() - {"custom_id", "method", "url", "body"}:
+            raise RequestError(
+                f"unknown field {short(min(unknown))}; a line of a batch file has custom_id, method, url and body",
+                min(unknown)[:100],
+            )
+        if value.get("method", "POST") != "POST":
+            raise RequestError(f"method is {short(value['method'])}; it must be POST", "method")
+        if value.get("url") not in _routes():
+            raise RequestError(f"url is {short(value.get('url'))}; it must be {_URLS}", "url")
+        if not isinstance(value.get("body"), dict):
+            raise RequestError(f"body is {short(value.get('body'))}; it must be an object, the request", "body")
+        if value["body"].get("stream"):
+            raise RequestError("stream is true, but answers come whole into a file; leave it out", "stream")
+
+    async def _answer_body(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
+        from octavo.server.protocol import parse
+        from octavo.server.stream import whole_answer
+
+        kind, start = _routes()[url]
+        # Options of the command line stand in for what a body leaves out.
+        given = {name: value for name, value in self.given.items() if value is not None and name not in body}
+        if "max_completion_tokens" in body:
+            given.pop("max_tokens", None)
+        asked = parse(kind, json.dumps(given | body).encode("utf-8", "surrogatepass"))
+        reply = await self._until_taken(lambda: start(self._service, asked))
+        async with contextlib.aclosing(reply.answer.deltas()) as deltas:
+            async for _ in deltas:
+                pass
+        self._count(reply.answer)
+        return whole_answer(reply, self._service.dialect)
+
+    # ---- counting and telling ------------------------------------------------------------------------------------
+
+    async def _until_taken(self, submit: Callable[[], Any]) -> Any:
+        """What `submit` gives, once the queue has room for it."""
+        while True:
+            try:
+                return await submit()
+            except QueueFullError:
+                await asyncio.sleep(_FULL_SECONDS)
+
+    def _count(self, answer: Any) -> None:
+        self.tokens += answer.usage().completion
+
+    def _report(self, task: _Task, error: Exception) -> None:
+        self.bad += 1
+        print(f"line {task.number}: {error}", file=sys.stderr)
+
+    def _write(self, answer: dict[str, Any], answered: bool = True) -> None:
+        self.answers.write(answer)
+        self.answered += answered
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[None]:
+        """A bar on a terminal."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[tokens]} tokens"))
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=self.total, completed=len(self.done), tokens=0)
-            tokens = 0
-            for index, output in self.llm.generate_iter(self._work(lines)):
-                task = self.tasks[index]
-                if isinstance(output, OctavoError):
-                    self._report(task.number, output)
-                else:
-                    tokens += sum(len(sample.token_ids) for sample in output.outputs)
-                    self._write(task, output)
-                progress.update(bar, advance=1, tokens=tokens)
-        print(f"{self.answered} answered, {len(self.done)} already there, {self.bad} bad lines", file=sys.stderr)
-        return 1 if self.bad else 0
-
-    def _work(self, lines: IO[str]) -> Iterator[tuple[Any, SamplingParams]]:
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or number in self.done:
-                continue
-            task = _Task(number, None)
-            try:
-                prompt, params = self._read(line, task)
-            except (OctavoError, ValueError, RecursionError) as error:
-                self._report(number, error)
-                continue
-            self.tasks.append(task)
-            yield prompt, params
-
-    def _read(self, line: str, task: _Task) -> tuple[Any, SamplingParams]:
-        value = json.loads(line)
-        if isinstance(value, str):
-            value = {"prompt": value}
-        if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
-            raise RequestError('a line is {"prompt": ...} or {"messages": [...]}, or a text')
-        task.name = value.pop("id", None)
-        if "messages" in value:
-            prompt = self.llm.encode_chat(value.pop("messages"))
-        else:
-            prompt = value.pop("prompt")
-        SamplingParams.check_names(value)
-        return prompt, sampling_params(self.llm.sampling_defaults, self.given | value)
-
-    def _report(self, number: int, error: Exception) -> None:
-        self.bad += 1
-        print(f"line {number}: {error}", file=sys.stderr)
-
-    def _write(self, task: _Task, output: Any) -> None:
-        answer: dict[str, Any] = {"line": task.number}
-        if task.name is not None:
-            answer["id"] = task.name
-        answer["text"] = output.outputs[0].text
-        answer["finish_reason"] = output.outputs[0].finish_reason
-        if len(output.outputs) > 1:
-            answer["texts"] = [sample.text for sample in output.outputs]
-        answer["prompt_tokens"] = len(output.prompt_token_ids)
-        answer["completion_tokens"] = sum(len(sample.token_ids) for sample in output.outputs)
-        self.answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
-        self.answers.flush()
-        self.answered += 1
+            bar = progress.add_task("", total=self.total, completed=len(self.answers.done), tokens=0)
+            self._advance = lambda: progress.update(bar, advance=1, tokens=self.tokens)
+            yield
 
 
-def _finished_lines(target: Path) -> set[int]:
-    """Numbers of the input lines that `target` answers already; a line that a crash cut off is removed from it."""
-    if not target.exists():
-        return set()
-    done, whole = set(), 0
-    with target.open("rb") as lines:
-        for line in lines:
-            try:
-                done.add(int(json.loads(line)["line"]))
-            except (ValueError, KeyError, TypeError):
-                if line.endswith(b"\n"):
-                    raise ConfigError(
-                        f"{target} holds lines that octavo generate did not write; name another file"
-                    ) from None
-                break
-            whole += len(line)
-    with target.open("rb+") as file:
-        file.truncate(whole)
-    return done
+async def _settled(tasks: set[asyncio.Task[None]], when: str) -> set[asyncio.Task[None]]:
+    """Those of `tasks` that go on; raises what another has raised."""
+    done, left = await asyncio.wait(tasks, return_when=when)
+    for task in done:
+        task.result()
+    return left
+
+
+def _read(task: _Task, line: bytes) -> dict[str, Any]:
+    """The object of a line, a text as its prompt."""
+    text = line.decode("utf-8-sig" if task.number == 1 else "utf-8", "surrogateescape")
+    value = json.loads(text)
+    if isinstance(value, str):
+        value = {"prompt": value}
+    if not isinstance(value, dict):
+        raise RequestError('a line is {"prompt": ...} or {"messages": [...]}, or a text')
+    return value
+
+
+def _routes() -> dict[str, tuple[type[Any], Callable[..., Any]]]:
+    """What a body is, and who answers it, by url."""
+    from octavo.server.chat import start_chat
+    from octavo.server.completions import start_completion
+    from octavo.server.protocol import ChatRequest, CompletionRequest
+
+    return {
+        "/v1/chat/completions": (ChatRequest, start_chat),
+        "/v1/completions": (CompletionRequest, start_completion),
+    }

@@ -110,20 +110,20 @@ def ending_json(answer: TextDelta | CompletionOutput) -> Json:
     return ending
 
 
+def whole_answer(reply: Reply, dialect: Dialect) -> Json:
+    """The whole answer in a dialect, once it is there."""
+    answer = reply.whole()
+    return answer | {"choices": [dialect.choice(choice) for choice in answer["choices"]]}
+
+
 async def whole_response(reply: Reply, dialect: Dialect, receive: Receive) -> Response:
     """Collects the stream and answers with one object."""
-
-    def whole() -> Json:
-        answer = reply.whole()
-        answer["choices"] = [dialect.choice(choice) for choice in answer["choices"]]
-        return answer
-
     async with _open(reply.answer, receive):
         async for _ in reply.answer.deltas():
             pass
     if reply.answer.num_logprobs() > _MANY_LOGPROBS:
-        return await long_response(whole)
-    return json_response(whole())
+        return await long_response(lambda: whole_answer(reply, dialect))
+    return json_response(whole_answer(reply, dialect))
 
 
 class StreamedResponse(Response):

@@ -1,6 +1,11 @@
 """`octavo generate` on lines as people write them: what is wrong with one is told by its number, the rest goes on."""
 
+import fcntl
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +70,196 @@ def test_a_byte_order_mark_is_no_part_of_a_line(model: str, tmp_path: Path):
     source.write_text(json.dumps(GOOD) + "\r\n\r\n" + json.dumps(GOOD), encoding="utf-8-sig")
     assert generate(model, source, target) == 0
     assert [json.loads(line)["line"] for line in target.read_text().splitlines()] == [1, 3]
+
+
+# ---- the two files ------------------------------------------------------------------------------------------------
+
+
+def written(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_apart(model: str, *words: str, text: str = "") -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "octavo",
+        "generate",
+        model,
+        "--device",
+        "cpu",
+        "--kv-cache-memory",
+        "1MiB",
+        *words,
+    ]
+    return subprocess.run(command, input=text, capture_output=True, text=True)
+
+
+def test_a_pipe(model: str, tmp_path: Path):
+    lines = json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "id": "x"})
+    done = run_apart(model, "-i", "-", "-o", "-", text=lines)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["line"] for line in done.stdout.splitlines()] == [1, 3]
+    assert "2 answered, 0 already there, 0 bad lines" in done.stderr
+    target = tmp_path / "out.jsonl"
+    assert run_apart(model, "-i", "-", "-o", str(target), text=lines).returncode == 0
+    again = run_apart(model, "-i", "-", "-o", str(target), text=lines)
+    assert again.returncode == 2
+    assert "standard input cannot be compared with them" in again.stderr
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is looked at is a mistake."""
+
+    def opened(*args: object, **more: object) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("octavo.checkpoint.open_checkpoint", opened)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_files_are_looked_at_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = written(tmp_path / "in.jsonl", GOOD)
+    foreign = written(tmp_path / "foreign.jsonl", {"a": 1})
+    for wrong, target, words in (
+        (tmp_path / "none.jsonl", tmp_path / "out", "none.jsonl cannot be read: No such file or directory"),
+        (tmp_path, tmp_path / "out", "is a folder; name a file of JSON lines"),
+        (source, tmp_path / "nowhere" / "out", "there is no folder"),
+        (source, tmp_path, "is a folder; name a file in it"),
+        (source, foreign, "holds lines that octavo generate did not write"),
+    ):
+        assert generate("no-model", wrong, target) == 2
+        assert words in capsys.readouterr().err
+    with (tmp_path / "out").open("a+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert generate("no-model", source, tmp_path / "out") == 2
+        assert "is being written by another octavo generate; wait for it" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_another_stopped(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = written(tmp_path / "in.jsonl", GOOD, CHAT, {"prompt": "b", "max_tokens": 3})
+    target = tmp_path / "out.jsonl"
+    assert generate(model, source, target) == 0
+    whole = sorted(target.read_bytes().splitlines(keepends=True))
+    # Of a line that was cut in the middle nothing stays; one that lacks its end alone is an answer.
+    for rest, there in ((whole[0] + whole[1][:-10], 1), (whole[0] + whole[1][:-1], 2), (b"", 0), (whole[0][:1], 0)):
+        target.write_bytes(rest)
+        assert generate(model, source, target) == 0
+        assert f"{3 - there} answered, {there} already there" in capsys.readouterr().err
+        assert sorted(answer["line"] for answer in answers(target)) == [1, 2, 3]
+        assert target.read_bytes().endswith(b"\n")
+
+
+def test_answers_belong_to_their_input(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source, target = written(tmp_path / "in.jsonl", GOOD, CHAT), tmp_path / "out.jsonl"
+    assert generate(model, source, target) == 0
+    written(source, GOOD, {**CHAT, "max_tokens": 3})
+    assert generate(model, source, target) == 2
+    assert f"line 2 of {source} is another one than {target} has the answer of" in capsys.readouterr().err
+    written(source, GOOD)
+    assert generate(model, source, target) == 2
+    assert f"{target} answers line 2, which {source} does not have" in capsys.readouterr().err
+    older = [{name: value for name, value in answer.items() if name != "digest"} for answer in answers(target)]
+    written(target, *older)
+    written(source, GOOD, CHAT, GOOD)
+    assert generate(model, source, target) == 0
+    assert "1 answered, 2 already there" in capsys.readouterr().err
+
+
+# ---- OpenAI's batch files -----------------------------------------------------------------------------------------
+
+
+def batch_line(custom_id: Any, body: Any, url: Any = "/v1/chat/completions", **more: Any) -> dict[str, Any]:
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body, **more}
+
+
+def test_openais_batch_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    chat = {"model": Path(model).name, "temperature": 0, "logprobs": True, **CHAT}
+    text = {"prompt": ["a", "b"], "n": 2, "max_tokens": 2, "temperature": 0}
+    lines = [batch_line("one", chat), GOOD, batch_line("two", text, "/v1/completions")]
+    source, target = written(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
+    assert generate(model, source, target) == 0
+    found = {answer.get("custom_id"): answer for answer in answers(target)}
+    assert list(found["one"]) == ["id", "custom_id", "response", "error"]
+    assert found["one"]["error"] is None
+    response = found["one"]["response"]
+    assert (response["status_code"], response["body"]["object"]) == (200, "chat.completion")
+    assert response["body"]["usage"]["completion_tokens"] == 2
+    assert len(response["body"]["choices"][0]["logprobs"]["content"]) == 2
+    assert [choice["index"] for choice in found["two"]["response"]["body"]["choices"]] == [0, 1, 2, 3]
+    assert found[None]["line"] == 2
+    written(source, *lines, batch_line("three", chat), batch_line("one", chat))
+    capsys.readouterr()
+    assert generate(model, source, target) == 1
+    said = capsys.readouterr().err
+    assert "1 answered, 3 already there, 1 bad lines" in said
+    assert "line 5: custom_id 'one' is that of line 1; give each line its own" in said
+
+
+BAD_BATCH_LINES = [
+    (batch_line(5, CHAT), "custom_id is 5; it must be a text"),
+    ({"body": CHAT}, "custom_id is None"),
+    (batch_line("a", CHAT, "/v1/embeddings"), "url is '/v1/embeddings'; it must be /v1/chat/completions or"),
+    (batch_line("b", CHAT, None), "url is None"),
+    (batch_line("c", CHAT, method="GET"), "method is 'GET'; it must be POST"),
+    (batch_line("d", [CHAT]), "body is [{"),
+    (batch_line("e", {**CHAT, "stream": True}), "answers come whole into a file"),
+    (batch_line("f", CHAT, extra=1), "unknown field 'extra'"),
+    (batch_line("g", {**CHAT, "temprature": 1}), "unknown field 'temprature'. Did you mean 'temperature'?"),
+    (batch_line("h", {**CHAT, "temperature": 3}), "it must be from 0 to 2"),
+    (batch_line("i", {**CHAT, "model": "gpt-4o"}), "the model 'gpt-4o' is not served here"),
+    (batch_line("j", {"prompt": "x" * 1000}, "/v1/completions"), "1000 tokens"),
+    (batch_line("k", {"messages": []}), "messages is empty"),
+]
+
+
+def test_bad_lines_of_batch_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = [batch_line("good", CHAT), *(line for line, _ in BAD_BATCH_LINES)]
+    source, target = written(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
+    assert generate(model, source, target) == 1
+    said = capsys.readouterr().err
+    found = {int(answer["id"].split("_")[2]): answer for answer in answers(target)}
+    assert found.keys() == set(range(1, len(lines) + 1))
+    for number, (line, words) in enumerate(BAD_BATCH_LINES, 2):
+        response = found[number]["response"]
+        assert words in response["body"]["error"]["message"]
+        assert response["status_code"] == (404 if "gpt-4o" in words else 400)
+        assert found[number]["custom_id"] == (line["custom_id"] if isinstance(line.get("custom_id"), str) else None)
+        assert f"line {number}: " in said
+    assert found[1]["response"]["status_code"] == 200
+
+
+def test_a_batch_for_another_model(model: str, tmp_path: Path):
+    source = written(tmp_path / "in.jsonl", batch_line("a", {**CHAT, "model": "gpt-4o"}))
+    target = tmp_path / "out.jsonl"
+    done = run_apart(model, "-i", str(source), "-o", str(target), "--served-model-name", "gpt-4o")
+    assert done.returncode == 0, done.stderr
+    assert answers(target)[0]["response"]["body"]["model"] == "gpt-4o"
+
+
+def test_more_lines_than_run_at_once_and_an_interrupt(model: str, tmp_path: Path):
+    source = written(
+        tmp_path / "in.jsonl", *({"prompt": "a", "max_tokens": 40, "ignore_eos": True} for _ in range(400))
+    )
+    target = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "octavo", "generate", model, "-i", str(source), "-o", str(target)]
+    command += ["--device", "cpu", "--kv-cache-memory", "1MiB", "--max-num-seqs", "4"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not target.exists() or target.read_bytes().count(b"\n") < 20:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(30) == 130
+    assert running.stderr is not None
+    assert "Traceback" not in running.stderr.read()
+    running.stderr.close()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(answer["line"] for answer in answers(target)) == list(range(1, 401))
