@@ -416,5 +416,22 @@ class ServerOptions:
 
 
 def cache_home() -> Path:
-    """Folder of downloaded models: `OCTAVO_HOME`, or `~/.cache/octavo`."""
-    return Path(os.environ.get("OCTAVO_HOME") or Path.home() / ".cache" / "octavo")
+    """Folder of downloaded models: `OCTAVO_HOME`, or `~/.cache/octavo`. Raises `ConfigError` as `user_cache` does."""
+    named = os.environ.get("OCTAVO_HOME")
+    return expanded(named) if named else user_cache("octavo", "OCTAVO_HOME")
+
+
+def user_cache(name: str, variable: str) -> Path:
+    """`~/.cache/NAME`; raises `ConfigError` for a user without a home, as in a container, that names the variable."""
+    try:
+        return Path.home() / ".cache" / name
+    except RuntimeError:
+        raise ConfigError(f"this user has no home folder for a cache; set {variable} to a folder") from None
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with `~` as the user's home, where that is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.config import EngineOptions
+from octavo.config import EngineOptions, expanded
 from octavo.errors import CheckpointError, nearest
 
 
@@ -189,7 +189,7 @@ def _kind(path: Path) -> str:
 def _known_path(name: str) -> Path | None:
     """The path `name`, if something is there; what can be no path at all may still be another kind of name."""
     try:
-        path = Path(name).expanduser()
+        path = expanded(name)
         return path if path.exists() else None
     except PermissionError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror}; make it readable") from None

@@ -12,6 +12,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from octavo.config import expanded, user_cache
+from octavo.errors import ConfigError
+
 HUBS = ("modelscope", "hf")
 
 
@@ -20,10 +23,14 @@ def places_of(repo_id: str, hub: str, revision: str | None = None) -> Iterator[P
     owner, _, name = repo_id.partition("/")
     assert name, f"{repo_id!r} is no repository: it has no owner and name"
     assert hub in HUBS, f"{hub!r} is none of the hubs {HUBS}"
-    if hub == "hf":
-        yield from _snapshots(hf_cache() / f"models--{owner}--{name}", revision or "main")
+    try:
+        roots = [hf_cache()] if hub == "hf" else modelscope_roots()
+    except ConfigError:  # of a user without a home: nothing lies there
         return
-    for root in modelscope_roots():
+    if hub == "hf":
+        yield from _snapshots(roots[0] / f"models--{owner}--{name}", revision or "main")
+        return
+    for root in roots:
         for between in ("", "models", "hub", "hub/models"):
             for written in dict.fromkeys((name.replace(".", "___"), name)):
                 yield root / between / owner / written
@@ -31,17 +38,24 @@ def places_of(repo_id: str, hub: str, revision: str | None = None) -> Iterator[P
 
 
 def modelscope_roots() -> list[Path]:
-    """Folders of ModelScope's cache: `MODELSCOPE_CACHE`, and the usual one where it is not set."""
+    """Folders of ModelScope's cache: `MODELSCOPE_CACHE`, and the usual one where it is not set.
+
+    Raises `ConfigError` where no home is known, as `hf_cache` does.
+    """
     named = os.environ.get("MODELSCOPE_CACHE")
-    home = Path.home() / ".cache" / "modelscope"
-    return [Path(named).expanduser()] if named else [home / "hub", home]
+    if named:
+        return [expanded(named)]
+    home = user_cache("modelscope", "MODELSCOPE_CACHE")
+    return [home / "hub", home]
 
 
 def hf_cache() -> Path:
     """Folder of Hugging Face's cache: `HF_HUB_CACHE`, or `hub` under `HF_HOME`."""
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return Path(named or Path(home) / "hub").expanduser()
+    if named:
+        return expanded(named)
+    home = os.environ.get("HF_HOME")
+    return (expanded(home) if home else user_cache("huggingface", "HF_HOME")) / "hub"
 
 
 def _snapshots(folder: Path, revision: str) -> Iterator[Path]:

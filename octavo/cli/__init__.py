@@ -5,6 +5,8 @@ error and exit code 2, never a traceback.
 """
 
 import argparse
+import codecs
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +31,20 @@ COMMANDS = {
 }
 
 
+def _prepare_streams() -> None:
+    """Lets any text be read and written: closed streams lead nowhere, and what a terminal cannot show becomes `?`."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
+        elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
+            stream.reconfigure(errors="replace")
+        elif isinstance(stream, io.TextIOWrapper):
+            # ASCII says that nobody has said anything; what is not Unicode text is told where it is used.
+            ascii_alone = codecs.lookup(stream.encoding).name == "ascii"
+            stream.reconfigure(encoding="utf-8" if ascii_alone else stream.encoding, errors="surrogateescape")
+
+
 class _Subcommand(Parser):
     """A subcommand's parser, whose arguments are added only if the subcommand is the one that was called."""
 
@@ -48,17 +64,23 @@ class _Subcommand(Parser):
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the command line `words` (sys.argv by default) and returns the exit code."""
+    _prepare_streams()
     parser = Parser(prog="octavo", description="LLM inference and serving on PagedAttention.")
     parser.add_argument("--version", action="version", version=f"octavo {__version__}")
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Subcommand, required=True)
     for name, text in COMMANDS.items():
         subcommands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    if not (sys.argv[1:] if words is None else words):
-        parser.print_help()
-        return 2
-    arguments: argparse.Namespace = parser.parse_args(words)
-    log.setup(getattr(arguments, "verbose", False), lines=getattr(arguments, "log_format", "text"))
     try:
+        if not (sys.argv[1:] if words is None else words):
+            parser.print_help()
+            sys.stdout.flush()
+            return 2
+        try:
+            arguments: argparse.Namespace = parser.parse_args(words)
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        log.setup(getattr(arguments, "verbose", False), lines=getattr(arguments, "log_format", "text"))
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code

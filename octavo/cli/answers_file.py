@@ -103,8 +103,8 @@ class AnswersFile:
     def write(self, answer: dict[str, Any]) -> None:
         line = json.dumps(answer, ensure_ascii=False) + "\n"
         if self._file is None:
-            sys.stdout.write(line)
-            sys.stdout.flush()
+            sys.stdout.buffer.write(line.encode("utf-8", "replace"))
+            sys.stdout.buffer.flush()
             return
         self._file.write(line.encode("utf-8", "replace"))
         self._file.flush()

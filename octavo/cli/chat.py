@@ -93,7 +93,10 @@ class Conversation:
                 if not self.command(line):
                     return
             elif line:
-                self.ask(line)
+                try:
+                    self.ask(line)
+                except RequestError as error:
+                    print(f"octavo: error: {error}", file=sys.stderr)
 
     def command(self, line: str) -> bool:
         """Does what a line with a slash says; False to leave."""
@@ -112,14 +115,16 @@ class Conversation:
         return True
 
     def ask(self, text: str) -> None:
-        """Answers `text`, printing as the answer grows; a stopped answer stays in the conversation as it is."""
+        """Answers `text`, printing as the answer grows; a stopped answer stays in the conversation as it is.
+
+        Raises `RequestError` for a text that cannot be answered, which is then forgotten.
+        """
         self.messages.append({"role": "user", "content": text})
         try:
             prompt = self.fitting_prompt()
-        except RequestError as error:
+        except RequestError:
             self.messages.pop()
-            print(f"octavo: error: {error}", file=sys.stderr)
-            return
+            raise
         answer, tokens, first, began = "", 0, 0.0, time.monotonic()
         with interruptible() as interrupted:
             for _, output, deltas in self.llm.stream(prompt, self.params):

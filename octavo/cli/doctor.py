@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from octavo.checkpoint.caches import hf_cache, modelscope_roots
 from octavo.checkpoint.repository import free_disk
 from octavo.cli.machine import gpus, version_of
 from octavo.config import ServerOptions, cache_home, format_size
+from octavo.errors import ConfigError
 from octavo.kernels import library
 from octavo.memory import free_ram
 
@@ -180,13 +181,17 @@ def _memory() -> Iterator[Finding]:
 
 
 def _disks() -> Iterator[Finding]:
-    places = (
-        ("Octavo", cache_home(), "OCTAVO_HOME"),
-        ("Hugging Face", hf_cache(), "HF_HOME"),
-        ("ModelScope", modelscope_roots()[-1], "MODELSCOPE_CACHE"),
+    places: tuple[tuple[str, Callable[[], Path], str], ...] = (
+        ("Octavo", cache_home, "OCTAVO_HOME"),
+        ("Hugging Face", hf_cache, "HF_HOME"),
+        ("ModelScope", lambda: modelscope_roots()[-1], "MODELSCOPE_CACHE"),
     )
-    for whose, folder, variable in places:
-        there = folder
+    for whose, find, variable in places:
+        try:
+            there = folder = find()
+        except ConfigError as error:
+            yield Finding("disk", "warning", f"{whose}: {error}", f"set {variable} to a folder")
+            continue
         while not there.exists() and there != there.parent:
             there = there.parent
         free = free_disk(folder)

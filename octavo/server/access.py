@@ -12,9 +12,8 @@ import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from octavo.config import ServerOptions
+from octavo.config import ServerOptions, expanded
 from octavo.errors import ConfigError, short
 from octavo.server.failure import RefusedError
 
@@ -43,7 +42,7 @@ class Keys:
             keys += _of_text(given.split(","), _VARIABLE)
         if options.api_key_file is not None:
             try:
-                lines = Path(options.api_key_file).expanduser().read_text("utf-8").splitlines()
+                lines = expanded(options.api_key_file).read_text("utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 why = getattr(error, "strerror", None) or "it is not UTF-8 text"
                 raise ConfigError(f"api_key_file {options.api_key_file} cannot be read: {why}") from None

@@ -6,11 +6,10 @@ Encoding a long text takes the time of many steps, so it leaves the event loop; 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from octavo.checkpoint import open_checkpoint
-from octavo.config import EngineOptions, ServerOptions
+from octavo.config import EngineOptions, ServerOptions, expanded
 from octavo.errors import RequestError
 from octavo.models import read_config
 from octavo.request import Request
@@ -157,7 +156,7 @@ def load_model(options: EngineOptions, server_options: ServerOptions) -> ServedM
 
 def name_of(model: str) -> str:
     """The name that clients use for `model`: a known name as it is, else the folder's or the file's."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if not path.exists():
         return model
     path = path.resolve()

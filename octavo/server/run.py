@@ -21,7 +21,7 @@ from pathlib import Path
 import uvicorn
 
 from octavo.checkpoint import open_checkpoint
-from octavo.config import EngineOptions, ServerOptions
+from octavo.config import EngineOptions, ServerOptions, expanded
 from octavo.engine.process import EngineClient
 from octavo.errors import ConfigError
 from octavo.log import logger
@@ -168,7 +168,7 @@ class HttpServer(uvicorn.Server):
 def listen(options: ServerOptions) -> Iterator[socket.socket]:
     """A listening socket; raises `ConfigError` that says what to do. Port 0 is any free one."""
     if options.uds is not None:
-        with _listen_unix(Path(options.uds).expanduser()) as listener:
+        with _listen_unix(expanded(options.uds)) as listener:
             yield listener
         return
     host, port = options.host, options.port
@@ -230,13 +230,11 @@ def _tls_context(options: ServerOptions) -> ssl.SSLContext | None:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     for name in ("ssl_certfile", "ssl_keyfile"):
-        path = Path(getattr(options, name)).expanduser()
+        path = expanded(getattr(options, name))
         if not path.is_file() or not os.access(path, os.R_OK):
             raise ConfigError(f"{name} {path} is no file that can be read")
     try:
-        context.load_cert_chain(
-            Path(options.ssl_certfile).expanduser(), Path(options.ssl_keyfile).expanduser(), no_password
-        )
+        context.load_cert_chain(expanded(options.ssl_certfile), expanded(options.ssl_keyfile), no_password)
     except (ssl.SSLError, OSError, ValueError) as error:
         why = getattr(error, "reason", None) or str(error)
         raise ConfigError(

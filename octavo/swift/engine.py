@@ -6,10 +6,9 @@ The engine runs in this process. Nothing here loads torch until an engine is mad
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
-from octavo.config import EngineConfig, EngineOptions
+from octavo.config import EngineConfig, EngineOptions, expanded
 from octavo.errors import ConfigError, RequestError, nearest
 from octavo.llm import LLM
 from octavo.log import logger
@@ -47,7 +46,7 @@ class SwiftEngine:
         self.model_type = model_type
         self.model_config: EngineConfig = llm.engine.config
         self.max_model_len = self.model_config.max_model_len
-        path = Path(llm.options.model).expanduser()
+        path = expanded(llm.options.model)
         self.model_dir = str(path if path.is_dir() else path.parent) if path.exists() else llm.options.model
         self.generation_config = VllmGenerationConfig.from_model(llm.generation_config)
         self.hf_tokenizer = HfTokenizer(

@@ -8,6 +8,7 @@ from typing import Any
 
 from octavo.checkpoint import hub, hubs
 from octavo.checkpoint.repository import RepositoryName
+from octavo.config import expanded
 from octavo.errors import ConfigError, DownloadError, nearest
 from octavo.models import check_runnable
 from octavo.swift.names import Names
@@ -95,7 +96,7 @@ def locate(
     for name in ids:
         if name in hub.MODELS:
             return name
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.exists():
             return str(path)
     order = ("hf", "modelscope") if hf_first else ("modelscope", "hf")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from octavo.config import expanded
 from octavo.errors import ConfigError, OctavoError
 from octavo.swift.arguments import InferArguments
 from octavo.swift.engine import SwiftEngine
@@ -169,7 +170,7 @@ def answer_files(engine: SwiftEngine, template: Template, arguments: InferArgume
 
 def _lines(names: list[str]) -> Iterator[dict[str, Any]]:
     for name in names:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.is_file():
             raise ConfigError(f"--val_dataset {name} is no file; name a file of JSON lines")
         for number, text in enumerate(path.read_text("utf-8").splitlines(), 1):
