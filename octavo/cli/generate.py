@@ -97,7 +97,7 @@ class _Job:
         self, lines: Iterable[bytes], options: EngineOptions, server_options: ServerOptions, *, verbose: bool
     ) -> int:
         """Answers every line; 0, or 1 if some were bad."""
-        from octavo.checkpoint import open_checkpoint
+        from octavo.checkpoint import open_engine_checkpoint
         from octavo.engine.process import EngineClient
         from octavo.models import check_runnable
         from octavo.server.metrics import Metrics
@@ -105,7 +105,7 @@ class _Job:
         from octavo.server.service import Service
 
         # Fetches a model that is not here yet, before two processes look for it.
-        open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False, check=check_runnable)
+        open_engine_checkpoint(options, check_runnable)
         engine = EngineClient(options, verbose=verbose)
         self._service = Service(engine, server_options, Metrics(lambda: engine.stats))
         starting = asyncio.ensure_future(engine.start())

@@ -92,6 +92,8 @@ class EngineClient:
             self._process = _start_process(theirs.fileno())
         atexit.register(self._kill_process)  # for a parent that ends without `close`
         self._ready = asyncio.get_running_loop().create_future()
+        # Whoever gave up waiting is told nothing more.
+        self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
         self._channel = await ClientChannel.open(ours, self)
         self._channel.send(("start", self.options, *self._log))
         self.info = await self._ready
@@ -303,7 +305,7 @@ class EngineClient:
         self._fail_all(f"the engine stopped{_because(self._exit_reason)}")
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(EngineDeadError(f"the engine stopped{_because(self._exit_reason)}"))
-        elif self._ready is not None and not self._ready.exception():
+        elif self._ready is not None and not self._ready.cancelled() and not self._ready.exception():
             self.on_death(self._exit_reason or "no reason given")
 
     def _kill_process(self) -> None:

@@ -170,7 +170,7 @@ def test_no_memory_is_one_line(
 ) -> None:
     from octavo.cli import plan
 
-    def full(options: Any) -> Any:
+    def full(options: Any, memory: Any) -> Any:
         raise MemoryError
 
     monkeypatch.setattr(plan, "make_plan", full)
@@ -195,7 +195,7 @@ def test_what_the_system_refuses_is_one_line(whole: Path, tmp_path: Path, capsys
     assert main(command) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == f"octavo: error: {target}: No such file or directory"
+    assert f"output {target} cannot be made, since there is no folder" in err.splitlines()[-1]
 
 
 def test_a_line_that_is_no_text_spares_the_others(

@@ -120,7 +120,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*args: object, **more: object) -> None:
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr("octavo.checkpoint.open_checkpoint", opened)
+    monkeypatch.setattr("octavo.checkpoint.open_engine_checkpoint", opened)
 
 
 @pytest.mark.usefixtures("no_model")
