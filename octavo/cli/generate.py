@@ -23,6 +23,7 @@ from octavo.sampling_defaults import sampling_params
 from octavo.sampling_params import SamplingParams
 
 _FULL_SECONDS = 0.05  # until a full queue is tried again
+_SERVER_OPTIONS = ("served_model_name", "max_queued_requests", "confirm_timeout")
 _URLS = "/v1/chat/completions or /v1/completions"
 
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help=told)
     add_options(parser, SamplingOptions, "answers")
     add_options(parser, EngineOptions, "model and engine")
-    add_options(parser, ServerOptions, "OpenAI's batch files", only=("served_model_name",))
+    add_options(parser, ServerOptions, "requests", only=_SERVER_OPTIONS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,7 +107,12 @@ class _Job:
 
         # Fetches a model that is not here yet, before two processes look for it.
         open_engine_checkpoint(options, check_runnable)
-        engine = EngineClient(options, verbose=verbose)
+        engine = EngineClient(
+            options,
+            max_queued_requests=server_options.max_queued_requests,
+            confirm_timeout=server_options.confirm_timeout,
+            verbose=verbose,
+        )
         self._service = Service(engine, server_options, Metrics(lambda: engine.stats))
         starting = asyncio.ensure_future(engine.start())
         try:

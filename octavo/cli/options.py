@@ -141,6 +141,11 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
+def given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Of `names` those that were given."""
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
 def from_args(kind: type[Options], arguments: argparse.Namespace) -> Options:
     """An instance of the dataclass `kind` from the flags that were given; the rest keep their defaults."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ PROMPTS = {
     "long": "".join(f"Line {i}: the sum of {i} and {i * 7} is {i * 8}.\n" for i in range(60)),
 }
 # The others are settled by what a comparison is: fp32, real weights, one prompt a request.
-_OPTIONS = ("model", "tokenizer", "device")
+_OPTIONS = ("model", "hub", "revision", "tokenizer", "device", "max_model_len", "kv_cache_memory", "max_num_seqs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ What Octavo cannot honour is refused by name; nothing is ignored.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,10 +102,15 @@ class InferArguments:
     tp: int = option(1, "tensor_parallel_size by another name")
     cache_max_entry_count: float = option(0.8, "share of the memory for the KV cache, lmdeploy's way")
     quant_policy: int = option(0, "quantize the KV cache")
+    hub: Literal["auto", "hf", "modelscope"] = option(
+        "auto", "where a model's id is; auto: what is here already, else ModelScope, or Hugging Face with USE_HF=1"
+    )
     hub_token: str | None = option(None, "token for a hub")
     kv_cache_memory: int | None = option(
         None, "memory for the KV cache, such as 2GiB", metavar="SIZE", parse=parse_size
     )
+    # Options that ms-swift does not have, by their names in EngineOptions and ServerOptions.
+    own: dict[str, Any] = field(default_factory=dict, metadata={"help": ""})
 
     def __post_init__(self) -> None:
         self._refuse()
@@ -158,9 +163,11 @@ class InferArguments:
         return None if model_type is None else get_default_template_type(model_type)
 
     def engine_options(self) -> EngineOptions:
-        """The engine that these flags ask for; raises `DownloadError` if the model is not on this machine."""
-        return EngineOptions(
-            model=locate(self.model_type, self.ckpt_dir or self.model_id_or_path, self.model_revision),
+        """The engine that these flags ask for, and `own_options`; raises `DownloadError` if there is no such model."""
+        use_hf = {"hf": True, "modelscope": False}.get(self.hub)
+        name = self.ckpt_dir or self.model_id_or_path
+        options = EngineOptions(
+            model=locate(self.model_type, name, self.model_revision, use_hf=use_hf),
             dtype=_DTYPES[self.dtype],  # type: ignore[arg-type]
             max_model_len=self.max_model_len,
             gpu_memory_utilization=self.gpu_memory_utilization,
@@ -168,6 +175,7 @@ class InferArguments:
             kv_cache_memory=self.kv_cache_memory,
             seed=self.seed,
         )
+        return replace(options, **{name: self.own[name] for name in own_engine_options(type(self)) if name in self.own})
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that flags set; `do_sample` false is temperature 0."""
@@ -198,7 +206,7 @@ class DeployArguments(InferArguments):
 
     def server_options(self) -> ServerOptions:
         name = self.served_model_name or self.resolved_model_type()
-        return ServerOptions(
+        options = ServerOptions(
             host=self.host,
             port=self.port,
             ssl_certfile=self.ssl_certfile,
@@ -206,3 +214,18 @@ class DeployArguments(InferArguments):
             served_model_name=[] if name is None else [name],
             api_key=[] if self.api_key is None else [self.api_key],
         )
+        return replace(options, **{name: self.own[name] for name in own_server_options() if name in self.own})
+
+
+def own_engine_options(kind: type[InferArguments]) -> list[str]:
+    """Names of the engine's options that a command takes beside ms-swift's."""
+    theirs = {entry.name for entry in fields(kind)} | {"model", "revision"}
+    if not issubclass(kind, DeployArguments):
+        theirs.add("generation_config")  # the answers' own flags say all of that
+    return [entry.name for entry in fields(EngineOptions) if entry.name not in theirs]
+
+
+def own_server_options() -> list[str]:
+    """Names of the server's options that `deploy` takes beside ms-swift's."""
+    theirs = {entry.name for entry in fields(DeployArguments)}
+    return [entry.name for entry in fields(ServerOptions) if entry.name not in theirs]
