@@ -93,7 +93,7 @@ def _in_words(kind: Any) -> list[str]:
 
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-_LEAST_MEMORY = 64 * 1024
+_LEAST_MEMORY = 1024  # bytes
 _UNITS |= {unit + "i": 1024 ** (power + 1) for power, unit in enumerate("kmgt")}
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.config import expanded, format_size
+from octavo.config import format_size
 from octavo.errors import ConfigError
 from octavo.log import logger
 
@@ -51,7 +51,7 @@ _OF_THE_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
 def open_folder(path: str) -> Path:
     """The folder `path`, made for its owner alone if need be; raises `ConfigError` if nothing can be written there."""
     try:
-        folder = expanded(path)
+        folder = Path(path).expanduser()
         probe = folder / f".{os.getpid()}.tmp"
         folder.mkdir(0o700, parents=True, exist_ok=True)
         probe.unlink(missing_ok=True)
