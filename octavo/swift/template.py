@@ -16,7 +16,8 @@ from octavo.errors import ConfigError, RequestError, nearest
 from octavo.swift.template_table import Segment, Segments, TemplateFacts
 from octavo.swift.tokenizer import HfTokenizer
 from octavo.swift.tools import render_tools
-from octavo.text.special_text import Guard
+from octavo.text.origin import joined, own
+from octavo.text.special_text import encode_traced
 
 TruncationStrategy = Literal["delete", "truncation_left"]
 STRATEGIES = ("delete", "truncation_left")
@@ -241,11 +242,12 @@ class Template:
     def _tokenize(self, tokenizer: HfTokenizer, parts: list[_Text]) -> list[int]:
         """Token ids of one segment. A special token that somebody wrote into a message stays text."""
         inner = tokenizer.inner
+        special = inner.special_text
         foreign = [part.text for part in parts if not part.trusted]
-        guard = None if self.strict_compat else Guard.needed_for(inner, foreign)
-        if guard is None:
+        trusted = [part.text for part in parts if part.trusted]
+        if self.strict_compat or not (special.could_begin_in(foreign) or special.could_end_elsewhere(trusted)):
             return inner.encode("".join(part.text for part in parts), add_bos=False)
-        return guard.encode("".join(part.text if part.trusted else guard.protect(part.text) for part in parts))
+        return encode_traced(inner, joined(own(part.text) if part.trusted else part.text for part in parts))
 
     def _bound(self) -> HfTokenizer:
         if self.tokenizer is None:

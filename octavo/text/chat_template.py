@@ -6,18 +6,20 @@ text are the template's business; the HTTP shapes of messages are the server's.
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock, Node
+from jinja2.nodes import CallBlock, Const, Node, TemplateData
 from jinja2.parser import Parser
 
 from octavo.errors import RequestError, short
 from octavo.log import logger
-from octavo.text.special_text import Guard
+from octavo.text.origin import own
+from octavo.text.special_text import SpecialText, encode_traced
 from octavo.text.template_sandbox import MOST_SOURCE, TemplateSandbox, render
 
 if TYPE_CHECKING:
@@ -30,16 +32,40 @@ RESERVED = frozenset(("self", "loop", "super", "caller", "varargs", "kwargs"))
 RESERVED |= {"tokenizer", "template", "strict_compat", "messages", "tools", "add_generation_prompt"}
 
 _MOST_WARNINGS = 16
+# Words that templates know, and write into tokens ("<|" + role + "|>"). Such a role is as good as the template's own.
+_ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"))
+
+
+class _Template:
+    """One source, compiled when it is first used, with the trace and without. Raises what Jinja and Python raise."""
+
+    def __init__(self, source: str):
+        if len(source) > MOST_SOURCE:
+            raise jinja2.TemplateError(f"it has {len(source):,} characters")
+        self._source = source
+        environment = _environment(traced=False)
+        syntax = environment.parse(source)
+        self.used = meta.find_undeclared_variables(syntax)  # variables that it reads
+        self.texts = {node.data for node in syntax.find_all(TemplateData)}
+        self.texts |= {node.value for node in syntax.find_all(Const) if isinstance(node.value, str)}
+        self.plain = environment.from_string(source)
+
+    @cached_property
+    def traced(self) -> jinja2.Template:
+        return _environment(traced=True).from_string(self._source)
 
 
 class ChatTemplate:
-    """A model's template, or several by name (`default`, `tool_use`: used when tools are given)."""
+    """A model's template, or several by name (`default`, `tool_use`: used when tools are given).
 
-    def __init__(self, source: str | Mapping[str, str], *, bos_token: str = "", eos_token: str = ""):
+    `tokens` are the texts of special tokens by their names; BOS and EOS are empty unless given, as no others are.
+    """
+
+    def __init__(self, source: str | Mapping[str, str], **tokens: str):
         self.sources: dict[str, str] = {"default": source} if isinstance(source, str) else dict(source)
-        self._variables = {"bos_token": bos_token, "eos_token": eos_token}
-        self._compiled: dict[str, jinja2.Template] = {}
-        self._used: dict[str, set[str]] = {}  # variables that each reads
+        self._tokens = {"bos_token": "", "eos_token": ""} | tokens
+        self._compiled: dict[str, _Template] = {}
+        self._completes: dict[tuple[str, SpecialText], bool] = {}
         self._warned: set[str] = set()
 
     def render(
@@ -56,17 +82,48 @@ class ChatTemplate:
         Raises `RequestError` for messages that are not text, for what the template itself refuses or cannot do, and
         for a template that takes too long or writes too much.
         """
-        check_variables(variables)
-        name = "tool_use" if tools and "tool_use" in self.sources else "default"
+        return self._render(plain_messages(messages), tools, add_generation_prompt, variables, None)
+
+    def render_traced(
+        self,
+        special: SpecialText,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """As `render`, and what the template wrote by itself is known in the text (`origin`)."""
+        return self._render(plain_messages(messages), tools, add_generation_prompt, variables, special)
+
+    def completes_tokens(self, special: SpecialText, tools: Any) -> bool:
+        """Whether the template may make a special token of a beginning of its own and of what others wrote."""
+        name = self._name(tools)
+        if (name, special) not in self._completes:
+            own_texts = self._template(name).texts | set(self._tokens.values())
+            self._completes[name, special] = special.could_end_elsewhere(own_texts)
+        return self._completes[name, special]
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        special: SpecialText | None,
+    ) -> str:
+        name = self._name(tools)
         template = self._template(name)
-        self._check_used(name, tools, variables)
+        self._check_used(template, tools, variables)
+        tokens: Mapping[str, str] = self._tokens
+        if special is not None:
+            tokens = {name: own(text) for name, text in tokens.items()}
+            messages = list(_with_own_roles(messages, special))
         try:
             return render(
-                template,
-                self._variables
-                | {"messages": plain_messages(messages), "tools": list(tools) if tools else None}
+                template.plain if special is None else template.traced,
+                {**tokens, "messages": messages, "tools": list(tools) if tools else None}
                 | {"add_generation_prompt": add_generation_prompt}
-                | variables,
+                | dict(variables),
             )
         except RequestError:
             raise
@@ -76,38 +133,35 @@ class ChatTemplate:
             why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise RequestError(f"the model's chat template cannot use these messages: {why}", "messages") from None
 
-    def _check_used(self, name: str, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> None:
+    def _check_used(self, template: _Template, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> None:
         """Raises `RequestError` for tools that the template would not show; warns once of a variable that it does not
         read: it may be meant for another model."""
-        used = self._used[name]
-        if tools and "tools" not in used:
+        if tools and "tools" not in template.used:
             raise RequestError(
                 "the model's chat template does not show tools, so that the model would not know of them; leave them"
                 " out, or give a template that does",
                 "tools",
             )
-        for unknown in variables.keys() - used - self._warned:
+        for unknown in variables.keys() - template.used - self._warned:
             if len(self._warned) == _MOST_WARNINGS:  # names are the clients'
                 break
             self._warned.add(unknown)
             logger.warning("the model's chat template does not read %s, which changes nothing", short(unknown))
 
-    def _template(self, name: str) -> jinja2.Template:
+    def _name(self, tools: Any) -> str:
+        name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self.sources:
             raise RequestError(
-                f"the model's chat templates are {', '.join(self.sources)}, and none of them is for this "
-                "request; "
+                f"the model's chat templates are {', '.join(self.sources)}, and none of them is for this request; "
                 "give one with the chat template option",
                 "messages",
             )
+        return name
+
+    def _template(self, name: str) -> _Template:
         if name not in self._compiled:
-            source = self.sources[name]
             try:
-                if len(source) > MOST_SOURCE:
-                    raise jinja2.TemplateError(f"it has {len(source):,} characters")
-                environment = _environment()
-                self._used[name] = meta.find_undeclared_variables(environment.parse(source))
-                self._compiled[name] = environment.from_string(source)
+                self._compiled[name] = _Template(self.sources[name])
             except Exception as error:  # Python's compiler has limits of its own, and errors for each.
                 raise RequestError(
                     f"the model's chat template is broken ({error or type(error).__name__}); give another with the"
@@ -115,6 +169,13 @@ class ChatTemplate:
                     "messages",
                 ) from None
         return self._compiled[name]
+
+
+def _with_own_roles(messages: Sequence[dict[str, Any]], special: SpecialText) -> Iterator[dict[str, Any]]:
+    """Messages whose known roles count as the template's own words, unless one is the text of a special token."""
+    for message in messages:
+        role = message["role"]
+        yield message | {"role": own(role)} if role in _ROLES and not special.pattern.search(role) else message
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
@@ -149,16 +210,18 @@ def encode_chat(
             "messages",
         )
     messages = plain_messages(messages)
+    special = tokenizer.special_text
     try:
-        guard = None if strict_compat else Guard.needed_for(tokenizer, [messages, tools, variables])
-        if guard is not None:
-            messages, tools, variables = (guard.protect(part) for part in (messages, tools, variables))
+        traced = not strict_compat and (
+            special.could_begin_in([messages, tools, variables]) or template.completes_tokens(special, tools)
+        )
     except RecursionError:
         raise RequestError("messages, tools or chat_template_kwargs are nested too deeply", "messages") from None
+    if traced:
+        text = template.render_traced(special, messages, tools, add_generation_prompt, variables)
+        return encode_traced(tokenizer, text)
     text = template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
-    if guard is None:
-        return tokenizer.encode(text, add_bos=False)
-    return guard.encode(text)
+    return tokenizer.encode(text, add_bos=False)
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -212,8 +275,9 @@ class _GenerationTag(Extension):
         return str(caller())
 
 
-def _environment() -> TemplateSandbox:
-    environment = TemplateSandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag])
+def _environment(*, traced: bool) -> TemplateSandbox:
+    extensions = [loopcontrols, _GenerationTag]
+    environment = TemplateSandbox(traced=traced, trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _strftime_now

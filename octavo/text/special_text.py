@@ -1,43 +1,32 @@
-"""Special tokens in text: where they occur, and how a caller's text is kept from forging them.
+"""Special tokens in text: where they occur, and how they are kept to those that a template wrote by itself.
 
-Works on any tokenizer and any template; what a message is, `chat_template` knows.
+Works on any tokenizer and any template; what a message is, `chat_template` knows, and who wrote what, `origin`.
 """
 
 import re
-import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import RequestError
+from octavo.text.origin import own_runs, plain, strings
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
-
-# Characters to mark with, best first: those for private use (in the first plane a text is not made wider by them),
-# then all others that are no surrogates, from the end, where few stand for anything.
-_MARKS = ((0xE000, 0xF900), (0xF0000, 0x110000), (0x20000, 0xF0000), (0xF900, 0x20000), (0x80, 0xD800))
+# Where other text may be put into a template's: what printf and `str.format` replace.
+_PLACES = re.compile(r"%(?:\(\w*\))?[#\- +\d.*]*[a-zA-Z]|\{[^{}]*\}")
+_DEEPEST = 40  # Python's own limit of groups within groups is about a hundred
 
 
 class SpecialText:
     """The texts of a tokenizer's special tokens, ready to be searched for."""
 
     def __init__(self, tokens: Iterable[str]):
-        tokens = list(tokens)
-        longest_first = sorted(tokens, key=len, reverse=True)
-        self._alternatives = "|".join(map(re.escape, longest_first))
-        self.characters = frozenset(chain.from_iterable(tokens))
-        self.pattern = re.compile(self._alternatives or r"(?!)")
-        # A token that begins like a word is left out: "user" must stay "user" where a template compares it.
-        self._sorted = sorted(token for token in tokens if not token[0].isalnum())
+        self._sorted = sorted(set(tokens))
         self._longest = max(map(len, self._sorted), default=0)
-        self._last = frozenset(chain.from_iterable(token[:-1] for token in self._sorted))
-
-    def genuine(self, mark: str) -> re.Pattern[str]:
-        """Matches what no mark breaks; the group makes `split` keep the tokens."""
-        return re.compile(f"({self._alternatives})(?!{mark})")
+        self._last = {character for token in self._sorted for character in token[:-1]}
+        self._first = _any_of(sorted({token[0] for token in self._sorted}))
+        self.pattern = _any_of(self._sorted)
 
     def ends_with_beginning(self, text: str) -> bool:
         """Whether the text that follows could complete a special token."""
@@ -50,86 +39,83 @@ class SpecialText:
         place = bisect_right(self._sorted, text)
         return place < len(self._sorted) and self._sorted[place].startswith(text)
 
-    def touches(self, text: str) -> bool:
-        return self.pattern.search(text) is not None or self.ends_with_beginning(text)
+    def could_begin_in(self, foreign: Any) -> bool:
+        """Whether a special token could begin in what others wrote, however it is cut and put together.
 
-
-class Guard:
-    """Keeps special tokens that a caller wrote apart from the template's own.
-
-    A mark, a character that occurs nowhere in the request and means nothing, goes into each forged token before the
-    template runs; afterwards what still reads as a special token is genuine, and the mark is taken out of the
-    rest:
-
-        caller    hi <|im_end|>        protected   hi <M|im_end|>
-        rendered  <|im_start|>user\nhi <M|im_end|><|im_end|>
-        encoded   [im_start] "user\nhi <|im_end|>" [im_end]
-    """
-
-    def __init__(self, tokenizer: "Tokenizer", mark: str):
-        self._tokenizer = tokenizer
-        self._mark = mark
-
-    @classmethod
-    def needed_for(cls, tokenizer: "Tokenizer", parts: Any) -> "Guard | None":
-        """A guard if a string of `parts` holds a special token or ends with the beginning of one.
-
-        Raises `RequestError` for a text that has every character there is.
+        So a single `<` is enough: a template that takes something out may make a token of what is left.
         """
-        special = tokenizer.special_text
-        strings = list(_strings(parts))
-        if not any(special.touches(string) for string in strings):
-            return None
-        used = set(special.characters).union(*strings)
-        for mark in map(chr, chain.from_iterable(range(first, end) for first, end in _MARKS)):
-            if mark not in used:
-                return cls(tokenizer, mark)
-        raise RequestError(
-            f"the messages hold special tokens and each of Unicode's {sys.maxunicode + 1:,} characters; leave some out",
-            "messages",
-        )
+        return any(text is None or self._first.search(text) is not None for text in strings(foreign))
 
-    def protect(self, value: Any) -> Any:
-        """`value` with all strings in it protected, keys of mappings too."""
-        if isinstance(value, str):
-            return self._protect_text(value)
-        if isinstance(value, Mapping):
-            return {self.protect(key): self.protect(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.protect(item) for item in value]
-        return value
+    def could_end_elsewhere(self, own: Iterable[str]) -> bool:
+        """Whether one of a template's own texts, or of the pieces that are filled into, begins a special token."""
+        return any(self.ends_with_beginning(piece) for text in own for piece in _PLACES.split(text))
 
-    def _protect_text(self, text: str) -> str:
-        special = self._tokenizer.special_text
-        broken = special.pattern.sub(lambda found: found[0][0] + self._mark + found[0][1:], text)
-        return broken + self._mark if special.ends_with_beginning(text) else broken
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a rendered text whose user parts were protected."""
-        pieces = self._tokenizer.special_text.genuine(self._mark).split(text)
-        ids: list[int] = []
-        # re.split with one group gives text, token, text, ..., text.
-        for place in range(0, len(pieces), 2):
-            piece = pieces[place]
-            if place > 0:
-                token = self._tokenizer.special_tokens[pieces[place - 1]]
-                index = self._tokenizer.token_id(token.content)
-                assert index is not None, f"special token {token.content!r} has no id"
-                ids.append(index)
-                piece = piece.lstrip() if token.rstrip else piece
-            if place + 1 < len(pieces) and self._tokenizer.special_tokens[pieces[place + 1]].lstrip:
-                piece = piece.rstrip()
-            ids += self._tokenizer.encode_piece(piece.replace(self._mark, ""), first=place == 0)
-        return ids
+    def own(self, text: str) -> Iterator[re.Match[str]]:
+        """The special tokens that lie wholly in a run of the template's own characters."""
+        everything = plain(text)
+        for begin, end in own_runs(text):
+            yield from self.pattern.finditer(everything, begin, end)
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
+def encode_traced(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """Token ids of a rendered text, in which special tokens are those that the template wrote, and the rest is text.
+
+    rendered   <|im_start|>user\\nhi <|im_end|><|im_end|>
+    template's 111111111111111111110000000000001111111111
+    encoded    [im_start] "user\\nhi <|im_end|>" [im_end]
+    """
+    everything = plain(text)
+    pieces: list[str] = []
+    ids: list[int] = []
+    start, strips = 0, False
+    for found in tokenizer.special_text.own(text):
+        token = tokenizer.special_tokens[found[0]]
+        if token.single_word and _within_word(everything, found):
+            continue
+        piece = everything[start : found.start()]
+        piece = piece.lstrip() if strips else piece
+        pieces.append(piece.rstrip() if token.lstrip else piece)
+        index = tokenizer.token_id(token.content)
+        assert index is not None, f"special token {token.content!r} has no id"
+        ids.append(index)
+        start, strips = found.end(), token.rstrip
+    pieces.append(everything[start:].lstrip() if strips else everything[start:])
+    encoded = tokenizer.encode_pieces(pieces)
+    for place, index in enumerate(ids):
+        encoded[place].append(index)
+    return [index for piece in encoded for index in piece]
+
+
+def _within_word(text: str, found: re.Match[str]) -> bool:
+    around = (text[found.start() - 1 : found.start()], text[found.end() : found.end() + 1])
+    return any(re.match(r"\w", character) for character in around)
+
+
+def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    """A pattern for the longest of the tokens at a place, in time that does not depend on how many there are.
+
+    `tokens` are sorted and differ.
+    """
+    try:
+        return re.compile(_tree(tokens, 0, 0) if tokens else r"(?!)")
+    except RecursionError:  # Tokens that go on from each other, many times over.
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+
+def _tree(tokens: Sequence[str], place: int, depth: int) -> str:
+    """`tokens` from `place` on, up to which they are equal."""
+    if depth > _DEEPEST:
+        raise RecursionError
+    first, last = tokens[0], tokens[-1]
+    if first == last:
+        return re.escape(first[place:])
+    # What the first and the last have in common, all have, and one that ends there is the first.
+    common = next((at for at in range(place, len(first)) if first[at] != last[at]), len(first))
+    written, ends = re.escape(first[place:common]), len(first) == common
+    tokens = tokens[1:] if ends else tokens
+    branches, begin = [], 0
+    for index in range(1, len(tokens) + 1):
+        if index == len(tokens) or tokens[index][common] != tokens[begin][common]:
+            branches.append(_tree(tokens[begin:index], common, depth + 1))
+            begin = index
+    return f"{written}(?:{'|'.join(branches)})" + ("?" if ends else "")

@@ -3,7 +3,7 @@ much they make is bounded here.
 
 Python cannot interrupt a single operation, so each that could be long is looked at before: loops, macros, calls and
 filters tick, which is when the clock is read; what an operator, a method or a filter is about to make is estimated
-first (docs/decisions/0111).
+first (docs/decisions/0111). A traced environment also tells the template's own characters from all others (0124).
 """
 
 import functools
@@ -17,12 +17,14 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
+from jinja2.filters import do_join, do_replace, make_attrgetter
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
-from jinja2.utils import Namespace, pass_context
+from jinja2.utils import Namespace, pass_context, pass_eval_context
 from markupsafe import Markup
 
 from octavo.errors import RequestError
+from octavo.text.origin import TracedMarkup, TracedText, foreign, is_own, joined, own
 
 MOST_SECONDS = 10.0
 MOST_CHARACTERS = 64 * 1024**2  # of a prompt, or of any text on the way to it
@@ -77,7 +79,8 @@ _budget: ContextVar[_Budget] = ContextVar("budget of a chat template")
 
 
 def render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-    """The text; raises `RequestError` if it takes too long or grows too large, and whatever the template raises."""
+    """The text, traced if the template is; raises `RequestError` if it takes too long or grows too large, and whatever
+    the template raises."""
     budget = _Budget()
     token = _budget.set(budget)
     try:
@@ -85,7 +88,7 @@ def render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         for piece in template.generate(variables):
             budget.wrote(piece)
             pieces.append(piece)
-        return "".join(pieces)
+        return joined(pieces)
     finally:
         _budget.reset(token)
 
@@ -141,7 +144,22 @@ def _check_format(pattern: Any, arguments: Any) -> None:
 
 
 class _Code(CodeGenerator):  # the names of its methods are Jinja's
-    """Python that ticks, and that makes nothing behind the environment's back."""
+    """Python that ticks, that makes nothing behind the environment's back, and whose texts are known as its own."""
+
+    environment: "TemplateSandbox"
+
+    def visit_Const(self, node: nodes.Const, frame: Frame) -> None:  # noqa: N802
+        if self.environment.traced and isinstance(node.value, str):
+            self.write(self._own(node.value))
+        else:
+            super().visit_Const(node, frame)
+
+    def _output_const_repr(self, group: Iterable[Any]) -> str:
+        return self._own("".join(map(str, group))) if self.environment.traced else super()._output_const_repr(group)
+
+    def _own(self, text: str) -> str:
+        self.environment.own.append(own(text))
+        return f"environment.own[{len(self.environment.own) - 1}]"
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:  # noqa: N802
         tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
@@ -185,6 +203,21 @@ class _Code(CodeGenerator):  # the names of its methods are Jinja's
 class _BoundedFields:
     """Of a formatter: each field is looked at before it is written, with a width that may stand anywhere."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._pieces: list[list[str]] = []  # of the pattern, and of specifications within it
+
+    def parse(self, pattern: str) -> Iterator[tuple[Any, ...]]:
+        whole = own if is_own(pattern) else str
+        for literal, *field in super().parse(pattern):  # type: ignore[misc]
+            self._pieces[-1].append(whole(literal))
+            yield literal, *field
+
+    def _vformat(self, *args: Any, **kwargs: Any) -> tuple[str, Any]:
+        self._pieces.append([])
+        _, place = super()._vformat(*args, **kwargs)  # type: ignore[misc]
+        return joined(self._pieces.pop()), place
+
     def format_field(self, value: Any, spec: str) -> Any:
         _check_format(spec, ())
         _limit(_measure(value))
@@ -192,6 +225,7 @@ class _BoundedFields:
         budget.tick()
         text = super().format_field(value, spec)  # type: ignore[misc]
         budget.made(text)
+        self._pieces[-1].append(text)
         return text
 
 
@@ -204,17 +238,25 @@ class _EscapeFormatter(_BoundedFields, SandboxedEscapeFormatter):
 
 
 class TemplateSandbox(ImmutableSandboxedEnvironment):
-    """The environment. Its templates are for `render` alone, since what they may take is counted there."""
+    """The environment. Its templates are for `render` alone, since what they may take is counted there.
+
+    In a `traced` one each text in a template's source is known as its own (`own`), and what is put together of such
+    texts and others is a `TracedText`.
+    """
 
     code_generator_class = _Code
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
-    def __init__(self, **settings: Any):
+    def __init__(self, *, traced: bool = False, **settings: Any):
         # Constants are not computed beforehand, when nobody counts.
         super().__init__(optimized=False, finalize=_finalize, **settings)
+        self.traced = traced
+        self.own: list[TracedText] = []
         del self.globals["lipsum"]
         for name in _NOT_HERE:
             del self.filters[name]
+        if traced:
+            self.filters |= {"join": _join_traced, "replace": _replace_traced, "safe": _safe_traced}
         for name, function in self.filters.items():
             self.filters[name] = _bounded(name, function)
 
@@ -237,13 +279,13 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def concat_any(self, values: tuple[Any, ...]) -> str:
         _limit(_measure(*values))
-        return str(self.made("".join(map(str, values))))
+        return str(self.made(joined(map(str, values))))
 
     def concat(self, pieces: Iterable[str]) -> str:
         """What a block or a macro wrote."""
         pieces = list(pieces)
         _limit(sum(map(len, pieces)))
-        return str(self.made("".join(pieces)))
+        return str(self.made(joined(pieces)))
 
     # ---- Jinja's own extension points --------------------------------------------------------------------------
 
@@ -278,7 +320,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             _limit(_measure(pattern))
             if by_map:
                 (kwargs,), args = args, ()
-            return self.made(type(pattern)(formatter.vformat(pattern, args, kwargs)))
+            text = formatter.vformat(pattern, args, kwargs)
+            return self.made(type(pattern)(text) if isinstance(pattern, Markup) else text)
 
         return functools.update_wrapper(bounded, value)
 
@@ -287,6 +330,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, (str, bytes, int)) and not isinstance(owner, bool):
             args = _check_method(owner, __obj.__name__, args, kwargs)
+            if __self.traced and type(owner) is str and __obj.__name__ in ("join", "replace"):
+                __obj = getattr(foreign(owner), __obj.__name__)  # what is put in may be the template's
         return __self.made(super().call(__context, __obj, *args, **kwargs))
 
 
@@ -325,8 +370,27 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _check_replace(text: Any, old: Any, new: Any) -> None:
-    if isinstance(old, type(text)) and isinstance(new, type(text)):
+    if isinstance(old, str if isinstance(text, str) else type(text)) and isinstance(new, (str, type(text))):
         _limit(len(text) + text.count(old) * len(new))
+
+
+@pass_eval_context
+def _join_traced(context: nodes.EvalContext, value: Any, separator: Any = "", attribute: Any = None) -> Any:
+    if context.autoescape:
+        return do_join(context, value, separator, attribute)
+    items = value if attribute is None else map(make_attrgetter(context.environment, attribute), value)
+    return joined(map(str, items), str(separator))
+
+
+@pass_eval_context
+def _replace_traced(context: nodes.EvalContext, text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    if context.autoescape:
+        return do_replace(context, text, old, new, count)
+    return foreign(str(text)).replace(str(old), str(new), -1 if count is None else count)
+
+
+def _safe_traced(value: Any) -> Markup:
+    return TracedMarkup(value) if isinstance(value, TracedText) else Markup(value)
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -113,9 +113,17 @@ class Tokenizer:
         library = self.library if parse_special else self._plain_library(first=True)
         return _encode(library, texts, add_bos)
 
-    def encode_piece(self, text: str, *, first: bool) -> list[int]:
-        """Token ids of plain text that stands between special tokens (`first`: at the very beginning)."""
-        return _encode(self._plain_library(first), [text], False)[0] if text else []
+    def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain texts between special tokens: the first at the very beginning, others behind one."""
+        ids: list[list[int]] = [[] for _ in texts]
+        for first, places in ((True, range(len(texts))[:1]), (False, range(len(texts))[1:])):
+            # An empty text would get the space that some tokenizers put first.
+            places_of_text = [place for place in places if texts[place]]
+            if places_of_text:
+                found = _encode(self._plain_library(first), [texts[place] for place in places_of_text], False)
+                for place, encoded in zip(places_of_text, found, strict=True):
+                    ids[place] = encoded
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""

@@ -15,6 +15,7 @@ from octavo.checkpoint.folder import read_tokenizer_data
 from octavo.errors import CheckpointError, RequestError
 from octavo.text import chat_template, template_sandbox
 from octavo.text.chat_template import ChatTemplate, encode_chat
+from octavo.text.special_text import SpecialText
 from octavo.text.tokenizer import Tokenizer
 
 CHAT = [
@@ -315,7 +316,17 @@ TOO_LARGE = [
     ("{{ (1).to_bytes(10**9, 'big') }}", "places"),
     ("{{ [[1]] | sum(start=[]) }}", "adds up lists"),
     ("{{ range(10**9) }}", "OverflowError"),
+    ("{{ range(10**12) | list }}", "OverflowError"),
     ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ 1 % 0 }}", "ZeroDivisionError"),
+    ("{{ 0 ** -1 }}", "ZeroDivisionError"),
+    ("{{ [1] | slice(0) | list }}", "ZeroDivisionError"),
+    ("{{ 10.0 ** 400 }}", "OverflowError"),
+    ("{{ 9 ** 20000 }}", "ValueError"),
+    ("{{ 1 < 'a' }}", "TypeError"),
+    ("{% block a %}{{ self.a() }}{% endblock %}", "RecursionError"),
+    ("{% macro f() %}{{ g() }}{% endmacro %}{% macro g() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ("{% set n = namespace(x=[]) %}{% for i in range(1500) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}", "Recursion"),
     ("{{ 1 // 0 }}", "ZeroDivisionError"),
     ("{{ 1.5 ** 100000 }}", "OverflowError"),
     ("{{ lipsum(n=10**9) }}", "lipsum"),
@@ -347,9 +358,11 @@ def test_the_time_that_a_template_has() -> None:
 
 @pytest.mark.parametrize(("source", "words"), TOO_LARGE, ids=[str(i) for i in range(len(TOO_LARGE))])
 @pytest.mark.timeout(20)
-def test_a_template_that_grows_without_end(source: str, words: str) -> None:
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_template_that_grows_without_end(source: str, words: str, traced: bool) -> None:
+    template = ChatTemplate(source)
     with pytest.raises(RequestError, match=re.escape(words)) as raised:
-        ChatTemplate(source).render(CHAT)
+        template.render_traced(SpecialText(["<|im_end|>"]), CHAT, None, True, {}) if traced else template.render(CHAT)
     assert len(str(raised.value).splitlines()) == 1
     assert raised.value.param == "messages"
 
@@ -381,7 +394,9 @@ def test_bounds_change_nothing_else() -> None:
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     plain.filters["tojson"] = chat_template._to_json
     expected = plain.from_string(ORDINARY).render(messages=CHAT)
-    assert ChatTemplate(ORDINARY).render(CHAT) == expected
+    template = ChatTemplate(ORDINARY)
+    assert template.render(CHAT) == expected
+    assert template.render_traced(SpecialText(["<|im_end|>"]), CHAT, None, True, {}) == expected
 
 
 @pytest.mark.parametrize("name", ["self", "loop", "super", "caller", "varargs", "kwargs", "messages", "tokenizer"])

@@ -262,8 +262,8 @@ def test_metaspace(scheme: Any) -> None:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == library.decode(ids)
     # A piece after a special token is marked only if the scheme marks every piece.
-    assert tokenizer.encode("<x>a") == [4, *tokenizer.encode_piece("a", first=False)]
-    assert tokenizer.encode("a") == tokenizer.encode_piece("a", first=True)
+    assert tokenizer.encode("<x>a") == [4, *tokenizer.encode_pieces(["", "a"])[1]]
+    assert tokenizer.encode("a") == tokenizer.encode_pieces(["a"])[0]
 
 
 @pytest.mark.parametrize(
