@@ -20,6 +20,14 @@ MOST_TOKEN_CHARACTERS = 4096
 # Values of tokenizer.ggml.token_type.
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
 
+# tokenizer.ggml.NAME_token_id -> what templates call that token.
+_NAMES = {
+    **{name: f"{name}_token" for name in ("bos", "eos", "cls", "mask", "eot", "eom")},
+    "unknown": "unk_token",
+    "padding": "pad_token",
+    "seperator": "sep_token",  # the format's own spelling
+}
+
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -87,6 +95,16 @@ def build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     if metadata.get("tokenizer.ggml.add_bos_token", bos) and bos_id is not None:
         tokenizer.post_processor = _bos_first(tokens[bos_id], bos_id, path)
     return tokenizer
+
+
+def named_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of the tokens that the file names, by the names that templates have for them.
+
+    Numbers that are no tokens stand in many files for "none".
+    """
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    ids = {name: metadata.get(f"tokenizer.ggml.{stored}_token_id") for stored, name in _NAMES.items()}
+    return {name: tokens[index] for name, index in ids.items() if type(index) is int and 0 <= index < len(tokens)}
 
 
 def _bos_first(text: str, index: int, path: Path) -> processors.TemplateProcessing:

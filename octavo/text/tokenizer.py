@@ -33,6 +33,7 @@ class Tokenizer:
     """A model's tokenizer. Safe to use from several threads.
 
     `vocab_size` counts all tokens, added ones too; `special_ids` are those that a person does not read;
+    `named_tokens` are texts of special tokens by the names that templates have for them (`bos_token`, `image_token`);
     `strips_space` is true when decoding drops one leading space (SentencePiece's mark of a text's beginning);
     `library` is the tokenizer of the `tokenizers` package underneath (the grammar needs it);
     `by_bytes` is false for the rare decoder whose tokens have no bytes of their own: then `token_bytes` is
@@ -46,6 +47,7 @@ class Tokenizer:
         bos_token_id: int | None = None,
         eos_token_ids: Sequence[int] = (),
         chat_template: ChatTemplate | None = None,
+        named_tokens: Mapping[str, str] | None = None,
     ):
         self.library = library
         self._plain: dict[bool, Library] = {}
@@ -53,6 +55,7 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_token_ids))
         self.chat_template = chat_template
+        self.named_tokens: Mapping[str, str] = named_tokens or {}
         self.vocab_size: int = library.get_vocab_size(with_added_tokens=True)
         self._added: dict[int, AddedToken] = dict(sorted(library.get_added_tokens_decoder().items()))
         self.special_ids = frozenset(index for index, token in self._added.items() if token.special)
@@ -135,12 +138,10 @@ class Tokenizer:
         return text[1:] if self.strips_space and text.startswith(" ") else text
 
     def make_template(self, source: str) -> ChatTemplate:
-        """A template that a user gives in place of the model's own, with this model's BOS and EOS texts."""
-        bos, eos = (
-            "" if index is None else self.token_text(index)
-            for index in (self.bos_token_id, next(iter(self.eos_token_ids), None))
-        )
-        return ChatTemplate(source, bos_token=bos, eos_token=eos)
+        """A template that a user gives in place of the model's own, with the texts of this model's special tokens."""
+        ids = {"bos_token": self.bos_token_id, "eos_token": next(iter(self.eos_token_ids), None)}
+        texts = {name: self.token_text(index) for name, index in ids.items() if index is not None}
+        return ChatTemplate(source, **{**texts, **self.named_tokens})
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text; empty for an id outside the vocabulary."""
@@ -274,18 +275,29 @@ def _from_json(data: TokenizerData) -> Tokenizer:
     for index, token in _added_tokens(data):
         if library.id_to_token(index) == token.content and index not in library.get_added_tokens_decoder():
             (library.add_special_tokens if token.special else library.add_tokens)([token])
-    texts = {name: _token_text(data.settings.get(f"{name}_token")) for name in ("bos", "eos")}
+    named = _named_tokens(data.settings)
     ends = _as_ids(data.generation_config.get("eos_token_id"))
-    bos = _id_of(library, texts["bos"])
+    bos = _id_of(library, named.get("bos_token"))
     if bos is None:
         bos = next(iter(_as_ids(data.generation_config.get("bos_token_id"))), None)
-    eos = _id_of(library, texts["eos"])
+    eos = _id_of(library, named.get("eos_token"))
     return Tokenizer(
         library,
         bos_token_id=bos,
         eos_token_ids=[*([] if eos is None else [eos]), *ends],
-        chat_template=_template(data.chat_templates, texts["bos"], texts["eos"]),
+        chat_template=_template(data.chat_templates, named),
+        named_tokens=named,
     )
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """tokenizer_config.json's tokens by name: `bos_token` and whatever else is called so, and the extra ones."""
+    found = {name: entry for name, entry in settings.items() if name.endswith("_token")}
+    for name in ("model_specific_special_tokens", "extra_special_tokens"):
+        if isinstance(extra := settings.get(name), Mapping):
+            found |= extra
+    texts = {name: _token_text(entry) for name, entry in found.items()}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _damaged(data: TokenizerData, what: str, name: str = "tokenizer.json") -> CheckpointError:
@@ -314,8 +326,7 @@ def _added_tokens(data: TokenizerData) -> list[tuple[int, AddedToken]]:
 def _from_ggml(data: TokenizerData) -> Tokenizer:
     metadata = data.ggml
     library = gguf_vocabulary.build(metadata, data.path)
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    named = gguf_vocabulary.named_tokens(metadata)
     templates = dict(data.chat_templates)
     for key, value in metadata.items():
         prefix, _, name = key.partition("tokenizer.chat_template")
@@ -323,9 +334,10 @@ def _from_ggml(data: TokenizerData) -> Tokenizer:
             templates[name.removeprefix(".") or "default"] = value
     return Tokenizer(
         library,
-        bos_token_id=bos,
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=_as_ids(data.generation_config.get("eos_token_id")),
-        chat_template=_template(templates, None if bos is None else tokens[bos], None if eos is None else tokens[eos]),
+        chat_template=_template(templates, named),
+        named_tokens=named,
     )
 
 
@@ -335,13 +347,13 @@ def _from_ranks(data: TokenizerData) -> Tokenizer:
     templates = dict(data.chat_templates)
     if is_chat(data.generation_config):
         templates.setdefault("default", tiktoken_vocabulary.CHATML)
-    return Tokenizer(
-        library, eos_token_ids=ends, chat_template=_template(templates, None, library.id_to_token(ends[0]))
-    )
+    named = {"eos_token": library.id_to_token(ends[0]) or ""}
+    template = _template(templates, named)
+    return Tokenizer(library, eos_token_ids=ends, chat_template=template, named_tokens=named)
 
 
-def _template(sources: Mapping[str, str], bos: str | None, eos: str | None) -> ChatTemplate | None:
-    return ChatTemplate(sources, bos_token=bos or "", eos_token=eos or "") if sources else None
+def _template(sources: Mapping[str, str], named_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    return ChatTemplate(sources, **named_tokens) if sources else None
 
 
 def _token_text(entry: Any) -> str | None:

@@ -414,6 +414,25 @@ def test_renderings_in_threads_count_for_themselves() -> None:
     assert {len(text) for text in texts} == {30 * 1024**2}
 
 
+def test_templates_get_every_named_token(as_json: Any, sentencepiece: Any) -> None:
+    source = "{{ unk_token }}|{{ pad_token }}|{{ image_token }}|{{ audio_token }}|{{ sep_token is defined }}"
+    settings = {"unk_token": "<u>", "pad_token": {"content": "<p>"}, "image_token": "<i>", "add_bos_token": True}
+    settings |= {"extra_special_tokens": {"audio_token": "<a>"}, "sep_token": None}
+    tokenizer = Tokenizer.from_data(as_json(**settings))
+    assert tokenizer.make_template(source).render(CHAT) == "<u>|<p>|<i>|<a>|False"
+    tokenizer = sentencepiece(
+        **{
+            "tokenizer.ggml.padding_token_id": 2,
+            "tokenizer.ggml.seperator_token_id": 1 << 31,
+            "tokenizer.ggml.eot_token_id": 1,
+            "tokenizer.chat_template": "{{ bos_token }}|{{ eos_token }}|{{ eot_token }}|" + source,
+        }
+    )
+    for template in (tokenizer.chat_template, tokenizer.make_template(tokenizer.chat_template.sources["default"])):
+        assert template.render(CHAT) == "<s>|</s>|<s>|<unk>|</s>|||False"
+        assert template.render(CHAT, pad_token="mine") == "<s>|</s>|<s>|<unk>|mine|||False"
+
+
 def test_errors_are_a_line_of_text_whatever_they_quote() -> None:
     from octavo.errors import OctavoError
 
