@@ -88,8 +88,9 @@ class TracedText(str):
         return left, middle, right
 
     def strip(self, chars: str | None = None, /) -> str:
+        length = len(str.strip(self, chars))
         start = len(self) - len(str.lstrip(self, chars))
-        return self._part(start, start + len(str.strip(self, chars)))
+        return self._part(start, start + length)
 
     def lstrip(self, chars: str | None = None, /) -> str:
         return self._part(len(self) - len(str.lstrip(self, chars)), len(self))
@@ -137,8 +138,6 @@ class TracedText(str):
 
     def __mod__(self, values: Any, /) -> str:
         text = str.__mod__(self, values)
-        if not is_own(self):
-            return text
         try:
             found = joined(self._formatted(values))
         except (LookupError, TypeError, ValueError, StopIteration):
@@ -176,6 +175,9 @@ class TracedMarkup(Markup):
 
     def __str__(self) -> str:
         return _made(str.__str__(self), self._own)
+
+    def __repr__(self) -> str:
+        return f"Markup({str.__repr__(self)})"
 
 
 def _recased(name: str) -> Callable[[TracedText], str]:
