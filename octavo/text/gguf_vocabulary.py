@@ -1,18 +1,18 @@
 """A tokenizer of the `tokenizers` library out of a GGUF file's `tokenizer.ggml.*` metadata.
 
-Two kinds exist here: `gpt2` (byte-level BPE with merges, split by the pattern that `pre` names) and `llama`
-(SentencePiece BPE with scores). Source: ggml's docs/gguf.md, llama.cpp's table of pre-tokenizers and the
-models' own tokenizer.json files, which win where the two differ.
+Three kinds exist here: `gpt2` (byte-level BPE with merges, cut as `pre` names it, see `splits`), `llama` (SentencePiece
+BPE with scores) and `gemma4` (the same with merges). Source: ggml's docs/gguf.md.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from octavo.errors import CheckpointError
+from octavo.log import logger
+from octavo.text.splits import SPLITS, guess
 
 # The longest of real vocabularies have some 200; to find a token's merges takes the square of it.
 MOST_TOKEN_CHARACTERS = 4096
@@ -26,44 +26,6 @@ _NAMES = {
     "unknown": "unk_token",
     "padding": "pad_token",
     "seperator": "sep_token",  # the format's own spelling
-}
-
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """How text is cut before merging. `pattern` None is GPT-2's own, which the library has built in."""
-
-    pattern: str | None = None
-    single_digits: bool = False
-    nfc: bool = False
-    ignore_merges: bool = False
-    bos: bool = False
-
-
-_GPT2 = _Split()
-_SINGLE_DIGITS = _Split(single_digits=True)
-_LLAMA3 = _Split(_LLAMA3_PATTERN, ignore_merges=True, bos=True)
-_QWEN2 = _Split(_LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"), nfc=True)
-
-# tokenizer.ggml.pre -> how to cut.
-SPLITS: dict[str, _Split] = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "olmo": _GPT2,
-    "smollm": _SINGLE_DIGITS,
-    "starcoder": _SINGLE_DIGITS,
-    "refact": _SINGLE_DIGITS,
-    "command-r": _SINGLE_DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
 }
 
 
@@ -86,10 +48,10 @@ def build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
             raise CheckpointError(f"{path} gives {name} as token {index} of {len(tokens)}; convert it again")
     if kind == "gpt2":
         tokenizer, bos = _byte_level(metadata, path)
-    elif kind == "llama":
+    elif kind in ("llama", "gemma4"):
         tokenizer, bos = _sentencepiece(metadata, path), True
     else:
-        raise CheckpointError(f"{path} has a tokenizer of kind {kind!r}; Octavo reads gpt2 and llama here")
+        raise CheckpointError(f"{path} has a tokenizer of kind {kind!r}; Octavo reads gpt2, llama and gemma4 here")
     _add_special_tokens(tokenizer, metadata)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
     if metadata.get("tokenizer.ggml.add_bos_token", bos) and bos_id is not None:
@@ -116,15 +78,13 @@ def _bos_first(text: str, index: int, path: Path) -> processors.TemplateProcessi
 
 def _byte_level(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, bool]:
     """The tokenizer and whether its kind puts BOS first by itself."""
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata.get("tokenizer.ggml.pre") or _guess(metadata["tokenizer.ggml.tokens"], path)
     if name not in SPLITS:
         raise CheckpointError(
             f"{path} cuts text as {name!r} (tokenizer.ggml.pre), which Octavo does not know; known: {', '.join(SPLITS)}"
         )
     split = SPLITS[name]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
-    if not merges or any(len(merge) != 2 for merge in merges):
-        raise CheckpointError(f"{path} has no usable tokenizer.ggml.merges; convert the model again")
+    merges = _stored_merges(metadata, path)
     vocabulary = _vocabulary(metadata["tokenizer.ggml.tokens"])
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges)
@@ -133,28 +93,51 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, boo
     tokenizer = Tokenizer(model)
     if split.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    add_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.single_digits else []
-    if split.pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=add_space, use_regex=split.pattern is None))
+    steps = split.steps(bool(metadata.get("tokenizer.ggml.add_space_prefix", False)))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, split.bos
 
 
-def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+def _guess(tokens: list[str], path: Path) -> str:
+    """The way to cut of a file that names none, as old ones do."""
+    known = guess(frozenset(tokens))
+    if known is not None:
+        words = "its tokens are those of %s, and text is cut as there"
+    else:
+        words = (
+            "text is cut as for %s, and answers may be worse for it: convert the model again, or name the model's own"
+            " tokenizer with --tokenizer"
+        )
+    logger.warning(f"%s does not say how to cut text (tokenizer.ggml.pre): {words}", path, known or "gpt-2")
+    return known or "default"
+
+
+def _stored_merges(metadata: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    if not merges or any(len(merge) != 2 for merge in merges):
+        raise CheckpointError(f"{path} has no usable tokenizer.ggml.merges; convert the model again")
+    return [(merge[0], merge[-1]) for merge in merges]
+
+
+def _scored_merges(metadata: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     scores: list[float] | None = metadata.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise CheckpointError(f"{path} has no usable tokenizer.ggml.scores; convert the model again")
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    return _merges(tokens, scores, metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens))
+
+
+def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    of_merges = metadata.get("tokenizer.ggml.model") == "gemma4"
+    merges = _stored_merges(metadata, path) if of_merges else _scored_merges(metadata, path)
     vocabulary = _vocabulary(tokens)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     try:
         model = models.BPE(
             vocab=vocabulary,
-            merges=_merges(tokens, scores, types),
+            merges=merges,
             unk_token=tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -162,7 +145,7 @@ def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     except Exception as error:  # The library raises plain Exception.
         raise CheckpointError(f"{path} has a tokenizer that does not fit together: {error}") from None
     tokenizer = Tokenizer(model)
-    add_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    add_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", not of_merges))
     replace = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if add_space else replace
     back: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

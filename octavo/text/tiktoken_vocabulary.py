@@ -6,11 +6,11 @@ name. So each token gives a merge for every way to cut it into two other tokens,
 
 from collections.abc import Mapping, Sequence
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from octavo.checkpoint.tiktoken import SPECIAL_TOKENS
 from octavo.text.byte_level import written
-from octavo.text.gguf_vocabulary import SPLITS
+from octavo.text.splits import QWEN2
 
 # Qwen's chat models read ChatML, and were trained with this system prompt wherever there is no other.
 CHATML = """\
@@ -32,15 +32,8 @@ def build(ranks: Sequence[bytes]) -> Tokenizer:
     ids = {text: rank for rank, text in enumerate(texts)}
     model = models.BPE(vocab=ids, merges=_merges(ids), ignore_merges=True)
     tokenizer = Tokenizer(model)
-    pattern = SPLITS["qwen2"].pattern
-    assert pattern is not None, "Qwen2 took its pattern from Qwen"
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(QWEN2.steps(add_prefix_space=False))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL_TOKENS])
     return tokenizer

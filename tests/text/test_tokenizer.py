@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from octavo.checkpoint import TokenizerData
 from octavo.checkpoint.gguf import GgufFile
 from octavo.errors import CheckpointError, RequestError
-from octavo.text.gguf_vocabulary import SPLITS
+from octavo.text.splits import SPLITS
 from octavo.text.tokenizer import Tokenizer
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
