@@ -6,11 +6,13 @@ that nobody thought of can make a template's own characters count as a caller's,
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, SupportsIndex
 
 from markupsafe import Markup
 
 _OWN, _FOREIGN = b"\x01", b"\x00"
+_MOST_CONVERSIONS = 10_000  # of a pattern of printf that is looked at
 # A conversion of printf. Stars are not understood, see `__mod__`.
 _CONVERSION = re.compile(r"%(?:\((\w*)\))?([#0\- +]*\d*(?:\.\d*)?[hlL]?[a-zA-Z%])")
 
@@ -60,11 +62,11 @@ class TracedText(str):
         text = str.__getitem__(self, key)
         if isinstance(key, slice):
             return _made(text, self._own[key])
-        return TracedText(text, _OWN) if self._own[key] else text
+        return _own_character(text) if self._own[key] else text
 
     def __iter__(self) -> Iterator[str]:
         for character, own in zip(str.__iter__(self), self._own, strict=True):
-            yield TracedText(character, _OWN) if own else character
+            yield _own_character(character) if own else character
 
     def split(self, /, *args: Any, **kwargs: Any) -> list[str]:
         return self._split(str.split(self, *args, **kwargs), *args, **kwargs)
@@ -127,17 +129,24 @@ class TracedText(str):
         return joined(pieces, self)
 
     def replace(self, /, *args: Any, **kwargs: Any) -> str:
-        str.replace(self, *args, **kwargs)  # for its errors
+        text = str.replace(self, *args, **kwargs)
         old, new, count = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("count", -1)
-        if old:
-            return joined(self.split(old, count), new)
-        # Of nothing there is one before each character, and one at the end.
+        if is_own(self) and is_own(new):
+            return own(text)
+        made, start, put = bytearray(), 0, own_characters(new)
+        if _OWN not in self._own and _OWN not in put:
+            return text
         count = len(self) + 1 if count < 0 else count
-        around = [new if place < count else "" for place in range(len(self) + 1)]
-        return joined(piece for pair in zip(around, [*self, ""], strict=True) for piece in pair)
+        # Of nothing there is one before each character, and one at the end.
+        while count > 0 and (at := str.find(self, old, start + (not old and len(made) > 0))) >= 0:
+            made += self._own[start:at] + put
+            start, count = at + len(old), count - 1
+        return _made(text, bytes(made + self._own[start:]))
 
     def __mod__(self, values: Any, /) -> str:
         text = str.__mod__(self, values)
+        if str.count(self, "%") > _MOST_CONVERSIONS:
+            return text
         try:
             found = joined(self._formatted(values))
         except (LookupError, TypeError, ValueError, StopIteration):
@@ -198,6 +207,12 @@ for _name in ("lower", "upper", "title", "capitalize", "casefold", "swapcase"):
 
 def _made(text: str, own: bytes) -> str:
     return TracedText(text, own) if _OWN in own else text
+
+
+@lru_cache(1024)
+def _own_character(character: str) -> TracedText:
+    """One for all places, as Python has it for common characters: a long text may be made a list of them."""
+    return TracedText(character, _OWN)
 
 
 def own_characters(text: str) -> bytes:

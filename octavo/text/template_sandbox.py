@@ -35,11 +35,14 @@ _MOST_BYTES = 8 * MOST_CHARACTERS
 _PER_ITEM = 64  # an item of a list counts as so many characters
 _WIDEST = 1024**2  # largest number that a method or filter may be given: a width, a count
 _MOST_BITS = 100_000  # of a whole number
+_LINE_ENDS, _WORDS = re.compile("[\n-\r\x1c-\x1e\x85\u2028\u2029]"), re.compile(r"\S+")
 _WIDTH = re.compile(r"\*|\d{6,}")
 
 # Filters that look at no text inside their first argument, which may then be long and is not measured each time.
 _SHALLOW = {"length", "count", "first", "last", "default", "d", "map", "select", "reject", "selectattr", "rejectattr"}
 _SHALLOW |= {"list", "reverse", "batch", "slice", "items", "attr", "random", "int", "float", "abs", "round", "safe"}
+# Filters that make a list of a text's characters.
+_OF_CHARACTERS = {"list", "sort", "slice"}
 # Their numbers are no widths.
 _ANY_NUMBER = {"default", "d", "int", "float"}
 # For web pages; what they make grows in ways of its own.
@@ -350,12 +353,26 @@ def _check_method(owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[
         _limit(_measure(args[0]) + len(owner) * len(args[0]))
     elif name == "replace" and len(args) > 1:
         _check_replace(owner, args[0], args[1])
+    elif name in ("split", "rsplit", "splitlines") and len(owner) > _WIDEST:
+        _limit(_PER_ITEM * _pieces(owner, name, args, kwargs))
     elif name == "expandtabs":
         _limit(len(owner) * max([8, *args, *kwargs.values()]) if "\t" in owner else 0)
     elif name == "translate" and args:
         longest = max(map(_measure, args[0].values()), default=1) if isinstance(args[0], Mapping) else len(args[0])
         _limit(len(owner) * longest)
     return args
+
+
+def _pieces(text: str | bytes, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many pieces a split makes, at most."""
+    if isinstance(text, bytes):
+        return len(text)
+    if method == "splitlines":
+        return 1 + sum(1 for _ in _LINE_ENDS.finditer(text))
+    sep, most = (*args, *(None, -1)[len(args) :])[:2]
+    sep, most = kwargs.get("sep", sep), kwargs.get("maxsplit", most)
+    found = text.count(sep) if isinstance(sep, str) and sep else sum(1 for _ in _WORDS.finditer(text))
+    return 1 + (min(found, most) if isinstance(most, int) and most >= 0 else found)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -407,6 +424,8 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             args = (*args[:first], value, *args[first + 1 :])
         if not isinstance(value, Iterator) and (isinstance(value, str) or name not in _SHALLOW):
             _limit(_measure(value))
+        if name in _OF_CHARACTERS and isinstance(value, str):
+            _limit(len(value) * _PER_ITEM)
         if name not in _ANY_NUMBER:
             _check_numbers(others)
         if name in _CHECKS:

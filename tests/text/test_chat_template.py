@@ -306,6 +306,11 @@ TOO_LARGE = [
     ("{{ '{a:{b}}'.format_map({'a': 1, 'b': 10**9}) }}", "places"),
     ("{{ '{a[b]:{a[c]}}'.format(a={'b': 1, 'c': 10**9}) }}", "places"),
     ("{{ ('{}'|safe).format('x' * 10**7 ~ '{}') ~ ('{:{}}'|safe).format(1, 10**9) }}", "places"),
+    ("{{ ('x' * 10**7) | list | length }}", "characters"),
+    ("{{ ('x ' * 10**7).split() | length }}", "characters"),
+    ("{{ ('x ' * 10**7).rsplit(sep='x') | length }}", "characters"),
+    ("{{ ('x\n' * 10**7).splitlines() | length }}", "characters"),
+    ("{{ ('x ' * 10**7).encode().split() | length }}", "characters"),
     ("{{ 'x'.center(10**9) }}", "places"),
     ("{{ 'x'.zfill(10**9) }}", "places"),
     ("{{ 'x' | center(10**9) }}", "places"),
@@ -384,7 +389,8 @@ b' | indent(2) }}{{ messages | map(attribute='role') | list }}{{ [3, 1] | sort |
 endset %}{{ b | upper }}{% filter upper %}q{% endfilter %}{{ [1, 2, 3, 4] | batch(2) | list }}
 {{ undefined_name }}{{ 2**31 }}
 {{ messages[0].get('x', 2**31) }}{{ 5 | default(2**40) }}{{ '3' | int(2**40) }}{{ [1, 2] | tojson(indent=2) }}
-{{ True and 1 }}"""
+{{ True and 1 }}{{ ('x ' * 10**6).split(' ', 1)[0] }}{{ ('x y' * 10**6).split(maxsplit=1) | length }}
+{{ ('x 123456\n' * 2 * 10**5).splitlines() | length }}{{ ('x' * 10**6) | list | length }}"""
 
 
 def test_bounds_change_nothing_else() -> None:
