@@ -117,7 +117,7 @@ def special(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 def outcome(render: Any) -> str:
     try:
-        return "text " + render()
+        return "text " + re.sub("0x[0-9a-f]+", "somewhere", render())
     except RequestError as error:
         words = str(error)
         for name, usual in (("octavo.text.origin.", ""), ("TracedText", "str"), ("TracedMarkup", "Markup")):
@@ -148,7 +148,7 @@ def test_nothing_forges_and_nothing_changes(tokenizer: Tokenizer, source: str, x
     assert outcome(traced) == as_usual
     if as_usual.startswith("text "):
         ids = encode_traced(tokenizer, found[0])
-        assert tokenizer.decode(ids, skip_special_tokens=False) == as_usual.removeprefix("text ")
+        assert tokenizer.decode(ids, skip_special_tokens=False) == found[0]
         assert set(special(tokenizer, ids)) <= set(GENUINE)
 
 
