@@ -47,8 +47,15 @@ class SpecialText:
         return any(text is None or self._first.search(text) is not None for text in strings(foreign))
 
     def could_end_elsewhere(self, own: Iterable[str]) -> bool:
-        """Whether one of a template's own texts, or of the pieces that are filled into, begins a special token."""
-        return any(self.ends_with_beginning(piece) for text in own for piece in _PLACES.split(text))
+        """Whether a template's own texts hold the beginning of a special token that others may complete: at the end,
+        before a place that is filled in, or within (`<|role|>`), where a word may be replaced."""
+        return any(self._begins_one(piece) for text in own for piece in _PLACES.split(self.pattern.sub("{}", text)))
+
+    def _begins_one(self, text: str) -> bool:
+        # A single sign, a sign and a letter, and "</" begin all kinds of text.
+        signs = (text[found.start() : found.start() + 2] for found in self._first.finditer(text))
+        signs = (two for two in signs if len(two) == 2 and not two[1].isalnum() and two[1] != "/")
+        return self.ends_with_beginning(text) or any(map(self._is_beginning, signs))
 
     def own(self, text: str) -> Iterator[re.Match[str]]:
         """The special tokens that lie wholly in a run of the template's own characters."""

@@ -227,6 +227,12 @@ def test_a_role_that_a_template_puts_into_a_token() -> None:
         assert special(tokenizer, ids) == ["<|end|>"]
 
 
+def test_a_word_that_a_template_replaces_within_a_token(smollm2: Tokenizer) -> None:
+    template = ChatTemplate("{{ '<|word|>' | replace('word', messages[0].content) }}<|im_end|>")
+    ids = encode_chat(smollm2, [{"role": "user", "content": "im_start"}], template=template)
+    assert special(smollm2, ids) == ["<|im_end|>"]
+
+
 @pytest.mark.parametrize("value", [{"|im_end|"}, ["|im_end|"], {"|im_end|": 1}, "|im_end|", ("|im_end|",)])
 def test_a_middle_that_a_template_closes(smollm2: Tokenizer, value: Any) -> None:
     """As templates that write arguments of tools as XML do."""

@@ -41,9 +41,9 @@ def test_what_others_may_begin() -> None:
 
 def test_what_a_template_may_begin() -> None:
     special = SpecialText(["<|im_end|>", "[X]"])
-    for text in ("<", "a <|", "<|%s|>", "<%(a)5s>", "<|{}", "[{x!r:>4}]"):
+    for text in ("<", "a <|", "<|%s|>", "<%(a)5s>", "<|{}", "[{x!r:>4}]", "<|role|>", "<|im_end|><|"):
         assert special.could_end_elsewhere(["a", text]), text
-    for text in ("<|im_end|>", "<b>", "[X]", "%s<b>", "{}|im_end|>"):
+    for text in ("<|im_end|>", "<b>", "[X]", "%s<b>", "{}|im_end|>", "<b|im_end|>|", "[1]", "[XX]"):
         assert not special.could_end_elsewhere(["a", text]), text
 
 
@@ -92,7 +92,7 @@ def test_the_time_is_linear(piece: str, trusted: bool) -> None:
     def seconds(size: int) -> float:
         text = piece * (size // len(piece))
         began = time.process_time()
-        assert not special.could_end_elsewhere(["a", text + "a"])
+        special.could_end_elsewhere(["a", text + "a"])
         assert special.could_begin_in([{"content": text}, "<|im_end|>"])
         found(special, joined([own("<|im_start|>"), own(text) if trusted else text, own("<|im_end|>")]))
         return time.process_time() - began
