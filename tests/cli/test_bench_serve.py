@@ -1,10 +1,13 @@
 """`octavo bench serve`: bodies in chunks, and what is counted of a stream that comes in any pieces."""
 
 import asyncio
+import json
 
 import pytest
 
-from octavo.cli.bench.serve import Measured, _Chunks, _Server
+from octavo.cli.bench.serve import Measured, _bench, _Chunks, _Server, add_arguments
+from octavo.cli.bench.workloads import between
+from octavo.cli.options import Parser
 from octavo.errors import OctavoError
 
 BODY = b"7\r\ndata: a\r\n12\r\n\n\ndata: [DONE]\n\n \n\r\n0\r\n\r\n"
@@ -75,3 +78,62 @@ def test_it_waits_until_the_server_is_ready(answers: list[int], capsys: pytest.C
 def test_an_error_in_the_stream_is_told() -> None:
     with pytest.raises(OctavoError, match="out of luck"):
         measured(events('{"choices":[{"text":"a"}]}', '{"error":{"message":"out of luck"}}'), 1000)
+
+
+def test_the_definitions_are_vllms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scripted stream: TTFT 0.10 s, chunks 0.05 and 0.15 s later, the usage after that counts for no time."""
+    pauses = [0.10, 0.05, 0.15, 0.20]
+    chunks = [
+        *(b'data: {"choices":[{"text":"%c"}]}\n\n' % letter for letter in b"ab"),
+        b'data: {"choices":[{"text":"","finish_reason":"length"}]}\n\n',
+        b'data: {"choices":[],"usage":{"completion_tokens":5}}\n\ndata: [DONE]\n\n',
+    ]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET /ready"):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        else:
+            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for pause, chunk in zip(pauses, chunks, strict=True):
+                await asyncio.sleep(pause)
+                writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+                await writer.drain()
+            writer.write(b"0\r\n\r\n")
+        writer.close()
+
+    async def ask() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            options = f"--url http://127.0.0.1:{port} --model m --num-prompts 4 --input-len 3-5 --output-len 5 --seed 7"
+            parser = Parser(prog="octavo bench serve")
+            add_arguments(parser)
+            await _bench(parser.parse_args(options.split()))
+
+    asyncio.run(ask())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {row["what"]: row for row in found["rows"]}
+    assert list(rows) == ["TTFT", "TPOT", "ITL", "E2EL"]
+    # Later, by what a busy machine adds, and never earlier.
+    for what, expected in (("TTFT", 100), ("TPOT", 50), ("ITL", 100), ("E2EL", 300)):
+        assert expected - 1 <= rows[what]["mean_ms"] <= expected + 60, what
+    assert found["requests"] == 4
+    assert 0.5 <= found["seconds"] < 0.8
+    assert found["out_tok_s"] == pytest.approx(20 / found["seconds"], rel=0.01)
+    prompts, lengths = between(4, (3, 5), (5, 5), 7)
+    assert {len(prompt) for prompt in prompts} <= {3, 4, 5}
+    assert lengths == [5] * 4
+    assert found["total_tok_s"] == pytest.approx((20 + sum(map(len, prompts))) / found["seconds"], rel=0.01)
+    assert between(4, (3, 5), (5, 5), 8) != (prompts, lengths)
+
+
+@pytest.mark.parametrize("lengths", ["0", "5-3", "x", "-1", "3-"])
+def test_lengths_that_cannot_be(lengths: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="octavo bench serve")
+    add_arguments(parser)
+    if lengths == "3-":
+        assert parser.parse_args(["--input-len", lengths]).input_len == (3, 3)
+        return
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--input-len={lengths}"])
+    assert "--input-len" in capsys.readouterr().err

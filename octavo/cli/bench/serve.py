@@ -1,5 +1,8 @@
 """`octavo bench serve`: a load of streamed requests on a running server, at a rate or with a number of open ones.
 
+It measures what `vllm bench serve` measures under the same names. A request begins when it is sent. TTFT: until its
+first chunk with a choice. ITL: between two such chunks. E2EL: until the last one. TPOT: (E2EL - TTFT) by the tokens
+after the first, as the server counts them. Throughput: all tokens, by the time from the first request to the last end.
 Speaks HTTP/1.1 by itself, since a client library would cost more of a small machine than the server does.
 """
 
@@ -15,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from octavo.cli.bench import percentiles, print_json, print_table
-from octavo.cli.bench.workloads import WORKLOADS, fixed, workload
+from octavo.cli.bench.workloads import WORKLOADS, between, workload
 from octavo.errors import ConfigError, OctavoError
 
 READY_SECONDS = 600.0  # a large model loads for minutes
@@ -28,13 +31,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key", metavar="KEY", help="the server's key (default: OPENAI_API_KEY)")
     group = parser.add_argument_group("workload")
     group.add_argument("--work", metavar="NAME", help=f"one of {', '.join(WORKLOADS)}, in place of a shape")
-    group.add_argument("--input-len", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
-    group.add_argument("--output-len", type=int, default=64, metavar="N", help="tokens to generate (default: 64)")
+    lengths: Any = {"type": _lengths, "default": (64, 64), "metavar": "N|N-M"}
+    group.add_argument("--input-len", **lengths, help="tokens of a prompt, or from N to M of them (default: 64)")
+    group.add_argument("--output-len", **lengths, help="tokens to generate, or from N to M of them (default: 64)")
     group.add_argument("--num-prompts", type=int, default=64, metavar="N", help="requests (default: 64)")
     group.add_argument("--concurrency", type=int, default=32, metavar="N", help="open requests at most (default: 32)")
     group.add_argument(
         "--request-rate", type=float, metavar="X", help="requests a second, arriving at random (Poisson)"
     )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of prompts, lengths and arrivals; of another load, another"
+    )
+
+
+def _lengths(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    found = int(low), int(high or low)
+    if not 1 <= found[0] <= found[1]:
+        raise ValueError
+    return found
 
 
 @dataclass(slots=True)
@@ -56,9 +71,9 @@ async def _bench(arguments: argparse.Namespace) -> int:
     await server.ready()
     model = arguments.model or await server.first_model()
     shape = (arguments.num_prompts, arguments.input_len, arguments.output_len)
-    prompts, lengths = workload(arguments.work) if arguments.work else fixed(*shape, high=1000)
+    prompts, lengths = workload(arguments.work) if arguments.work else between(*shape, arguments.seed)
     gate = asyncio.Semaphore(arguments.concurrency)
-    arrivals = random.Random(0)
+    arrivals = random.Random(arguments.seed)
 
     async def one(prompt: list[int], length: int) -> Measured:
         async with gate:
@@ -73,24 +88,26 @@ async def _bench(arguments: argparse.Namespace) -> int:
             await asyncio.sleep(arrivals.expovariate(arguments.request_rate))
     done = await asyncio.gather(*tasks)
     seconds = time.perf_counter() - began
-    _report(done, seconds, model, arguments)
+    _report(done, sum(map(len, prompts)), seconds, model, arguments)
     return 0
 
 
-def _report(done: list[Measured], seconds: float, model: str, arguments: argparse.Namespace) -> None:
+def _report(
+    done: list[Measured], prompt_tokens: int, seconds: float, model: str, arguments: argparse.Namespace
+) -> None:
     tokens = sum(each.tokens for each in done)
     per_token = [(each.whole - each.first) / (each.tokens - 1) for each in done if each.tokens > 1]
     figures = {
-        "time to first token": [each.first for each in done],
-        "time per output token": per_token,
-        "between deltas": [gap for each in done for gap in each.between],
-        "whole request": [each.whole for each in done],
+        "TTFT": [each.first for each in done],
+        "TPOT": per_token,
+        "ITL": [gap for each in done for gap in each.between],
+        "E2EL": [each.whole for each in done],
     }
     rows: list[dict[str, Any]] = [{"what": name, **percentiles(times)} for name, times in figures.items() if times]
     print_table(rows)
     print(
         f"{len(done)} requests in {seconds:.2f} s: {len(done) / seconds:.2f} requests/s,"
-        f" {tokens / seconds:,.1f} tokens/s"
+        f" {tokens / seconds:,.1f} output tokens/s, {(prompt_tokens + tokens) / seconds:,.1f} tokens/s in all"
     )
     totals = {
         "benchmark": "serve",
@@ -101,6 +118,7 @@ def _report(done: list[Measured], seconds: float, model: str, arguments: argpars
         "seconds": round(seconds, 3),
         "requests_s": round(len(done) / seconds, 2),
         "out_tok_s": round(tokens / seconds, 1),
+        "total_tok_s": round((prompt_tokens + tokens) / seconds, 1),
     }
     print_json(totals | {"rows": rows})
 

@@ -16,6 +16,13 @@ def fixed(count: int, input_len: int, output_len: int, seed: int = 1, high: int 
     return [[random.randint(_LOW, high) for _ in range(input_len)] for _ in range(count)], [output_len] * count
 
 
+def between(count: int, inputs: tuple[int, int], outputs: tuple[int, int], seed: int) -> Workload:
+    """Prompts and answers of lengths from the first to the second of each, prompts of tokens that every model has."""
+    random = Random(seed)
+    prompts = [[random.randint(_LOW, 1000) for _ in range(random.randint(*inputs))] for _ in range(count)]
+    return prompts, [random.randint(*outputs) for _ in range(count)]
+
+
 def mixed(count: int, low: int, high: int, seed: int = 0) -> Workload:
     """Prompts and answers of `low` to `high` tokens."""
     random = Random(seed)
