@@ -29,6 +29,7 @@ KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8", "int8"]
 # Matrices as plain tensors of the model's dtype, in fp8 for a GPU, or packed for the CPU's kernels: in one precision,
 # or as stored.
 Precision = Literal["plain", "fp8", "stored", "float32", "bfloat16", "int8", "int4"]
+WarmUp = Literal["none", "quick", "full"]
 PreemptionMode = Literal["auto", "recompute", "swap"]
 
 
@@ -279,6 +280,11 @@ class EngineOptions:
         "a request's tokens and log probabilities are the same bits alone and in any company: on a GPU slower, on a"
         " CPU always so",
     )
+    warm_up: WarmUp | None = option(
+        None,
+        "what a GPU prepares before requests come: the steps that come most often, or all, are recorded and compiled"
+        " (default: quick in a server, none in LLM)",
+    )
     generation_config: Literal["auto", "none"] = option(
         "auto", "sampling defaults: what the model's makers advise in generation_config.json, or none of it"
     )
@@ -341,6 +347,7 @@ class EngineConfig:
     preemption_mode: PreemptionMode = "auto"
     fair_share: bool = False
     deterministic: bool = False
+    warm_up: WarmUp = "none"
 
     @property
     def max_blocks_per_seq(self) -> int:

@@ -188,6 +188,7 @@ def resolve(
         preemption_mode=options.preemption_mode,
         fair_share=options.fair_share,
         deterministic=options.deterministic,
+        warm_up=options.warm_up or "none",
     )
     plan = MemoryPlan(
         total=total,

@@ -107,6 +107,7 @@ class _Job:
 
         # Fetches a model that is not here yet, before two processes look for it.
         open_engine_checkpoint(options, check_runnable)
+        options.warm_up = options.warm_up or "none"  # nobody waits for a single answer
         engine = EngineClient(
             options,
             max_queued_requests=server_options.max_queued_requests,

@@ -86,6 +86,10 @@ class Engine:
         """Ends a request, or only its sample `index`; its blocks are free before the next step."""
         self.scheduler.abort(request_id, index)
 
+    def prepare(self) -> bool:
+        """Does something that later steps would wait for, while there is no work; False if there is nothing."""
+        return self.executor.prepare()
+
     def has_work(self) -> bool:
         return self.scheduler.has_work()
 

@@ -41,6 +41,8 @@ def run_engine(channel: EngineChannel) -> None:
         from octavo.engine.engine import Engine
 
         began = process_age()
+        if options.warm_up is None:  # many callers will come, and none should wait for what can be done before
+            options.warm_up = "quick"
         engine = Engine.build(options)
         engine.timeline.insert(0, ("engine process", began))
         # Who stops a process group stops the parent too, which may let requests finish first. It says when to stop,
@@ -79,7 +81,7 @@ def serve(engine: Any, channel: EngineChannel, inbox: "queue.SimpleQueue[Message
     report = Report()
     while True:
         while not inbox.empty() or not engine.has_work():
-            while inbox.empty() and engine.save_idle():
+            while inbox.empty() and (engine.save_idle() or engine.prepare()):
                 pass
             kind, *values = inbox.get()
             if kind == "stop":

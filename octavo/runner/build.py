@@ -73,6 +73,9 @@ def build_executor(
 
     executor = load_executor(checkpoint, config, options.load_format, settle_memory)
     mark(phase)
+    if config.device == "cuda" and config.warm_up != "none":
+        executor.warm_up()
+        mark("warm-up")
     identity = b""
     if options.prefix_cache_dir:
         identity = kv_identity(checkpoint, config, executor.layout)

@@ -5,9 +5,10 @@ What a step brings lies in memory that stays where it is, and rows that a step d
 their keys written nowhere. The draws may be part of it. Shapes: R rows, D model width, M blocks of the longest row.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from octavo.batch import Batch, Ints, NextStep
 from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext
+from octavo.log import logger
 from octavo.models.decoder import Decoder
 from octavo.ops.triton import SharedPrefix, TritonOps
 from octavo.ops.triton.fused import FusedOps
@@ -38,10 +40,15 @@ def bucket_of(rows: int) -> int:
     return -(-rows // 32) * 32
 
 
+def buckets(max_rows: int) -> list[int]:
+    """The numbers of rows that steps of up to `max_rows` are padded to, as far as there are so many rows."""
+    return sorted({min(bucket_of(rows), max_rows) for rows in range(1, max_rows + 1)})
+
+
 def most_recorded(max_rows: int) -> int:
     """Graphs that there may be of steps of up to `max_rows` rows: of each number of rows those that draw, with
     beginnings in common and without, and those that do not."""
-    return 3 * len({bucket_of(rows) for rows in range(1, max_rows + 1)})
+    return 3 * len(buckets(max_rows))
 
 
 @dataclass(slots=True)
@@ -73,6 +80,39 @@ def forward(model: Decoder, ctx: ForwardContext) -> torch.Tensor:
     return hidden_TD
 
 
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Missed(Generic[Key]):
+    """The kinds of steps that had no graph, with how often they came. `patience` of them run without one."""
+
+    def __init__(self) -> None:
+        self.patience = 0
+        self._times: dict[Key, int] = {}
+
+    def waits(self, key: Key) -> bool:
+        """Whether a step without a graph is to run without one. Counts it."""
+        times = self._times[key] = self._times.get(key, 0) + 1
+        if times > self.patience:
+            del self._times[key]
+        return times <= self.patience
+
+    def take(self) -> Key | None:
+        """The kind that came most often, which is then forgotten; None if there is none."""
+        key = max(self._times, key=self._times.__getitem__, default=None)
+        if key is not None:
+            del self._times[key]
+        return key
+
+
+class DecodeKind(NamedTuple):
+    """What a decode step is recorded for: `draws` says that its draws are part of it."""
+
+    rows: int
+    shared: bool
+    draws: bool
+
+
 class StepGraphs:
     """Steps of one kind as graphs. Use it on one stream alone, with the memory `pool` of all graphs.
 
@@ -97,14 +137,16 @@ class StepGraphs:
         self._drawn_S = drawn_S
         self._pool = pool
         self._draw = draw
+        self.missed: Missed[Any] = Missed()
         self._allocate(config)
 
     def _allocate(self, config: EngineConfig) -> None:
         """Makes what stays where it is from step to step."""
         raise NotImplementedError
 
-    def _capture(self, compute: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    def _capture(self, what: str, compute: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
         """A graph of `compute`, and what it returns: in the graph's memory, where the replay puts it."""
+        began = time.monotonic()
         # Once without recording: kernels are compiled and libraries set up, which may not happen in a recording. What
         # it draws must not stand where the replay looks up the tokens of the step before, which is still to run.
         kept = [(tensor, tensor.clone()) for tensor in (self._drawn_S, self._buffers.control)]
@@ -115,6 +157,7 @@ class StepGraphs:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         result = compute()
         graph.capture_end()
+        logger.debug("recorded a step of %s in %.0f ms", what, (time.monotonic() - began) * 1e3)
         return graph, result
 
 
@@ -130,7 +173,7 @@ class DecodeGraphs(StepGraphs):
         self._angles = torch.zeros(2, rows, half, device=model.device)
         self._rows_of_tile = rows_of_tile(model.config.num_heads // model.config.num_kv_heads)
         self._shares = not ops.invariant and fits(model.config.head_dim, model.norm.weight.dtype, model.device)
-        self._recorded: dict[tuple[int, bool, bool], RecordedStep] = {}
+        self._recorded: dict[DecodeKind, RecordedStep] = {}
         self._held: HeldStep | None = None
 
     @staticmethod
@@ -155,8 +198,9 @@ class DecodeGraphs(StepGraphs):
         held.graph.replay()
         return self._buffers.tokens(held.count)
 
-    def draw(self, batch: Batch) -> Ints:
-        """Computes the step and draws its samples: where these will be, as `StepBuffers.tokens`.
+    def draw(self, batch: Batch) -> Ints | None:
+        """Computes the step and draws its samples: where these will be, as `StepBuffers.tokens`; None, and nothing, if
+        there is no graph yet and it is not recorded now.
 
         Rows with a common beginning read it together. They stand in another order than the batch's, which the samples
         know: groups side by side, else the longest first, since what starts last should not take longest.
@@ -177,21 +221,29 @@ class DecodeGraphs(StepGraphs):
             place[order] = np.arange(rows, dtype=np.int32)
             batch = _in_order(batch, order, place)
         recorded = self._replay(batch, groups, order, draws=True)
+        if recorded is None:
+            return None
         if len(batch.sample_index) == rows:
             self._held = HeldStep(recorded.graph, rows, place)
         return self._buffers.tokens(len(batch.sample_index))
 
-    def hidden(self, batch: Batch) -> tuple[ForwardContext, torch.Tensor]:
-        """The context, and hidden states, [R, D], in memory that the next step writes to."""
+    def hidden(self, batch: Batch) -> tuple[ForwardContext, torch.Tensor] | None:
+        """The context, and hidden states, [R, D], in memory that the next step writes to. None as for `draw`."""
         recorded = self._replay(batch, None, None, draws=False)
+        if recorded is None:
+            return None
         return recorded.ctx, recorded.hidden_RD[: batch.num_rows]
 
-    def _replay(self, batch: Batch, groups: PrefixGroups | None, order: Ints | None, *, draws: bool) -> RecordedStep:
+    def _replay(
+        self, batch: Batch, groups: PrefixGroups | None, order: Ints | None, *, draws: bool
+    ) -> RecordedStep | None:
         self.forget()
         # A prompt of one token, or its last one, may draw many samples from one row.
-        key = (bucket_of(max(batch.num_rows, len(batch.sample_index))), groups is not None, draws)
-        self._send(batch, groups, order, key[0])
+        key = DecodeKind(bucket_of(max(batch.num_rows, len(batch.sample_index))), groups is not None, draws)
         recorded = self._recorded.get(key)
+        if recorded is None and self.missed.waits(key):
+            return None
+        self._send(batch, groups, order, key.rows)
         if recorded is None:
             recorded = self._recorded[key] = self._record(*key)
         recorded.graph.replay()
@@ -229,7 +281,8 @@ class DecodeGraphs(StepGraphs):
         return self._buffers.places((1, *(bucket,) * 6, tiles, tiles, bucket * self._tables.shape[1]))
 
     def _record(self, bucket: int, shared: bool, draws: bool) -> RecordedStep:
-        graph, (ctx, hidden_RD) = self._capture(lambda: self._compute(bucket, shared, draws))
+        kind = ", of a common beginning" if shared else "" if draws else ", without draws"
+        graph, (ctx, hidden_RD) = self._capture(f"{bucket} rows{kind}", lambda: self._compute(bucket, shared, draws))
         return RecordedStep(graph, ctx, hidden_RD)
 
     def _compute(self, bucket: int, shared: bool, draws: bool) -> tuple[ForwardContext, torch.Tensor]:

@@ -85,7 +85,7 @@ def largest_decode(config: EngineConfig) -> Batch:
     """A token for each of the most rows, with a beginning in common, which takes more memory than none."""
     rows = config.max_num_seqs
     keys = min(config.max_model_len, 2 * 256 + 1)
-    return _batch(config, np.full(rows, keys, np.int32), np.ones(rows, np.int32), _columns(rows))
+    return batch_of(config, np.full(rows, keys, np.int32), np.ones(rows, np.int32), columns_of(rows))
 
 
 def largest_prompt(config: EngineConfig) -> Batch:
@@ -106,7 +106,7 @@ def largest_prompt(config: EngineConfig) -> Batch:
     counts = np.ones(rows, np.int32)
     counts[rows - prompts :] = tokens // prompts
     counts[rows - prompts : rows - prompts + tokens % prompts] += 1
-    return _batch(config, counts, counts, _columns(rows))
+    return batch_of(config, counts, counts, columns_of(rows))
 
 
 def largest_chunks(config: EngineConfig) -> Batch:
@@ -115,7 +115,7 @@ def largest_chunks(config: EngineConfig) -> Batch:
     most = min(config.max_num_batched_tokens, rows * config.max_model_len)
     counts = np.full(rows, most // rows, np.int32)
     counts[: most % rows] += 1
-    columns = _columns(rows)
+    columns = columns_of(rows)
     columns.top_k[:] = config.model.vocab_size // 2
     columns.top_p[:] = 0.9999
     columns.min_p[:] = 1e-9
@@ -131,13 +131,14 @@ def largest_chunks(config: EngineConfig) -> Batch:
     columns.penalty_token = columns.allowed_token
     columns.penalty_count, columns.penalty_pending = np.zeros(1000 * rows, np.int32), np.zeros(rows, np.int32)
     columns.repetition_penalty = columns.presence_penalty = columns.frequency_penalty = np.ones(rows, np.float32)
-    batch = _batch(config, counts, counts, columns)
+    batch = batch_of(config, counts, counts, columns)
     wanted = np.arange(min(512, most), dtype=np.int32)
     batch.prompt_logprobs = PromptLogprobs(wanted, np.zeros_like(wanted), np.full_like(wanted, 20))
     return batch
 
 
-def _columns(rows: int) -> SamplingColumns:
+def columns_of(rows: int) -> SamplingColumns:
+    """Draws at a temperature of 1, and nothing else."""
     return SamplingColumns(
         temperature=np.ones(rows, np.float32),
         top_k=np.zeros(rows, np.int32),
@@ -149,7 +150,7 @@ def _columns(rows: int) -> SamplingColumns:
     )
 
 
-def _batch(config: EngineConfig, seq_lens: np.ndarray, counts: np.ndarray, columns: SamplingColumns) -> Batch:
+def batch_of(config: EngineConfig, seq_lens: np.ndarray, counts: np.ndarray, columns: SamplingColumns) -> Batch:
     """Rows over block 0 alone, whose keys and values are written nowhere."""
     query_start = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     within = np.arange(query_start[-1], dtype=np.int32) - np.repeat(query_start[:-1], counts)

@@ -29,9 +29,9 @@ from octavo.ops.triton.penalties import penalize
 from octavo.ops.triton.prepare import look_up, publish
 from octavo.ops.triton.sampling import MIN_TEMPERATURE, Asked, draw
 from octavo.runner import sampler
-from octavo.runner.cuda_graphs import DecodeGraphs, bucket_of, forward, fused
+from octavo.runner.cuda_graphs import DecodeGraphs, DecodeKind, bucket_of, forward, fused
 from octavo.runner.kv_cache import KVCache
-from octavo.runner.prompt_graphs import PromptGraphs, most_rows, room_for
+from octavo.runner.prompt_graphs import PromptGraphs, PromptSize, most_rows, room_for
 from octavo.runner.step_buffers import TURNS, StepBuffers
 
 # Logits that are changed, or whose log probabilities are taken, at once: of 220 samples of a large vocabulary.
@@ -76,8 +76,8 @@ class CudaForward:
         self._ctx: ForwardContext | None = None
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        if self._graphs.fits(batch):
-            self._ctx, hidden_TD = self._graphs.hidden(batch)
+        if self._graphs.fits(batch) and (found := self._graphs.hidden(batch)) is not None:
+            self._ctx, hidden_TD = found
             return hidden_TD
         self._ctx = self._context(batch)
         return forward(self._model, self._ctx)
@@ -85,8 +85,8 @@ class CudaForward:
     def draw(self, batch: Batch) -> Ints:
         """The whole step: its samples, all of them `plain`, are drawn into the beginning of `drawn_S`, and into memory
         that the host reads when the step is over."""
-        if self._graphs.fits(batch):
-            return self._graphs.draw(batch)
+        if self._graphs.fits(batch) and (tokens := self._graphs.draw(batch)) is not None:
+            return tokens
         self._graphs.forget()
         tokens = self._prompts.draw(batch)
         if tokens is not None:
@@ -125,6 +125,14 @@ class CudaForward:
         self.drawn_S[:count] = drawn_S
         publish(self.drawn_S, self._buffers.control, self._buffers.drawn)
         return self._buffers.tokens(count), found
+
+    def be_patient(self, times: int) -> None:
+        """So many steps of a kind that has no graph run without one before one is recorded."""
+        self._graphs.missed.patience = self._prompts.missed.patience = times
+
+    def take_missed(self) -> DecodeKind | PromptSize | None:
+        """A kind of steps that ran without a graph, to be recorded now."""
+        return self._graphs.missed.take() or self._prompts.missed.take()
 
     @property
     def can_go_on(self) -> bool:

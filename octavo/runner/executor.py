@@ -52,6 +52,12 @@ class Executor(Protocol):
     def layout(self) -> str:
         """Names the arithmetic and the order of the bytes in a block; blocks of another layout are no use here."""
 
+    def warm_up(self) -> None:
+        """Does beforehand what the first requests would wait for, as the configuration says."""
+
+    def prepare(self) -> bool:
+        """Does something that later steps would wait for, while there is no work; False if there is nothing."""
+
     def reset(self) -> None:
         """Forgets the steps that are under way, even if one of them failed."""
 
@@ -96,6 +102,12 @@ class LocalExecutor:
     def layout(self) -> str:
         return self.runner.layout
 
+    def warm_up(self) -> None:
+        pass
+
+    def prepare(self) -> bool:
+        return False
+
     def reset(self) -> None:
         self._results.clear()
 
@@ -108,8 +120,11 @@ class CudaExecutor:
 
     depth = 2
 
-    def __init__(self, runner: CudaRunner):
+    def __init__(self, runner: CudaRunner, config: EngineConfig):
+        from octavo.runner.warm_up import WarmUp
+
         self.runner = runner
+        self._warm_up = WarmUp(runner, config)
         self._steps: deque[SubmittedStep] = deque()
 
     @classmethod
@@ -129,7 +144,7 @@ class CudaExecutor:
             config = settle(measure(model, config))
         runner = CudaRunner(model, _make_cache(config), config)
         record_largest(runner, config)
-        return cls(runner)
+        return cls(runner, config)
 
     def submit(self, step: Batch | NextStep) -> None:
         self._steps.append(self.runner.submit(step))
@@ -148,6 +163,12 @@ class CudaExecutor:
     @property
     def layout(self) -> str:
         return self.runner.layout
+
+    def warm_up(self) -> None:
+        self._warm_up.run()
+
+    def prepare(self) -> bool:
+        return self._warm_up.one_more()
 
     def reset(self) -> None:
         while self._steps:

@@ -10,6 +10,8 @@ Padding among the single rows has length 0; prompt tokens behind the last row be
 have nothing to do.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -28,7 +30,13 @@ MOST_GRAPHS = 128
 # Tokens times weights of a layer that a GPU multiplies, at 600 TFLOP/s, in the 0.6 ms that a host may need for a layer.
 _WORTH_IT = 1.8e11
 
-Size = tuple[int, int, int]  # single rows, tokens of prompts, prompts
+
+class PromptSize(NamedTuple):
+    """What a step is padded to."""
+
+    singles: int  # rows
+    tokens: int  # of prompts
+    prompts: int
 
 
 def most_tokens(config: EngineConfig) -> int:
@@ -43,11 +51,21 @@ def room_for(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def size_of(singles: int, tokens: int, prompts: int, max_rows: int) -> Size | None:
+def size_of(singles: int, tokens: int, prompts: int, max_rows: int) -> PromptSize | None:
     """The size that a step is padded to; None if it has no prompts, or too many."""
     rows = next((rows for rows in _SINGLES if singles <= rows), max_rows)
     room = next((room for room in _PROMPTS if prompts <= room), 0)
-    return (min(rows, max_rows), room_for(tokens), min(room, max_rows)) if prompts and room else None
+    return PromptSize(min(rows, max_rows), room_for(tokens), min(room, max_rows)) if prompts and room else None
+
+
+def sizes(config: EngineConfig) -> list[PromptSize]:
+    """All sizes, by their tokens and then their single rows; those of few prompts first."""
+    tokens, room = [], 0
+    while room < room_for(most_tokens(config)):
+        tokens.append(room := room_for(room + 1))
+    singles = sorted({min(rows, config.max_num_seqs) for rows in _SINGLES})
+    prompts = sorted({min(room, config.max_num_seqs) for room in _PROMPTS})
+    return [PromptSize(S, T, P) for P in prompts for T in tokens for S in singles]
 
 
 def most_rows(max_rows: int) -> int:
@@ -62,11 +80,12 @@ class PromptGraphs(StepGraphs):
         self._max_rows, self._max_tokens = config.max_num_seqs, most_tokens(config)
         shape = most_rows(self._max_rows), config.max_blocks_per_seq
         self._tables = torch.zeros(*shape, dtype=torch.int32, device=self._model.device)
-        self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}  # what was used last stands last
+        self._graphs: dict[PromptSize, torch.cuda.CUDAGraph] = {}  # what was used last stands last
 
     def draw(self, batch: Batch) -> Ints | None:
         """Computes the step and draws its samples: where these will be, as `StepBuffers.tokens`. None, and nothing, if
-        it is too large to be worth it, or a row has a rotary stretch of its own."""
+        it is too large to be worth it, a row has a rotary stretch of its own, or a graph is still to be recorded, but
+        not now."""
         singles = leading_singles(batch.query_start)
         tokens = batch.num_tokens - singles
         # As many samples are drawn as there are rows, and a prompt may ask for many.
@@ -74,8 +93,10 @@ class PromptGraphs(StepGraphs):
         size = size_of(singles, tokens, prompts, self._max_rows)
         if size is None or tokens > self._max_tokens or self._ops.invariant or (batch.ntk_alpha != 1.0).any():
             return None
-        self._send(batch, singles, size)
         graph = self._graphs.pop(size, None)
+        if graph is None and self.missed.waits(size):
+            return None
+        self._send(batch, singles, size)
         if graph is None:
             graph = self._record(size)
             if len(self._graphs) == MOST_GRAPHS:
@@ -84,7 +105,7 @@ class PromptGraphs(StepGraphs):
         graph.replay()
         return self._buffers.tokens(len(batch.sample_index))
 
-    def _send(self, batch: Batch, singles: int, size: Size) -> None:
+    def _send(self, batch: Batch, singles: int, size: PromptSize) -> None:
         S, T, P = size
         more = S - singles  # tokens that are padding among the singles, and rows
 
@@ -112,15 +133,16 @@ class PromptGraphs(StepGraphs):
             self._places(size),
         )
 
-    def _places(self, size: Size) -> list[slice]:
+    def _places(self, size: PromptSize) -> list[slice]:
         """Of the tables' width, token ids, positions, slots, where rows start, lengths, tables."""
         S, T, P = size
         return self._buffers.places((1, S + T, S + T, S + T, S + P + 1, S + P, (S + P) * self._tables.shape[1]))
 
-    def _record(self, size: Size) -> torch.cuda.CUDAGraph:
-        return self._capture(lambda: self._compute(size))[0]
+    def _record(self, size: PromptSize) -> torch.cuda.CUDAGraph:
+        S, T, P = size
+        return self._capture(f"{S} rows and {T} tokens of {P} prompts", lambda: self._compute(size))[0]
 
-    def _compute(self, size: Size) -> None:
+    def _compute(self, size: PromptSize) -> None:
         S, T, P = size
         width, given, positions, slots, query_start, seq_lens, packed = map(self._buffers.at, self._places(size))
         tables = self._tables[: S + P]
