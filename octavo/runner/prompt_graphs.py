@@ -27,8 +27,9 @@ _SINGLES = (0, 4, 16, 64, 128, 256, 384, 512, 768, 1024)
 _PROMPTS = (4, 16, 64, 256)
 # Beyond these, the one that was used longest ago is forgotten: its last step is long over.
 MOST_GRAPHS = 128
-# Tokens times weights of a layer that a GPU multiplies, at 600 TFLOP/s, in the 0.6 ms that a host may need for a layer.
-_WORTH_IT = 1.8e11
+# Tokens times weights of a layer that a GPU multiplies, at 600 TFLOP/s, in the 1.4 ms that a slow host needs for a
+# layer beside a server; 0.6 are the least that were seen.
+_WORTH_IT = 4.2e11
 
 
 class PromptSize(NamedTuple):

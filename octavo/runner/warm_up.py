@@ -15,10 +15,11 @@ from octavo.log import logger
 from octavo.runner.cuda_graphs import buckets
 from octavo.runner.cuda_memory import batch_of, columns_of
 from octavo.runner.cuda_runner import CudaRunner
-from octavo.runner.prompt_graphs import PromptSize, sizes
+from octavo.runner.prompt_graphs import PromptSize, most_tokens, size_of, sizes
 
 _LOOKED_AT = 6  # steps after which it is said how long the rest will take
-_USUAL = 1024  # tokens of prompts, beyond which a step takes a GPU longer than a recording matters
+# Beside few rows with a token each prompts of any length that is recorded are usual, beside many of so many tokens.
+_FEW, _USUAL = 64, 1024
 # Steps of a size without a graph before it is recorded while others wait: without one each takes some 6 ms longer, and
 # a recording 50.
 _PATIENCE = 8
@@ -72,8 +73,9 @@ class WarmUp:
         yield from (self._decode(count) for count in rows)
         few = min(4, config.max_num_seqs)
         every = sizes(config)
-        usual = [size for size in every if size[2] == few and size[1] <= _USUAL]
+        usual = [size for size in every if size.prompts == few and (size.tokens <= _USUAL or size.singles <= _FEW)]
         yield from filter(None, map(self._prompt, usual))
+        yield from self._large()
         # Rows that want log probabilities, penalties or bias are drawn outside of the graph.
         yield from (self._decode(count, draws=False) for count in rows)
         yield from (self._decode(count, shared=True) for count in rows if count > 1)
@@ -88,13 +90,27 @@ class WarmUp:
         keys = min(self._config.max_model_len, 2 * 256 + 1) if shared else 1
         return batch_of(self._config, np.full(count, keys, np.int32), np.ones(count, np.int32), columns)
 
+    def _large(self) -> Iterator[Batch]:
+        """Steps that no graph is recorded for, so that their kernels are there: those of any length, odd ones too."""
+        config = self._config
+        most = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
+        lengths = {most - most % 16, most - most % 16 - 3, most_tokens(config) + 16, most_tokens(config) + 19}
+        for tokens in sorted(length for length in lengths if most_tokens(config) < length <= most):
+            for rows in sorted({-(-tokens // config.max_model_len), min(8, config.max_num_seqs)}):
+                counts = np.full(rows, tokens // rows, np.int32)
+                counts[: tokens % rows] += 1
+                if 1 < counts.max() <= config.max_model_len:
+                    yield batch_of(config, counts, counts, columns_of(rows))
+
     def _prompt(self, size: PromptSize) -> Batch | None:
         """A step of this size; None if there can be none."""
         singles, tokens, prompts = size
         config = self._config
         singles = min(singles, config.max_num_seqs - prompts, config.max_num_batched_tokens - tokens)
-        counts = np.ones(max(0, singles) + prompts, np.int32)
-        counts[max(0, singles) :] = tokens // prompts
-        if singles < 0 or not 1 < tokens // prompts <= config.max_model_len:
+        if not 1 < tokens // prompts <= config.max_model_len:
             return None
+        if singles < 0 or size_of(singles, tokens, prompts, config.max_num_seqs) != size:
+            return None
+        counts = np.ones(singles + prompts, np.int32)
+        counts[singles:] = tokens // prompts
         return batch_of(config, counts, counts, columns_of(len(counts)))
