@@ -37,6 +37,9 @@ class OneRequest:
     def step(self) -> StepOutput:
         return StepOutput(tokens=[])
 
+    def prepare(self) -> bool:
+        return False
+
     def save_idle(self) -> bool:
         return False
 
