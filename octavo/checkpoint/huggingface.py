@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class HuggingFace:
             large = [self._download(client, listing, file) for file in files if file.sha256]
             running = [threads.submit(download.run, progress) for download in large]
             try:
-                for each in running:
+                for each in wait(running, return_when=FIRST_EXCEPTION).done:
                     each.result()
             except BaseException:
                 progress.stop()  # the others end at their next piece
