@@ -15,6 +15,8 @@ from typing import IO, Any
 from octavo.errors import ConfigError
 
 _BATCH_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{16})")
+# What an answer begins with: so one that was cut is told from the end of a file of something else.
+_BEGINNINGS = (b'{"line": ', b'{"id": "batch_req_')
 
 
 def digest_of(line: bytes) -> str:
@@ -28,7 +30,7 @@ def batch_id(number: int, digest: str) -> str:
 
 
 class AnswersFile:
-    """The file `name`, or standard output for `-`, which no run goes on from. Raises `ConfigError`.
+    """The file `name`, or standard output for `-`; no run goes on from that or a device or pipe. Raises `ConfigError`.
 
     `done` has the digests of the input lines that it answers, by their numbers; None for an answer of an older version.
     """
@@ -40,7 +42,8 @@ class AnswersFile:
         if name != "-":
             self._file = self._open(Path(name))
             try:
-                self.done = self._finished(self._file)
+                if Path(name).is_file():
+                    self.done = self._finished(self._file)
             except BaseException:
                 self.close()
                 raise
@@ -51,6 +54,8 @@ class AnswersFile:
         if not path.parent.is_dir():
             raise ConfigError(f"output {path} cannot be made, since there is no folder {path.parent}; make it")
         try:
+            if path.exists() and not path.is_file():
+                return path.open("wb")
             file = path.open("a+b")
         except OSError as error:
             raise ConfigError(f"output {path} cannot be written: {error.strerror}; name another file") from None
@@ -71,7 +76,7 @@ class AnswersFile:
         for line in file:
             found = _answered(line)
             ended = line.endswith(b"\n")
-            if found is None and ended:
+            if found is None and (ended or not any(line.startswith(x) or x.startswith(line) for x in _BEGINNINGS)):
                 raise ConfigError(f"{self.name} holds lines that octavo generate did not write; name another file")
             if found is None:
                 break

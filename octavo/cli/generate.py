@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from octavo.cli.answers_file import AnswersFile, batch_id, digest_of
@@ -41,9 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    answers = AnswersFile(arguments.output)
-    try:
-        with _opened(arguments.input) as lines:
+    options, server_options = from_args(EngineOptions, arguments), from_args(ServerOptions, arguments)
+    given = from_args(SamplingOptions, arguments).given()
+    sampling_params({}, given)  # a mistake among them is no line's
+    with _opened(arguments.input) as lines:
+        _check_different(arguments.input, arguments.output)
+        answers = AnswersFile(arguments.output)
+        try:
             total = None
             if lines.seekable():
                 total = sum(1 for line in lines if line.strip())
@@ -55,12 +60,18 @@ def run(arguments: argparse.Namespace) -> int:
                     f"{arguments.output} has answers already, and standard input cannot be compared with them; name"
                     " another output"
                 )
-            options, server_options = from_args(EngineOptions, arguments), from_args(ServerOptions, arguments)
-            given = from_args(SamplingOptions, arguments).given()
             job = _Job(answers, given, total)
+            if total == len(answers.done):
+                return job.tell()
             return asyncio.run(job.run(lines, options, server_options, verbose=arguments.verbose))
-    finally:
-        answers.close()
+        finally:
+            answers.close()
+
+
+def _check_different(source: str, output: str) -> None:
+    with contextlib.suppress(OSError):
+        if Path(source).is_file() and Path(source).samefile(output):
+            raise ConfigError(f"{output} is the input as well as the output; name another output")
 
 
 def _opened(name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
@@ -117,14 +128,17 @@ class _Job:
         self._service = Service(engine, server_options, Metrics(lambda: engine.stats))
         starting = asyncio.ensure_future(engine.start())
         try:
-            model = self._service.model = await asyncio.to_thread(load_model, options, server_options)
-            sampling_params(model.sampling_defaults, self.given)  # a mistake among them is no line's
+            self._service.model = await asyncio.to_thread(load_model, options, server_options)
             limits = (await starting).limits
             with self._progress():
                 await self._answer_all(lines, 2 * limits.max_num_seqs)
         finally:
             starting.cancel()
             await engine.close()
+        return self.tell()
+
+    def tell(self) -> int:
+        """Says what has come of the lines; 0, or 1 if some were bad."""
         there = len(self.answers.done)
         print(f"{self.answered} answered, {there} already there, {self.bad} bad lines", file=sys.stderr)
         return 1 if self.bad else 0

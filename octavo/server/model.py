@@ -147,7 +147,10 @@ class ServedModel:
 def load_model(options: EngineOptions, server_options: ServerOptions) -> ServedModel:
     """Reads tokenizer, template and defaults; raises `CheckpointError` or `DownloadError`."""
     checkpoint = open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False)
-    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else Tokenizer.from_checkpoint(checkpoint)
+    if options.tokenizer:
+        tokenizer = Tokenizer.load(options.tokenizer, hub=options.hub, revision=options.revision)
+    else:
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
     tokenizer.check_vocabulary(read_config(checkpoint.config).vocab_size)
     defaults = advised(checkpoint.generation_config) if options.generation_config == "auto" else {}
     name, *aliases = dict.fromkeys(server_options.served_model_name or [name_of(options.model)])

@@ -263,3 +263,18 @@ def test_more_lines_than_run_at_once_and_an_interrupt(model: str, tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(answer["line"] for answer in answers(target)) == list(range(1, 401))
+
+
+def test_no_file_of_something_else_is_cut(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source, notes = tmp_path / "in.jsonl", tmp_path / "notes"
+    source.write_text(json.dumps(GOOD))
+    notes.write_text("without an end")
+    assert generate("no model is looked for", source, notes) == 2
+    assert "lines that octavo generate did not write" in capsys.readouterr().err
+    assert notes.read_text() == "without an end"
+    assert generate("no model is looked for", source, source) == 2
+    assert "is the input as well as the output" in capsys.readouterr().err
+    assert json.loads(source.read_text()) == GOOD
+    assert generate(model, source, Path("/dev/null")) == 0
+    assert generate(model, source, tmp_path / "out") == 0
+    assert generate("no model is looked for", source, tmp_path / "out") == 0  # all is answered
