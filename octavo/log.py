@@ -1,10 +1,11 @@
 """One logger, one format, on standard error; standard output belongs to results."""
 
-import json
 import logging
 import sys
 from datetime import datetime
 from typing import Literal, TextIO
+
+from octavo.json_line import json_line
 
 logger = logging.getLogger("octavo")
 
@@ -32,7 +33,7 @@ class _Json(logging.Formatter):
         line |= {"message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json_line(line, spaced=True)
 
 
 def setup(verbose: bool = False, process: str = "", lines: Format = "text") -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from octavo.errors import ConfigError
+from octavo.json_line import json_line
 
 _BATCH_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{16})")
 # What an answer begins with: so one that was cut is told from the end of a file of something else.
@@ -106,7 +107,7 @@ class AnswersFile:
             )
 
     def write(self, answer: dict[str, Any]) -> None:
-        line = json.dumps(answer, ensure_ascii=False) + "\n"
+        line = json_line(answer, spaced=True) + "\n"
         if self._file is None:
             sys.stdout.buffer.write(line.encode("utf-8", "replace"))
             sys.stdout.buffer.flush()

@@ -7,12 +7,15 @@ bodies. A run that was interrupted goes on where it stopped (`answers_file`).
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
+import math
 import os
+import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from octavo.cli.answers_file import AnswersFile, batch_id, digest_of
@@ -23,8 +26,9 @@ from octavo.errors import ConfigError, EngineDeadError, OctavoError, QueueFullEr
 from octavo.sampling_defaults import sampling_params
 from octavo.sampling_params import SamplingParams
 
+_READ_AHEAD = 1000  # lines of a pipe
 _FULL_SECONDS = 0.05  # until a full queue is tried again
-_SERVER_OPTIONS = ("served_model_name", "max_queued_requests", "confirm_timeout")
+_SERVER_OPTIONS = ("served_model_name", "max_queued_requests")
 _URLS = "/v1/chat/completions or /v1/completions"
 
 
@@ -46,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = from_args(SamplingOptions, arguments).given()
     sampling_params({}, given)  # a mistake among them is no line's
     with _opened(arguments.input) as lines:
-        _check_different(arguments.input, arguments.output)
+        _check_different(lines, arguments.output)
         answers = AnswersFile(arguments.output)
         try:
             total = None
@@ -68,9 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
             answers.close()
 
 
-def _check_different(source: str, output: str) -> None:
+def _check_different(lines: IO[bytes], output: str) -> None:
     with contextlib.suppress(OSError):
-        if Path(source).is_file() and Path(source).samefile(output):
+        there = os.stat(output)  # noqa: PTH116 -- a name of any kind
+        if stat.S_ISREG(there.st_mode) and os.path.samestat(os.fstat(lines.fileno()), there):
             raise ConfigError(f"{output} is the input as well as the output; name another output")
 
 
@@ -106,7 +111,7 @@ class _Job:
         self._advance: Callable[[], None] = lambda: None
 
     async def run(
-        self, lines: Iterable[bytes], options: EngineOptions, server_options: ServerOptions, *, verbose: bool
+        self, lines: IO[bytes], options: EngineOptions, server_options: ServerOptions, *, verbose: bool
     ) -> int:
         """Answers every line; 0, or 1 if some were bad."""
         from octavo.checkpoint import open_engine_checkpoint
@@ -122,7 +127,7 @@ class _Job:
         engine = EngineClient(
             options,
             max_queued_requests=server_options.max_queued_requests,
-            confirm_timeout=server_options.confirm_timeout,
+            confirm_timeout=math.inf,  # nobody else is kept waiting
             verbose=verbose,
         )
         self._service = Service(engine, server_options, Metrics(lambda: engine.stats))
@@ -131,7 +136,11 @@ class _Job:
             self._service.model = await asyncio.to_thread(load_model, options, server_options)
             limits = (await starting).limits
             with self._progress():
-                await self._answer_all(lines, 2 * limits.max_num_seqs)
+                await self._answer_all(_numbered(lines), 2 * limits.max_num_seqs)
+        except EngineDeadError as error:
+            if self.answers.name == "-":
+                raise
+            raise EngineDeadError(f"{error}; the same command goes on where it stopped") from None
         finally:
             starting.cancel()
             await engine.close()
@@ -143,11 +152,11 @@ class _Job:
         print(f"{self.answered} answered, {there} already there, {self.bad} bad lines", file=sys.stderr)
         return 1 if self.bad else 0
 
-    async def _answer_all(self, lines: Iterable[bytes], most: int) -> None:
+    async def _answer_all(self, lines: AsyncIterator[tuple[int, bytes]], most: int) -> None:
         """At most `most` lines at a time, each as a task of its own."""
         open_tasks: set[asyncio.Task[None]] = set()
         try:
-            for number, line in enumerate(lines, 1):
+            async for number, line in lines:
                 if number in self.answers.done:
                     self._note_custom_id(number, line)
                     continue
@@ -305,6 +314,40 @@ class _Job:
             bar = progress.add_task("", total=self.total, completed=len(self.answers.done), tokens=0)
             self._advance = lambda: progress.update(bar, advance=1, tokens=self.tokens)
             yield
+
+
+async def _numbered(lines: IO[bytes]) -> AsyncIterator[tuple[int, bytes]]:
+    """Lines with their numbers from 1. Whoever writes a pipe may wait for answers before the next line, so a thread
+    reads it."""
+    if lines.seekable():
+        for number, line in enumerate(lines, 1):
+            yield number, line
+        return
+    loop = asyncio.get_running_loop()
+    read: asyncio.Queue[bytes | OSError] = asyncio.Queue(_READ_AHEAD)
+
+    def put(line: bytes | OSError) -> None:
+        asyncio.run_coroutine_threadsafe(read.put(line), loop).result()
+
+    def feed() -> None:
+        # A file of its own: whoever holds the lock of sys.stdin when the interpreter ends is a fatal error.
+        own = open(lines.fileno(), "rb", closefd=False)  # noqa: SIM115 -- may wait for ever
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            try:
+                for line in own:
+                    put(line)
+                put(b"")
+            except OSError as error:
+                put(error)
+
+    threading.Thread(target=feed, name="octavo-read-input", daemon=True).start()
+    for number in itertools.count(1):
+        found = await read.get()
+        if isinstance(found, OSError):
+            raise found
+        if not found:
+            return
+        yield number, found
 
 
 async def _settled(tasks: set[asyncio.Task[None]], when: str) -> set[asyncio.Task[None]]:

@@ -6,7 +6,6 @@ What the JSON says is `chat`'s and `completions`' business, and the dialect's.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.errors import OctavoError
+from octavo.json_line import json_line
 from octavo.log import logger
 from octavo.request import CompletionOutput
 from octavo.server.answer import Answer
@@ -25,8 +25,6 @@ from octavo.server.off_loop import off_loop, uncollected
 
 Json = dict[str, Any]
 
-# Made once: `json.dumps` with options makes a new encoder for each call.
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
 _DEEPEST = 3  # an answer's object, its list of choices, a choice, its logprobs
 _AT_ONCE = 10_000  # numbers, which take about 1 ms
 _MANY_LOGPROBS = 5000  # which take some 5 ms to tell
@@ -62,7 +60,7 @@ class Reply(Protocol):
 
 
 def json_bytes(value: Json) -> bytes:
-    return _encode(value).encode()
+    return json_line(value).encode()
 
 
 async def long_response(make: Callable[[], Json]) -> Response:
@@ -70,22 +68,22 @@ async def long_response(make: Callable[[], Json]) -> Response:
 
     def tell() -> bytes:
         with uncollected:
-            return _encode_long(make()).encode()
+            return _long_line(make()).encode()
 
     return Response(await off_loop(tell), media_type="application/json")
 
 
-def _encode_long(value: Any, depth: int = 0) -> str:
+def _long_line(value: Any, depth: int = 0) -> str:
     """JSON in pieces, since the encoder keeps the interpreter's lock for as long as it takes."""
     if isinstance(value, list) and value and isinstance(value[0], int):
-        pieces = (_encode(value[i : i + _AT_ONCE])[1:-1] for i in range(0, len(value), _AT_ONCE))
+        pieces = (json_line(value[i : i + _AT_ONCE])[1:-1] for i in range(0, len(value), _AT_ONCE))
         return f"[{','.join(pieces)}]"
     if isinstance(value, list):
-        return f"[{','.join([_encode_long(item, depth + 1) for item in value])}]"
+        return f"[{','.join([_long_line(item, depth + 1) for item in value])}]"
     if isinstance(value, dict) and depth <= _DEEPEST:
-        items = [f"{_encode(name)}:{_encode_long(item, depth + 1)}" for name, item in value.items()]
+        items = [f"{json_line(name)}:{_long_line(item, depth + 1)}" for name, item in value.items()]
         return f"{{{','.join(items)}}}"
-    return _encode(value)
+    return json_line(value)
 
 
 def json_response(value: Json, status: int = 200) -> Response:
@@ -155,16 +153,16 @@ class StreamedResponse(Response):
         """Chunks as server-sent events, those of one piece together."""
         reply, dialect = self._reply, self._dialect
         # The envelope is the same each time: encoded once, cut open where the choices go.
-        head = "data: " + _encode(dialect.chunk_envelope(reply.envelope()))[:-1] + ',"choices":['
+        head = "data: " + json_line(dialect.chunk_envelope(reply.envelope()))[:-1] + ',"choices":['
         async for deltas in reply.answer.deltas():
             if reply.continuous_usage:
-                tail = f'],"usage":{_encode(usage_json(reply.answer))}}}\n\n'
+                tail = f'],"usage":{json_line(usage_json(reply.answer))}}}\n\n'
             else:
                 tail = f"]{dialect.chunk_usage(reply.answer, reply.include_usage)}}}\n\n"
-            if events := [head + _encode(dialect.chunk_choice(choice)) + tail for choice in reply.choices(deltas)]:
+            if events := [head + json_line(dialect.chunk_choice(choice)) + tail for choice in reply.choices(deltas)]:
                 yield "".join(events).encode()
         if reply.include_usage:
-            usage = _encode(usage_json(reply.answer))
+            usage = json_line(usage_json(reply.answer))
             yield f'{head}],"usage":{usage}}}\n\n'.encode()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from octavo.config import expanded
 from octavo.errors import ConfigError, OctavoError
+from octavo.json_line import json_line
 from octavo.swift.arguments import InferArguments
 from octavo.swift.engine import SwiftEngine
 from octavo.swift.request_list import inference_stream_vllm, inference_vllm
@@ -37,7 +38,7 @@ class Results:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(json_line(entry, spaced=True) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"cannot write to {self.path.parent} ({error.strerror}); name another folder with --result_dir, or"
@@ -173,7 +174,7 @@ def _lines(names: list[str]) -> Iterator[dict[str, Any]]:
         path = expanded(name)
         if not path.is_file():
             raise ConfigError(f"--val_dataset {name} is no file; name a file of JSON lines")
-        for number, text in enumerate(path.read_text("utf-8").splitlines(), 1):
+        for number, text in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
             if not text.strip():
                 continue
             try:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def written(path: Path, *lines: Any) -> Path:
 
 
 def answers(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def run_apart(model: str, *words: str, text: str = "") -> subprocess.CompletedProcess:
@@ -263,6 +264,51 @@ def test_more_lines_than_run_at_once_and_an_interrupt(model: str, tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(answer["line"] for answer in answers(target)) == list(range(1, 401))
+
+
+def test_a_pipe_whose_writer_waits_for_answers(model: str):
+    command = [sys.executable, "-m", "octavo", "generate", model, "-i", "-", "-o", "-"]
+    command += ["--device", "cpu", "--kv-cache-memory", "1MiB"]
+    running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stdin is not None
+    assert running.stdout is not None
+    assert running.stderr is not None
+    try:
+        for number in (1, 2, 3):
+            running.stdin.write(json.dumps(GOOD).encode() + b"\n")
+            running.stdin.flush()
+            assert json.loads(running.stdout.readline())["line"] == number
+        running.send_signal(signal.SIGINT)  # while it waits for a line
+        assert running.wait(30) == 130
+        said = running.stderr.read()
+        assert b"Traceback" not in said
+        assert b"Fatal" not in said
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def test_an_engine_that_dies(model: str, tmp_path: Path):
+    endless = {"prompt": "a", "max_tokens": 100, "ignore_eos": True}
+    source, target = written(tmp_path / "in.jsonl", *[endless] * 2000), tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "octavo", "generate", model, "-i", str(source), "-o", str(target)]
+    command += ["--device", "cpu", "--kv-cache-memory", "1MiB"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 60
+        while not target.exists() or not target.read_bytes():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        (engine,) = [int(child) for child in children]
+        os.kill(engine, signal.SIGKILL)
+        said = running.communicate(timeout=30)[1]
+        assert running.returncode == 2
+        assert "killed by SIGKILL; the same command goes on where it stopped" in said
+        assert "Traceback" not in said
+    finally:
+        running.kill()
+        running.communicate()
 
 
 def test_no_file_of_something_else_is_cut(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -22,7 +22,7 @@ MODELS = ("serve", "chat", "generate", "infer", "deploy")  # run one
 # By the beginnings of paths, the longest first, the commands that can show a message of the file.
 SHOWN_BY = {
     "checkpoint": (*MODELS, "pull", "plan", "parity"),
-    "engine/process": ("serve", "deploy", "generate"),
+    "engine/process": ("serve", "deploy"),  # generate waits for confirmations without an end
     "server": ("serve", "deploy"),
     "server/answer": ("serve", "deploy", "generate"),
     "server/model": ("serve", "deploy", "generate"),
