@@ -27,6 +27,7 @@ FLOORS = [
         "metrics",
         "errors",
         "deferred_signals",
+        "json_line",
         "log",
         "progress",
         "timeline",

@@ -135,12 +135,12 @@ class _Job:
         try:
             self._service.model = await asyncio.to_thread(load_model, options, server_options)
             limits = (await starting).limits
-            with self._progress():
-                await self._answer_all(_numbered(lines), 2 * limits.max_num_seqs)
-        except EngineDeadError as error:
-            if self.answers.name == "-":
-                raise
-            raise EngineDeadError(f"{error}; the same command goes on where it stopped") from None
+            try:
+                with self._progress():
+                    await self._answer_all(_numbered(lines), 2 * limits.max_num_seqs)
+            except EngineDeadError:
+                ending = "" if self.answers.name == "-" else "; the same command goes on where it stopped"
+                raise EngineDeadError(f"{await engine.why_dead()}{ending}") from None
         finally:
             starting.cancel()
             await engine.close()

@@ -153,6 +153,12 @@ class EngineClient:
             self._forget(stream)
         self._send(("abort", request_id, index))
 
+    async def why_dead(self) -> str:
+        """Why an engine that ran has ended; waits until its process has told."""
+        if self._burying is not None:
+            await asyncio.wait({self._burying})
+        return f"the engine stopped{_because(self._exit_reason)}"
+
     @property
     def num_open(self) -> int:
         """Requests that have not ended."""
