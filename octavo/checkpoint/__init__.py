@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.config import EngineOptions, expanded
-from octavo.errors import CheckpointError, nearest
+from octavo.errors import CheckpointError, DownloadError, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,13 @@ def locate(model: str, hub: str = "auto", revision: str | None = None, check: Ch
     if (path := local_path(model)) is not None:
         return path
     if (name := hubs.RepositoryName.parse(model)) is not None:
-        return hubs.find(name, hub, revision) or hubs.pull(name, hub, revision, check)
+        try:
+            return hubs.find(name, hub, revision) or hubs.pull(name, hub, revision, check)
+        except PermissionError as error:
+            raise DownloadError(
+                f"{error.filename}, a folder of a hub's cache, cannot be read: {error.strerror}; let this user read it,"
+                " or set HF_HOME or MODELSCOPE_CACHE to another folder"
+            ) from None
     listed = ", ".join(known.MODELS)
     raise CheckpointError(
         f"model {model!r} is neither a known name ({listed}), nor a .gguf file, nor a folder with config.json, nor"

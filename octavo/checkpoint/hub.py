@@ -79,9 +79,9 @@ def pull(name: str) -> Path:
         raise DownloadError(f"model {name!r} is not known; known: {', '.join(MODELS)}.{nearest(name, MODELS)}")
     target = _target(name)
     folder = target.parent
-    if _is_whole(target, source):
-        return target
     try:
+        if _is_whole(target, source):
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, name):
             if not _is_whole(target, source):

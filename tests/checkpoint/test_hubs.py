@@ -11,6 +11,7 @@ import pytest
 from octavo.checkpoint import download, hubs, locate, modelscope, open_checkpoint
 from octavo.checkpoint.repository import RepositoryName, choose_paths
 from octavo.errors import CheckpointError, ConfigError, DownloadError
+from tests.checkpoint.denied import deny_reading
 from tests.checkpoint.fake_hubs import COMMIT, FakeHub, serving
 
 NAME = "octo/tiny.1"
@@ -288,6 +289,13 @@ def test_a_cache_that_cannot_be_written(server: FakeHub, tmp_path: Path) -> None
     for hub, variable in (("hf", "HF_HOME"), ("modelscope", "MODELSCOPE_CACHE")):
         (tmp_path / hub).write_text("a file where the folder should be")
         fails(hub, f"set {variable} to another folder")
+
+
+def test_a_cache_of_another_user(server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for hub in HUBS:
+        with monkeypatch.context() as patch:
+            deny_reading(patch, tmp_path / hub)
+            fails(hub, "cannot be read: Permission denied; let this user read it, or set HF_HOME or MODELSCOPE_CACHE")
 
 
 def test_an_update_asks_the_hub_again(server: FakeHub) -> None:
