@@ -114,11 +114,14 @@ def test_the_definitions_are_vllms(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["what"]: row for row in found["rows"]}
     assert list(rows) == ["TTFT", "TPOT", "ITL", "E2EL"]
-    # Later, by what a busy machine adds, and never earlier.
-    for what, expected in (("TTFT", 100), ("TPOT", 50), ("ITL", 100), ("E2EL", 300)):
-        assert expected - 1 <= rows[what]["mean_ms"] <= expected + 60, what
+    # Later, by what a busy machine adds, but not by the usage's 0.2 s; what lies between follows from the two.
+    first, whole, each, between_chunks = (rows[what]["mean_ms"] for what in ("TTFT", "E2EL", "TPOT", "ITL"))
+    assert first >= 99
+    assert 299 <= whole < 490
+    assert 4 * each == pytest.approx(whole - first, abs=0.01)
+    assert 2 * between_chunks == pytest.approx(whole - first, abs=0.01)
     assert found["requests"] == 4
-    assert 0.5 <= found["seconds"] < 0.8
+    assert found["seconds"] >= 0.5
     assert found["out_tok_s"] == pytest.approx(20 / found["seconds"], rel=0.01)
     prompts, lengths = between(4, (3, 5), (5, 5), 7)
     assert {len(prompt) for prompt in prompts} <= {3, 4, 5}
