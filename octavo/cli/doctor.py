@@ -32,7 +32,7 @@ _REQUIRED = ("numpy", "tokenizers", "jinja2", "fastapi", "uvicorn", "prometheus_
 _OPTIONAL = {"huggingface_hub": "models of Hugging Face: pip install 'octavo[hub]'", "transformers": "octavo parity"}
 _LEAST_MEMORY = 2 << 30  # the default model takes half of this, within the half of the free memory that it may have
 _LEAST_DISK = 1 << 30
-_SECONDS_FOR_TORCH = 180
+_SECONDS_FOR_TORCH = 400  # kernels for Hopper may have to be checked
 
 # What kernels are chosen by, in the words of /proc/cpuinfo.
 _KERNEL_WORDS = (
@@ -58,6 +58,8 @@ for index in range(torch.cuda.device_count() if available else 0):
         gpu |= {"free": free, "total": total}
         one = torch.ones(64, 64, device=f"cuda:{index}")
         assert (one @ one)[0, 0].item() == 64, "it multiplies wrongly"
+        from octavo.ops import described
+        gpu["kernels"] = described(one.device)
     except Exception as error:
         gpu["error"] = str(error).splitlines()[0]
     found["gpus"].append(gpu)
@@ -138,6 +140,9 @@ def _torch_and_gpus() -> Iterator[Finding]:
         else:
             memory = f"{format_size(gpu['free'])} free of {format_size(gpu['total'])}"
             yield Finding("GPU", "ok", f"{index}: {gpu['name']}, {memory}")
+            fix = "pip install a Triton that has them, such as the one that torch 2.11 brings"
+            status = "warning" if "slower" in gpu["kernels"] else "ok"
+            yield Finding("GPU", status, f"{index}: kernels: {gpu['kernels']}", fix if status == "warning" else "")
     if found["gpus"]:
         return
     if seen := gpus():

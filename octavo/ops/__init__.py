@@ -95,6 +95,15 @@ class Ops(Protocol):
         """Copies blocks (source, destination) in each [P, B, K, H] cache; all reads go before all writes."""
 
 
+def described(device: torch.device) -> str:
+    """One line of what computes on a GPU."""
+    if find_spec("triton") is None:
+        return f"torch {torch.__version__} without Triton, which is much slower; pip install triton"
+    from octavo.ops.triton import hopper_kernels
+
+    return hopper_kernels.described(device)
+
+
 def for_device(device: torch.device) -> Ops:
     """The kernels that run on `device`: Triton's on a GPU where it is installed, else plain torch."""
     if device.type == "cuda" and find_spec("triton"):

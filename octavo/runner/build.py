@@ -47,6 +47,8 @@ def build_executor(
     mark("open model")
     capability, (free, total) = _of_device(device)
     dtype, precision, why = settle(options, model, stored_types(checkpoint.tensors), device, capability)
+    if device == "cuda":
+        logger.info("kernels: %s", _described(device))
     if why:
         logger.warning("the CPU's own kernels cannot run this model, so plain torch does, much slower: %s", why)
     settled: dict[str, Any] = {
@@ -81,6 +83,14 @@ def build_executor(
         identity = kv_identity(checkpoint, config, executor.layout)
         mark("hash weights")
     return executor, config, plan, timeline, identity
+
+
+def _described(device: str) -> str:
+    import torch
+
+    from octavo.ops import described
+
+    return described(torch.device(device))
 
 
 def kv_identity(checkpoint: Checkpoint, config: EngineConfig, layout: str) -> bytes:

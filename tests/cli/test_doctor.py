@@ -14,7 +14,7 @@ from tests.builds import choose
 
 HEALTHY = {"version": "2.9.0", "cuda": None, "threads": 4, "gpus": []}
 BROKEN_GPU = {"name": "H100", "error": "CUDA error: uncorrectable ECC"}
-GPU = {"name": "H100", "error": None, "free": 70 << 30, "total": 80 << 30}
+GPU = {"name": "H100", "error": None, "free": 70 << 30, "total": 80 << 30, "kernels": "Triton 3.6.0, torch 2.11, sm_90"}
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +72,13 @@ def test_gpus_that_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_ask_torch", lambda: (found, ""))
     assert "1: H100 does not work: CUDA error: uncorrectable ECC" in texts("warning")
     assert "0: H100, 70.00 GiB free of 80.00 GiB" in texts("ok")
+    assert "0: kernels: Triton 3.6.0, torch 2.11, sm_90" in texts("ok")
+
+
+def test_a_gpu_whose_kernels_are_not_all_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = GPU | {"kernels": "Triton 4.0; without Hopper's attention of prompts, which makes it slower: no such name"}
+    monkeypatch.setattr(doctor, "_ask_torch", lambda: (HEALTHY | {"gpus": [slow]}, ""))
+    assert "slower: no such name -> pip install a Triton that has them" in texts("warning")
 
 
 def test_a_gpu_and_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,13 +77,6 @@ def test_heads_are_turned_at_once_where_rows_have_several_tokens(ops):
     torch.testing.assert_close(found, wanted)
 
 
-def test_without_gluon_no_weights_stream(monkeypatch):
-    from octavo.ops import triton
-
-    monkeypatch.setattr(triton, "streamed", None)
-    assert not triton.TritonOps._streams(torch.empty(8, 2048), torch.empty(2048, 2048))
-
-
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 32, 24), (2, 640, 40), (3, 1024, 40), (5, 512, 512)])
 @pytest.mark.parametrize("in_fp8", [False, True])
 def test_fused_chain(cases, ops, rows, width, outputs, in_fp8):
@@ -147,7 +140,7 @@ def test_products_whose_weights_stream_are_taken_in(cases, ops, monkeypatch):
 
     stand_in = SimpleNamespace(write_product=write_product, in_parts=in_parts, silu_product=silu_product)
     monkeypatch.setattr(fused, "streamed", stand_in)
-    monkeypatch.setattr(TritonOps, "_streams", staticmethod(lambda x, weight: len(x) >= 2))
+    monkeypatch.setattr(TritonOps, "_streams", lambda self, x, weight: len(x) >= 2)
     for rows in (1, 2, 5):
         calls.clear()
         cases.check_fused(ops, CPU, torch.float32, rows, 64, 48, in_fp8=False)

@@ -11,7 +11,7 @@ import torch
 
 from octavo.batch import Ints
 from octavo.ops import reference
-from octavo.ops.triton import fp8, matmul, matvec, product
+from octavo.ops.triton import environment, fp8, hopper_kernels, matmul, matvec, product, tiles
 from octavo.ops.triton.decode import PrefixParts, decode_attention
 from octavo.ops.triton.invariant import invariant_attention
 from octavo.ops.triton.norm import add_rms_norm, rms_norm
@@ -23,10 +23,12 @@ from octavo.ops.weight import Fp8Weight, Weight
 
 try:
     from octavo.ops.triton import streamed
-except ImportError:  # another version of Triton
+except ImportError:  # `hopper_kernels` says why
     streamed = None  # type: ignore[assignment]
 
 _COUNTERS = 4096
+
+environment.settle()
 
 
 @dataclass(slots=True)
@@ -53,8 +55,9 @@ class TritonOps:
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         self._turn = torch.zeros(1, dtype=torch.int32, device=device)
         self._prefix: SharedPrefix | None = None
+        self._hopper = hopper_kernels.usable(device)
         # Whether a kernel may be launched before the one in front of it has ended (programmatic dependent launch).
-        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.pdl = tiles.capability(device) >= (9, 0)
 
     @property
     def invariant(self) -> bool:
@@ -104,9 +107,8 @@ class TritonOps:
             return way(x_TI, weight_OI, bias_O)
         return reference.linear(x_TI, weight_OI, bias_O)
 
-    @staticmethod
-    def _streams(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
-        return streamed is not None and streamed.suits(x_TI, weight_OI)
+    def _streams(self, x_TI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+        return not self._hopper.streamed and streamed.suits(x_TI, weight_OI)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float

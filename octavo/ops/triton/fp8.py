@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from octavo.ops.triton.tiles import capability
 from octavo.ops.weight import Fp8Weight
 
 # Rows below which products are bound by reading weights, so that 16-bit activations cost nothing.
@@ -19,7 +20,7 @@ def suits(x_TI: torch.Tensor, weight_OI: Fp8Weight) -> bool:
     outputs, inputs = weight_OI.values_OI.shape
     return (
         len(x_TI) >= _LEAST_ROWS
-        and x_TI.device.type == "cuda"
+        and capability(x_TI.device) >= (8, 9)
         and x_TI.dtype == torch.bfloat16
         and inputs % 16 == outputs % 16 == 0
     )

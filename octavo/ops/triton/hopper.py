@@ -9,19 +9,18 @@ Shapes as in `octavo.ops`. No windows, no soft caps; `suits` says what it takes.
 """
 
 import torch
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
+
+from octavo.ops.triton.gluon import (
+    TensorDescriptor,
+    async_load,
+    gl,
+    gluon,
     mbarrier,
-    tma,
+    reinterpret,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from octavo.ops.triton.tiles import LOG2_E, check_gluon
-
-check_gluon("prefill attention for Hopper")
+from octavo.ops.triton.tiles import LOG2_E, capability, processors
 
 _PAIRS = 128  # of a query and a head, in a tile
 _KEYS = 128
@@ -35,8 +34,7 @@ def suits(q_TNH: torch.Tensor, k_cache_PBKH: torch.Tensor, sliding_window: int, 
     """Whether `attention` takes these."""
     H, B = q_TNH.shape[2], k_cache_PBKH.shape[1]
     return (
-        q_TNH.is_cuda
-        and torch.cuda.get_device_capability(q_TNH.device)[0] == 9
+        capability(q_TNH.device)[0] == 9
         and q_TNH.dtype in (torch.bfloat16, torch.float16)
         and k_cache_PBKH.dtype == q_TNH.dtype
         and H in (64, 128)
@@ -50,11 +48,7 @@ def suits(q_TNH: torch.Tensor, k_cache_PBKH: torch.Tensor, sliding_window: int, 
 def fills(q_TNH: torch.Tensor, k_cache_PBKH: torch.Tensor, num_tokens: int, num_rows: int) -> bool:
     """Whether there are tiles for all of the GPU: smaller ones are faster where there are not."""
     items = _items(num_tokens, num_rows, q_TNH.shape[1], k_cache_PBKH.shape[2])
-    return items >= _processors(q_TNH.device)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return items >= processors(q_TNH.device)
 
 
 def _heads(N: int, K: int) -> int:
@@ -92,7 +86,7 @@ def attention(
         for cache in (k_cache_PBKH, v_cache_PBKH)
     )
     items = _items(num_tokens, R, N, K)
-    programs = min(items, _processors(q_TNH.device))
+    programs = min(items, processors(q_TNH.device))
     _attention[(programs,)](
         queries,
         *caches,
@@ -264,7 +258,7 @@ def _plan(rows, queries_of_all, turn, buffers, bars, sizes: gl.constexpr):
             mbarrier.expect(queries_full.index(place), M * H * 2)
             for w in gl.static_range(2):
                 for h in gl.static_range(HALVES):
-                    tma.async_copy_global_to_shared(
+                    async_load(
                         queries_of_all,
                         [first_token + first // F + w * (M // 2 // F), group * F, h * 64],
                         queries_full.index(place),
@@ -331,9 +325,7 @@ def _copy(cache, to, full, free, paging, DRAWS: gl.constexpr, sizes: gl.constexp
                 token = key % B + gl.minimum(gl.maximum(length - key, 0) - BOX, 0)
                 for h in gl.static_range(HALVES):
                     box = to.index((stage * HALVES + h) * PARTS + part)
-                    tma.async_copy_global_to_shared(
-                        cache, [blocks[part], token, column + h * 64], full.index(stage), box
-                    )
+                    async_load(cache, [blocks[part], token, column + h * 64], full.index(stage), box)
             done += 1
 
 
@@ -429,9 +421,9 @@ def _multiply(out, scale, buffers, bars, GROUP: gl.constexpr, sizes: gl.constexp
         [M, H],
     )
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    keys = all_keys._reinterpret(dtype, [STAGES, KEYS, H], flat)
-    values = all_values._reinterpret(dtype, [STAGES, KEYS, H], flat)
-    tiles_of_queries = all_queries._reinterpret(dtype, [QUERY_STAGES * 2, M, H], flat)
+    keys = reinterpret(all_keys, [STAGES, KEYS, H], flat)
+    values = reinterpret(all_values, [STAGES, KEYS, H], flat)
+    tiles_of_queries = reinterpret(all_queries, [QUERY_STAGES * 2, M, H], flat)
 
     at = gl.arange(0, H, gl.SliceLayout(0, of_memory))
     column = gl.arange(0, KEYS, gl.SliceLayout(0, of_scores))

@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from octavo.ops.triton import hopper_kernels
+
 try:
     from octavo.ops.triton import hopper
-except ImportError:  # no Triton 3.6, whose Gluon it is written in
+except ImportError:  # `hopper_kernels` says why
     hopper = None  # type: ignore[assignment]
 
 from octavo.ops.triton.tiles import LOG2_E, dot_precision, room, tanh
@@ -35,7 +37,7 @@ def prefill_attention(
     `turn` is one int32 that is zero before and after.
     """
     if (
-        hopper
+        not hopper_kernels.usable(q_TNH.device).attention
         and hopper.suits(q_TNH, k_cache_PBKH, sliding_window, soft_cap)
         and hopper.fills(q_TNH, k_cache_PBKH, num_tokens, len(seq_lens_R))
     ):

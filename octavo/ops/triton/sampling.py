@@ -27,7 +27,7 @@ import triton.language as tl
 
 from octavo.batch import NO_TOKEN, NOT_FINITE
 from octavo.ops.triton.noise import fold, gumbel, hash32, key_of
-from octavo.ops.triton.tiles import LOG2_E
+from octavo.ops.triton.tiles import LOG2_E, NO_GPU, capability
 
 # Below it, logits over the temperature could overflow: such draws are left to the sampler that subtracts a maximum.
 MIN_TEMPERATURE = 1e-4
@@ -78,7 +78,7 @@ def draw(logits_SV: torch.Tensor, asked: Asked, num_tokens: int, out_S: torch.Te
         CHUNK=_CHUNK,
         GROUP=_GROUP,
         PIECE=_PIECE,
-        CUDA=logits_SV.is_cuda,
+        CUDA=capability(logits_SV.device) != NO_GPU,
         num_warps=4,
     )
     _draw_from_row[(S,)](

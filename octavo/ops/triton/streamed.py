@@ -13,15 +13,19 @@ Shapes: T tokens, I input width, O output width, F outputs of a gate, P parts.
 
 import torch
 import triton
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo.ops.triton.tiles import check_gluon
-
-check_gluon("the product whose weights stream")
+from octavo.ops.triton.gluon import (
+    TensorDescriptor,
+    async_load,
+    gl,
+    gluon,
+    mbarrier,
+    reinterpret,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from octavo.ops.triton.tiles import capability
 
 # One row is faster by `matvec`, which takes in what stands in front.
 LEAST_ROWS, MOST_ROWS = 2, 64
@@ -46,8 +50,7 @@ def suits(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
         and x_TI.is_contiguous()
         and weight_OI.is_contiguous()
         and (x_TI.data_ptr() | weight_OI.data_ptr()) % 16 == 0
-        and x_TI.is_cuda
-        and torch.cuda.get_device_capability(x_TI.device)[0] == 9
+        and capability(x_TI.device)[0] == 9
     )
 
 
@@ -178,8 +181,8 @@ def _copy_weights(weights_of_all, outputs, inputs, buffers, sizes: gl.constexpr)
         for box in gl.static_range(2):
             at = start + (2 * done + box) * BOX
             to = 4 * stage + 2 * box
-            tma.async_copy_global_to_shared(weights_of_all, [output, at], full.index(stage), weights.index(to))
-            tma.async_copy_global_to_shared(weights_of_all, [other, at], full.index(stage), weights.index(to + 1))
+            async_load(weights_of_all, [output, at], full.index(stage), weights.index(to))
+            async_load(weights_of_all, [other, at], full.index(stage), weights.index(to + 1))
 
 
 @gluon.jit
@@ -196,7 +199,7 @@ def _copy_rows(rows_of_all, inputs, buffers, sizes: gl.constexpr):
         mbarrier.expect(full.index(stage), 2 * ROWS * BOX * 2)
         for box in gl.static_range(2):
             at = start + (2 * done + box) * BOX
-            tma.async_copy_global_to_shared(rows_of_all, [0, at], full.index(stage), rows.index(2 * stage + box))
+            async_load(rows_of_all, [0, at], full.index(stage), rows.index(2 * stage + box))
 
 
 @gluon.jit
@@ -209,7 +212,8 @@ def _multiply(bias, out, tokens, outputs, inputs, buffers, sizes: gl.constexpr):
     GATED: gl.constexpr = sizes[4]
     BIASED: gl.constexpr = sizes[5]
     of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    weights = weights_of_boxes._reinterpret(weights_of_boxes.dtype, [2 * STAGES, OUTPUTS, BOX], weights_of_boxes.layout)
+    of_memory: gl.constexpr = weights_of_boxes.layout
+    weights = reinterpret(weights_of_boxes, [2 * STAGES, OUTPUTS, BOX], of_memory)
     # Of every other box of inputs, so that two products are under way.
     sums = gl.zeros([OUTPUTS, ROWS], gl.float32, of_sums)
     others = gl.zeros([OUTPUTS, ROWS], gl.float32, of_sums)

@@ -1,4 +1,4 @@
-"""What the kernels agree on: scores in base 2, how fp32 products are taken, which Gluon, a tanh, and fetching ahead."""
+"""What the kernels agree on: the GPU, scores in base 2, how fp32 products are taken, a tanh, and fetching ahead."""
 
 from functools import cache
 
@@ -11,21 +11,35 @@ _KIB = 1024
 LOG2_E = 1.4426950408889634
 
 
+# For Triton's interpreter; where there is no GPU, `scripts/compile-kernels` has the one here that it compiles for.
+NO_GPU = (0, 0)
+_capability_of_cpu = NO_GPU
+_PROCESSORS_OF_CPU = 132
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU, or `NO_GPU`."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _capability_of_cpu
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU."""
+    if device.type != "cuda":
+        return _PROCESSORS_OF_CPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @cache
 def room(device: torch.device) -> int:
     """Bytes of shared memory that a program may have: less on consumers' GPUs and on old ones."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    if capability[0] in (9, 10):
+    found = capability(device)
+    if found == NO_GPU or found[0] in (9, 10):
         return 227 * _KIB
-    if capability in ((8, 0), (8, 7)):
+    if found in ((8, 0), (8, 7)):
         return 163 * _KIB
-    return (64 if capability == (7, 5) else 96) * _KIB
-
-
-def check_gluon(what: str) -> None:
-    """Raises `ImportError` if Gluon is another than `what` is written in: its functions change with each version."""
-    if not triton.__version__.startswith("3.6."):
-        raise ImportError(f"{what} is written for Triton 3.6, not {triton.__version__}")
+    return (64 if found == (7, 5) else 96) * _KIB
 
 
 def dot_precision(dtype: torch.dtype) -> str:
