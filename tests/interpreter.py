@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,11 @@ MARKS = [
 
 
 def start() -> None:
-    """To be called before kernels are imported. Triton 3.6 takes an array for a number, and numpy 2.4 does not."""
+    """To be called before kernels are imported.
+
+    Triton takes an array for a number, and numpy 2.4 does not; from 3.9 on it refuses the masks that it makes itself of
+    single values.
+    """
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 
@@ -30,3 +35,12 @@ def start() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_tensor
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def splat_masks(self: Any, kind: Any, number: Any) -> Any:
+        made = splat(self, kind, number)
+        if number.data.dtype == bool:
+            made.data = made.data.astype(bool)
+        return made
+
+    interpreter.InterpreterBuilder.create_splat = splat_masks
