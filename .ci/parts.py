@@ -28,7 +28,7 @@ PARTS = (
     Part("install", 3, "make .venv/.installed-dev"),
     Part("checks", 1, "make check"),
     Part("tests", 10, "make test"),
-    Part("other builds", 3, "scripts/test -m other_builds"),
+    Part("other builds", 4, "scripts/test -m other_builds"),
     Part("faults and fuzz", 4, "scripts/test -m faults"),
     Part("clients", 3, "scripts/clients"),
 )

@@ -65,6 +65,22 @@ def test_prefill_on_hopper(ops, monkeypatch, heads, block_size, rows):
     assert calls[0][-1].item() == 0, "the next call would leave out tiles"
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+def test_the_check_of_kernels_for_hopper(monkeypatch):
+    """They are right; one that is not is found, and one that does not compile says why."""
+    from octavo.ops.triton import hopper, hopper_check, hopper_kernels, streamed
+
+    assert hopper_kernels._ask(torch.device("cuda:0")) == ({"attention": "", "streamed": ""}, "")
+    product = streamed.product
+    monkeypatch.setattr(streamed, "product", lambda *args, **named: product(*args, **named) + 1)
+    monkeypatch.setattr(hopper, "_attention", None)
+    found = hopper_check.check(CUDA)
+    assert found["streamed"].startswith("ValueError: results differ by 1.0e+00")
+    assert "NoneType" in found["attention"]
+
+
 @pytest.mark.parametrize(("window", "cap"), [(100, 0.0), (0, 5.0), (33, 20.0)])
 @pytest.mark.parametrize("block_size", [1, 8, 16, 32])
 def test_attention_with_window_and_cap(ops, window, cap, block_size):
