@@ -26,7 +26,7 @@ from octavo.kernels.weights import Packer
 from octavo.log import logger
 from octavo.models.decoder import Decoder
 from octavo.models.packed import load_packed
-from octavo.ops.cpu.tape import NotRecordableError
+from octavo.ops.symbol import NotRecordableError
 from octavo.runner import host_sampler, noise
 from octavo.runner.kernel_cache import KernelCache
 from octavo.runner.step_graph import StepGraph

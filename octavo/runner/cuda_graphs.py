@@ -69,7 +69,7 @@ class HeldStep:
 
 def fused(ops: TritonOps, *, singles: bool) -> TritonOps:
     """The ops for a step's `forward`: those that change no bits of a result, or those that are fastest."""
-    return ops if ops.invariant else FusedOps(ops, singles=singles)
+    return FusedOps(ops, singles=singles) if ops.may_fuse else ops
 
 
 def forward(model: Decoder, ctx: ForwardContext) -> torch.Tensor:

@@ -20,6 +20,7 @@ from octavo import ops
 from octavo.batch import Batch, Ints, LogprobColumns, NextStep, SamplingColumns, StepResult
 from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext
+from octavo.log import logger
 from octavo.models.decoder import Decoder
 from octavo.ops.transfer import on_device
 from octavo.ops.triton import TritonOps
@@ -33,6 +34,7 @@ from octavo.runner.cuda_graphs import DecodeGraphs, DecodeKind, bucket_of, forwa
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prompt_graphs import PromptGraphs, PromptSize, most_rows, room_for
 from octavo.runner.step_buffers import TURNS, StepBuffers
+from octavo.runner.symbolic import between_ops
 
 # Logits that are changed, or whose log probabilities are taken, at once: of 220 samples of a large vocabulary.
 _LOGITS_AT_ONCE = 2**25
@@ -64,6 +66,9 @@ class CudaForward:
         self._model = model
         self._kv_cache = kv_cache
         self._ops = TritonOps(model.device, segment_for(config.max_model_len) if config.deterministic else 0)
+        if self._ops.may_fuse and (why := between_ops(model, kv_cache.layers)):
+            logger.warning("kernels are not fused, which is slower, since the model's code is not ops alone: %s", why)
+            self._ops.may_fuse = False
         self._num_tokens = config.model.num_tokens or config.model.vocab_size
         rows = bucket_of(most_rows(config.max_num_seqs))
         tokens = room_for(config.max_num_batched_tokens) + rows

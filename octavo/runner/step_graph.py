@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from octavo.batch import Batch, Floats, Ints
+from octavo.batch import Batch, Floats
 from octavo.kernels.library import KernelThreads, Rows, Step
-from octavo.layers.context import ForwardContext
 from octavo.layers.rope import Rope
 from octavo.models.decoder import Decoder
 from octavo.ops.cpu.calls import Recorder
-from octavo.ops.cpu.tape import TOKENS, Recording
+from octavo.ops.cpu.tape import Recording
+from octavo.ops.symbol import TOKENS
 from octavo.runner.kernel_cache import KernelCache
+from octavo.runner.symbolic import two_tokens
 
 # Rows of logits that are computed at once; more are computed in parts.
 _MOST_LOGITS = 256
@@ -100,34 +101,12 @@ class _Angles:
 
 def _record_step(model: Decoder, kv_cache: KernelCache, threads: KernelThreads, max_tokens: int) -> Recording:
     recorder = Recorder(threads)
-    hidden_TD: Any = model.forward(_two_tokens(model, kv_cache, recorder))
+    hidden_TD: Any = model.forward(two_tokens(model, kv_cache.layers, recorder))
     return Recording(recorder.tape, [], hidden_TD, max_tokens, threads.kernels)
 
 
 def _record_head(model: Decoder, threads: KernelThreads) -> Recording:
     recorder = Recorder(threads)
     hidden_TD: Any = recorder.tape.new(TOKENS, model.config.hidden_size)
-    logits_TV: Any = model.lm_head(hidden_TD, _two_tokens(model, None, recorder))
+    logits_TV: Any = model.lm_head(hidden_TD, two_tokens(model, [], recorder))
     return Recording(recorder.tape, [hidden_TD], logits_TV, _MOST_LOGITS, threads.kernels)
-
-
-def _two_tokens(model: Decoder, kv_cache: KernelCache | None, recorder: Recorder) -> ForwardContext:
-    """A context whose arrays have a step's shapes and no meaning."""
-    ints: Ints = np.zeros(TOKENS, np.int32)
-    zeros_T: Any = ints
-    angles_Tr: Any = np.zeros((TOKENS, model.config.rope.rotary_dim // 2), np.float32)
-    return ForwardContext(
-        ops=recorder,
-        caches=kv_cache.layers if kv_cache else [],
-        token_ids_T=zeros_T,
-        positions_T=zeros_T,
-        slots_T=zeros_T,
-        query_start_R1=zeros_T,
-        seq_lens_R=zeros_T,
-        block_tables_RM=zeros_T[:, None],
-        cos_Tr=angles_Tr,
-        sin_Tr=angles_Tr,
-        q_scale_T=None,
-        query_start_host=ints,
-        seq_lens_host=ints,
-    )

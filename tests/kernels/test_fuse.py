@@ -11,7 +11,8 @@ from octavo.kernels.weights import Packer, StoredRows
 from octavo.ops.cpu.calls import Recorder
 from octavo.ops.cpu.eager import KernelOps
 from octavo.ops.cpu.fuse import fuse
-from octavo.ops.cpu.tape import TOKENS, Recording
+from octavo.ops.cpu.tape import Recording
+from octavo.ops.symbol import TOKENS
 from tests.builds import BUILDS_APART, kernels_of, needs_kernels
 
 pytestmark = needs_kernels

@@ -11,6 +11,7 @@ import torch
 
 from octavo.batch import NextStep, StepResult
 from octavo.engine.scheduler import Scheduler
+from octavo.layers.mlp import GatedMLP
 from octavo.models import read_config
 from octavo.models.loader import load_model
 from octavo.request import Request
@@ -80,6 +81,29 @@ def test_the_tokens_are_those_of_plain_torch(tmp_path, without_a_gpu, determinis
     if patience:  # the second of a kind is recorded, and what came once is known
         assert without_a_gpu
         assert on_gpu.forward.take_missed() is not None
+
+
+def test_torch_between_the_ops_reads_what_was_computed(tmp_path, monkeypatch, caplog):
+    """A router, say: with fused kernels it would read memory that nobody has written yet."""
+
+    def routed(self, x, ctx):
+        hidden = self.gate_up(x, ctx)
+        chosen = torch.softmax(hidden[:, :8], dim=-1).topk(2).indices.float().mean(-1, keepdim=True)
+        return self.down(ctx.ops.silu_mul(hidden) * (1 + chosen), ctx)
+
+    monkeypatch.setattr(GatedMLP, "__call__", routed)
+    checkpoint = FolderCheckpoint(save_model(tmp_path, "Llama"))
+    config = read_config(checkpoint.config)
+    model = load_model(checkpoint, config, torch.float32, CPU)
+    options = engine_config(config, num_blocks=40, block_size=16, max_num_seqs=4, max_num_batched_tokens=64)
+    cache = KVCache(config, options.num_blocks, options.block_size, torch.float32, CPU)
+    found = []
+    for runner in (ModelRunner(model, cache), GpuRunner(model, replace(options, device="cuda"))):
+        rows = [Row([3 + (7 * i + k * k) % 150 for k in range(n)]) for i, n in enumerate((1, 20))]
+        found.append(Steps(runner).generate(rows, 3, chunk=18))
+    assert found[1] == found[0]
+    assert "kernels are not fused, which is slower" in caplog.text
+    assert "it computes torch.softmax of an op's result, between the ops" in caplog.text
 
 
 def test_steps_with_and_without_prompts(tmp_path, without_a_gpu):

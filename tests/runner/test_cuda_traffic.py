@@ -111,7 +111,7 @@ class PagedModel:
 class NoOps:
     """The ops of a model that has none."""
 
-    invariant = False
+    may_fuse = True
     prefix = None
 
     def __init__(self, *given, singles=True):
@@ -283,6 +283,7 @@ def test_any_traffic_ends_with_the_right_answers(without_a_gpu, monkeypatch, blo
     monkeypatch.setattr(sampler, "draw", draw_cold)
     monkeypatch.setattr(cuda_runner, "TritonOps", NoOps)
     monkeypatch.setattr(cuda_graphs, "FusedOps", NoOps)
+    monkeypatch.setattr(cuda_runner, "between_ops", lambda model, caches: "")
     monkeypatch.setattr(cuda_graphs, "fits", lambda *shape: True)
     monkeypatch.setattr(prefix_groups, "_LEAST_ROWS", 2)
     monkeypatch.setattr(prefix_groups, "_LEAST_KEYS", shared_keys)

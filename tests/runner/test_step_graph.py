@@ -10,7 +10,7 @@ from octavo.kernels import library
 from octavo.layers.mlp import GatedMLP
 from octavo.models import read_model
 from octavo.models.loader import load_model
-from octavo.ops.cpu.tape import NotRecordableError
+from octavo.ops.symbol import NotRecordableError
 from octavo.runner.build import build_executor
 from octavo.runner.kernel_cache import KernelCache
 from octavo.runner.kv_cache import KVCache

@@ -44,6 +44,7 @@ class TritonOps:
     """The ops of one device, and the memory that their programs meet in.
 
     With a `segment` (see `invariant.segment_for`) a token's results have the same bits whatever else a step computes.
+    `may_fuse` is off for a model whose code reads results between the ops, which `FusedOps` may not have computed yet.
     """
 
     embedding = staticmethod(reference.embedding)
@@ -55,6 +56,7 @@ class TritonOps:
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         self._turn = torch.zeros(1, dtype=torch.int32, device=device)
         self._prefix: SharedPrefix | None = None
+        self.may_fuse = not segment
         self._hopper = hopper_kernels.usable(device)
         # Whether a kernel may be launched before the one in front of it has ended (programmatic dependent launch).
         self.pdl = tiles.capability(device) >= (9, 0)
