@@ -111,6 +111,7 @@ class PagedModel:
 class NoOps:
     """The ops of a model that has none."""
 
+    invariant = False
     may_fuse = True
     prefix = None
 
