@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from octavo.version import __version__
 
 if TYPE_CHECKING:
     from octavo.errors import OctavoError

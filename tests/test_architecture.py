@@ -1,4 +1,4 @@
-"""The two rules of the house: imports go down, and what must not load torch does not.
+"""The rules of the house: imports go down and in no circle, and what must not load torch does not.
 
 The floors stand in docs/architecture.md. A module may import from a lower floor or from its own package; the modules
 of the lowest floor count as one package.
@@ -31,9 +31,10 @@ FLOORS = [
         "log",
         "progress",
         "timeline",
+        "version",
     },
-    {"checkpoint", "distributed", "ops"},
-    {"text", "grammar", "layers"},
+    {"checkpoint", "ops"},
+    {"text", "layers"},
     {"models"},
     {"runner"},
     {"engine"},
@@ -85,6 +86,41 @@ def test_imports_go_down():
             if other != part and FLOOR_OF[other] >= max(1, FLOOR_OF[part])
         ]
     assert not upward, "\n".join(upward)
+
+
+def test_floors_name_what_is_there():
+    there = {part_of(path) for path in ROOT.rglob("*.py")}
+    assert FLOOR_OF.keys() == there
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_by(tree: ast.AST, modules: set[str]) -> set[str]:
+    """Octavo's modules that are imported anywhere in `tree`, but for types alone."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & modules
+        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & modules) or {node.module}
+        found |= imported_by(node, modules)
+    return found
+
+
+def test_no_circle_of_imports():
+    """Imports within functions are counted, too."""
+    paths = {module_of(path): path for path in ROOT.rglob("*.py")}
+    left = {name: imported_by(ast.parse(path.read_text()), set(paths)) - {name} for name, path in paths.items()}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, "in a circle, or above one: " + ", ".join(sorted(left))
 
 
 def modules_under(name: str) -> list[str]:

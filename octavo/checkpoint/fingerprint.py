@@ -3,7 +3,7 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.types import Checkpoint
 
 
 def fingerprint(checkpoint: Checkpoint) -> bytes:

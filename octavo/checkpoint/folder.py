@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.checkpoint import TensorInfo, TokenizerData, tiktoken
+from octavo.checkpoint import tiktoken
 from octavo.checkpoint.foreign import described
 from octavo.checkpoint.safetensors import SafetensorsFile
+from octavo.checkpoint.types import TensorInfo, TokenizerData
 from octavo.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"

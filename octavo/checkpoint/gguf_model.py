@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.checkpoint import TensorInfo, TokenizerData
 from octavo.checkpoint.gguf import GgufFile
 from octavo.checkpoint.mapped import release
+from octavo.checkpoint.types import TensorInfo, TokenizerData
 from octavo.errors import CheckpointError
 
 

@@ -9,11 +9,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from octavo.checkpoint import Check, repository
+from octavo.checkpoint import repository
 from octavo.checkpoint.huggingface import HuggingFace
 from octavo.checkpoint.modelscope import ModelScope
 from octavo.checkpoint.remote import RemoteModel
 from octavo.checkpoint.repository import Hub, Listing, RepositoryFile, RepositoryName
+from octavo.checkpoint.types import Check
 from octavo.errors import ConfigError
 
 __all__ = ["RepositoryName", "choose", "find", "pull"]

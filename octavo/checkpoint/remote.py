@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint import TensorInfo
 from octavo.checkpoint.gguf_model import GgufCheckpoint
 from octavo.checkpoint.repository import Hub, Listing, RepositoryFile, RepositoryName, needed_files
 from octavo.checkpoint.safetensors import MAX_HEADER_BYTES, PREFIX_BYTES, header_size, parse_header
+from octavo.checkpoint.types import TensorInfo
 from octavo.errors import CheckpointError
 
 _FIRST_RANGE = 1 << 16

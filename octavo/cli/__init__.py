@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from octavo import __version__, log
+from octavo import log
 from octavo.cli.options import Parser
 from octavo.errors import OctavoError
+from octavo.version import __version__
 
 COMMANDS = {
     "serve": "serve a model with OpenAI's HTTP interface",

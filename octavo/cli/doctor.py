@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from octavo import __version__
 from octavo.checkpoint.caches import hf_cache, modelscope_roots
 from octavo.checkpoint.repository import free_disk
 from octavo.cli.machine import gpus, version_of
@@ -27,6 +26,7 @@ from octavo.config import ServerOptions, cache_home, format_size
 from octavo.errors import ConfigError
 from octavo.kernels import library
 from octavo.memory import free_ram
+from octavo.version import __version__
 
 _REQUIRED = ("numpy", "tokenizers", "jinja2", "fastapi", "uvicorn", "prometheus_client", "rich")
 _OPTIONAL = {"huggingface_hub": "models of Hugging Face: pip install 'octavo[hub]'", "transformers": "octavo parity"}

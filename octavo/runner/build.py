@@ -7,7 +7,6 @@ read.
 import time
 from typing import TYPE_CHECKING, Any
 
-from octavo import __version__
 from octavo.checkpoint import Checkpoint, open_engine_checkpoint
 from octavo.checkpoint.fingerprint import fingerprint
 from octavo.config import EngineConfig, EngineOptions
@@ -19,6 +18,7 @@ from octavo.models.sizes import stored_types, weight_bytes
 from octavo.runner.device import choose_device
 from octavo.runner.executor import Executor, load_executor
 from octavo.timeline import Timeline
+from octavo.version import __version__
 
 if TYPE_CHECKING:
     from octavo.runner.cuda_memory import Measured

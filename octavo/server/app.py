@@ -15,7 +15,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from octavo import __version__
 from octavo.errors import OctavoError, nearest
 from octavo.server.access import Caller
 from octavo.server.body import Bodies
@@ -37,6 +36,7 @@ from octavo.server.protocol import (
 from octavo.server.schema import components, operations
 from octavo.server.service import Service
 from octavo.server.stream import Json, Reply, StreamedResponse, json_response, long_response, whole_response
+from octavo.version import __version__
 
 # Open without a key: what a load balancer, a monitor or a curious client asks.
 OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
