@@ -329,9 +329,11 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What runs: `EngineOptions` resolved against a model and a machine. Nothing in it is left to choose."""
+    """What runs: `EngineOptions` resolved against a model and a machine. Nothing in it is left to choose; what a user
+    chooses and nothing settles is read from `options`."""
 
     model: ModelConfig
+    options: EngineOptions
     dtype: str
     kv_dtype: str
     weights: Precision
@@ -341,12 +343,8 @@ class EngineConfig:
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    enable_prefix_caching: bool
     seed: int
     num_host_blocks: int = 0  # blocks of the KV cache that host memory can keep for preempted requests
-    preemption_mode: PreemptionMode = "auto"
-    fair_share: bool = False
-    deterministic: bool = False
     warm_up: WarmUp = "none"
 
     @property

@@ -89,13 +89,6 @@ def default_dtype(model: ModelConfig, device: str, has_bfloat16: bool) -> str:
     return "bfloat16" if has_bfloat16 and model.dtype != "float16" else "float16"
 
 
-def _of(total: int, taken: int) -> str:
-    """The memory that a share is of, in words."""
-    if not taken:
-        return f"{format_size(total)} free memory"
-    return f"{format_size(total)} memory, {format_size(taken)} of it taken by others,"
-
-
 def working_bytes(model: ModelConfig, dtype: str, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """Bytes that a step of the largest size needs beside weights and cache: activations, and logits in fp32."""
     width = 6 * model.hidden_size + 3 * model.intermediate_size + 4 * model.num_heads * model.head_dim
@@ -103,61 +96,74 @@ def working_bytes(model: ModelConfig, dtype: str, max_num_seqs: int, max_num_bat
     return activations + 3 * max_num_seqs * model.vocab_size * 4
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A device and the bytes that are free on it.
+
+    A GPU has `total` bytes, and a share is of these, as in vLLM: what others have taken of it is theirs. Without
+    `total`, as on a CPU, a share is of what is free. `host_free` are the bytes of RAM beside a GPU; on a CPU `free` is
+    all there is.
+    """
+
+    device: str
+    free: int
+    total: int | None = None
+    host_free: int = 0
+
+    @property
+    def whole(self) -> int:
+        return self.free if self.total is None else self.total
+
+    @property
+    def share_name(self) -> str:
+        """The option that says how much of it Octavo may take."""
+        return f"{'gpu' if self.device == 'cuda' else 'cpu'}_memory_utilization"
+
+    @property
+    def share_option(self) -> str:
+        return f"--{self.share_name.replace('_', '-')}"
+
+    def budget(self, options: EngineOptions) -> int:
+        """Bytes that Octavo may take."""
+        return int(self.whole * getattr(options, self.share_name)) - (self.whole - self.free)
+
+    def described(self) -> str:
+        """The memory that a share is of, in words."""
+        if taken := self.whole - self.free:
+            return f"{format_size(self.whole)} memory, {format_size(taken)} of it taken by others,"
+        return f"{format_size(self.whole)} free memory"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAs:
+    """The types of activations, of weights and of the KV cache, which is `dtype` if it is not given."""
+
+    dtype: str
+    precision: Precision = "plain"
+    kv_dtype: str = ""
+
+
 def resolve(
     options: EngineOptions,
     model: ModelConfig,
     weights: int,
-    *,
-    device: str,
-    dtype: str,
-    free: int,
-    precision: Precision = "plain",
-    kv_dtype: str | None = None,
+    memory: DeviceMemory,
+    kept_as: KeptAs,
     working: int | None = None,
-    total: int | None = None,
-    host_free: int = 0,
 ) -> tuple[EngineConfig, MemoryPlan]:
-    """Settles every open option for a `model` of `weights` bytes on a device with `free` bytes; `kv_dtype` is `dtype`'s
-    if it is not given, `working` what a step takes at most, if it was measured.
+    """Settles every open option for a `model` of `weights` bytes; `working` is what a step takes at most, if it was
+    measured.
 
-    A GPU has `total` bytes, and the share is of these, as in vLLM: what others have taken of it is theirs. Without
-    `total`, as on a CPU, the share is of what is free. `host_free` are the bytes of RAM beside a GPU; on a CPU `free`
-    is all there is. Raises `CapacityError` with the numbers and the option to set when weights, one request of the
-    wanted length or the swap space do not fit; `ConfigError` when options contradict each other.
+    Raises `CapacityError` with the numbers and the option to set when weights, one request of the wanted length or the
+    swap space do not fit; `ConfigError` when options contradict each other.
     """
-    seqs, tokens = STEP_SIZES[device]
-    max_num_seqs = options.max_num_seqs or seqs
-    max_tokens = options.max_num_batched_tokens or max(tokens, max_num_seqs)
-    if max_tokens < max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens is {max_tokens}, below max_num_seqs {max_num_seqs}: every sequence of a step"
-            " must have room for one token; raise the first or lower the second"
-        )
-    name = f"{'gpu' if device == 'cuda' else 'cpu'}_memory_utilization"
-    share, total = getattr(options, name), free if total is None else total
-    taken = total - free
-    budget = int(total * share) - taken
+    max_num_seqs, max_tokens = _step_sizes(options, memory.device)
     if working is None:
-        working = working_bytes(model, dtype, max_num_seqs, max_tokens)
-    kv_dtype = kv_dtype or dtype
+        working = working_bytes(model, kept_as.dtype, max_num_seqs, max_tokens)
+    kv_dtype = kept_as.kv_dtype or kept_as.dtype
     per_token = model.kv_bytes_per_token(kv_dtype)
-    wanted = options.max_model_len or model.max_position
-    if wanted > model.max_position:
-        raise ConfigError(
-            f"max_model_len is {wanted}, but the model was made for {model.max_position} tokens; lower it"
-        )
-    if weights + working > (free if options.kv_cache_memory else budget):
-        raise CapacityError(
-            f"weights need {format_size(weights)} and a step {format_size(working)}, but of"
-            f" {_of(total, taken)} only {format_size(max(0, budget))} may be used"
-            f" (--{name.replace('_', '-')} {share}); use a smaller or quantized model, or free memory"
-        )
-    kv_cache = options.kv_cache_memory or budget - weights - working
-    if options.kv_cache_memory and weights + working + kv_cache > free:
-        raise CapacityError(
-            f"kv_cache_memory is {format_size(kv_cache)}, but beside the weights only"
-            f" {format_size(free - weights - working)} are free; set --kv-cache-memory lower"
-        )
+    wanted = _wanted_length(options, model)
+    kv_cache = _kv_cache_bytes(options, memory, weights, working)
     # More than every sequence at full length could never be used.
     most = max_num_seqs * math.ceil(wanted / options.block_size)
     num_blocks = min(most, kv_cache // (per_token * options.block_size))
@@ -166,34 +172,31 @@ def resolve(
         raise CapacityError(
             f"a request of {wanted} tokens needs {format_size(wanted * per_token)} of KV cache, but"
             f" {format_size(max(0, kv_cache))} are left; the largest context that fits is --max-model-len {fitting}"
-            f" (or raise --kv-cache-memory or --{name.replace('_', '-')})"
+            f" (or raise --kv-cache-memory or {memory.share_option})"
         )
-    held = num_blocks * options.block_size * per_token
-    host_free = host_free if device == "cuda" else free - weights - working - held
-    num_host_blocks = _host_blocks(options, per_token * options.block_size, device, host_free)
+    held = fitting * per_token
+    host_free = memory.host_free if memory.device == "cuda" else memory.free - weights - working - held
+    num_host_blocks = _host_blocks(options, per_token * options.block_size, memory.device, host_free)
     config = EngineConfig(
         model=model,
-        dtype=dtype,
+        options=options,
+        dtype=kept_as.dtype,
         kv_dtype=kv_dtype,
-        weights=precision,
-        device=device,
+        weights=kept_as.precision,
+        device=memory.device,
         max_model_len=min(wanted, fitting),
         block_size=options.block_size,
         num_blocks=num_blocks,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
-        enable_prefix_caching=options.enable_prefix_caching,
         seed=secrets.randbits(63) if options.seed is None else options.seed,
         num_host_blocks=num_host_blocks,
-        preemption_mode=options.preemption_mode,
-        fair_share=options.fair_share,
-        deterministic=options.deterministic,
         warm_up=options.warm_up or "none",
     )
     plan = MemoryPlan(
-        total=total,
-        free=free,
-        budget=budget,
+        total=memory.whole,
+        free=memory.free,
+        budget=memory.budget(options),
         weights=weights,
         working=working,
         kv_cache=held,
@@ -202,10 +205,51 @@ def resolve(
         num_blocks=num_blocks,
         max_model_len=config.max_model_len,
         wanted_model_len=wanted,
-        share_option=f"--{name.replace('_', '-')}",
+        share_option=memory.share_option,
         swap_space=num_host_blocks * options.block_size * per_token,
     )
     return config, plan
+
+
+def _step_sizes(options: EngineOptions, device: str) -> tuple[int, int]:
+    """(most sequences, most tokens) in a step."""
+    seqs, tokens = STEP_SIZES[device]
+    max_num_seqs = options.max_num_seqs or seqs
+    max_tokens = options.max_num_batched_tokens or max(tokens, max_num_seqs)
+    if max_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens is {max_tokens}, below max_num_seqs {max_num_seqs}: every sequence of a step"
+            " must have room for one token; raise the first or lower the second"
+        )
+    return max_num_seqs, max_tokens
+
+
+def _wanted_length(options: EngineOptions, model: ModelConfig) -> int:
+    wanted = options.max_model_len or model.max_position
+    if wanted > model.max_position:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the model was made for {model.max_position} tokens; lower it"
+        )
+    return wanted
+
+
+def _kv_cache_bytes(options: EngineOptions, memory: DeviceMemory, weights: int, working: int) -> int:
+    """Bytes for the KV cache: those that were asked for, or what weights and a step leave."""
+    budget = memory.budget(options)
+    if weights + working > (memory.free if options.kv_cache_memory else budget):
+        raise CapacityError(
+            f"weights need {format_size(weights)} and a step {format_size(working)}, but of"
+            f" {memory.described()} only {format_size(max(0, budget))} may be used"
+            f" ({memory.share_option} {getattr(options, memory.share_name)}); use a smaller or quantized model, or free"
+            " memory"
+        )
+    kv_cache = options.kv_cache_memory or budget - weights - working
+    if options.kv_cache_memory and weights + working + kv_cache > memory.free:
+        raise CapacityError(
+            f"kv_cache_memory is {format_size(kv_cache)}, but beside the weights only"
+            f" {format_size(memory.free - weights - working)} are free; set --kv-cache-memory lower"
+        )
+    return kv_cache
 
 
 def _host_blocks(options: EngineOptions, block_bytes: int, device: str, host_free: int) -> int:

@@ -7,7 +7,7 @@ import pytest
 
 from octavo.config import EngineOptions, format_size, parse_size
 from octavo.errors import CapacityError, ConfigError
-from octavo.memory import free_ram, resolve, working_bytes
+from octavo.memory import DeviceMemory, KeptAs, free_ram, resolve, working_bytes
 from tests.tiny_config import model_config
 
 MODEL = model_config(
@@ -19,7 +19,7 @@ WORKING = working_bytes(MODEL, "float32", 64, 512)
 
 
 def settle(free, **options):
-    return resolve(EngineOptions(**options), MODEL, WEIGHTS, device="cpu", dtype="float32", free=free)
+    return resolve(EngineOptions(**options), MODEL, WEIGHTS, DeviceMemory("cpu", free), KeptAs("float32"))
 
 
 def test_the_cache_takes_what_is_left_of_the_share():
@@ -73,8 +73,7 @@ def test_contradictions(options, error, words):
 
 
 def on_gpu(free, total, **options):
-    options = EngineOptions(**options)
-    return resolve(options, MODEL, WEIGHTS, device="cuda", dtype="float32", free=free, total=total)
+    return resolve(EngineOptions(**options), MODEL, WEIGHTS, DeviceMemory("cuda", free, total), KeptAs("float32"))
 
 
 def test_a_gpu_s_share_is_of_its_whole_memory():
@@ -137,7 +136,8 @@ def test_swap_space_is_host_memory():
 def test_swap_space_on_a_gpu_is_a_part_of_the_ram():
     def blocks(host_free, **options):
         given = EngineOptions(kv_cache_memory=2**20, **options)
-        config, _ = resolve(given, MODEL, WEIGHTS, device="cuda", dtype="bfloat16", free=10**9, host_free=host_free)
+        memory = DeviceMemory("cuda", 10**9, host_free=host_free)
+        config, _ = resolve(given, MODEL, WEIGHTS, memory, KeptAs("bfloat16"))
         return config.num_host_blocks * PER_TOKEN // 2 * 16
 
     assert blocks(100 * 2**30) == 4 * 2**30

@@ -1,8 +1,9 @@
 """Configurations of models and engines that nobody loads, for what only counts and decides. No torch."""
 
+from dataclasses import fields
 from typing import Any
 
-from octavo.config import EngineConfig, ModelConfig, RopeConfig
+from octavo.config import EngineConfig, EngineOptions, ModelConfig, RopeConfig
 
 
 def model_config(**changes: Any) -> ModelConfig:
@@ -24,7 +25,7 @@ def model_config(**changes: Any) -> ModelConfig:
 
 
 def engine_config(model: ModelConfig | None = None, **changes: Any) -> EngineConfig:
-    """An engine of small limits on a CPU, around `model` or the tiny one."""
+    """An engine of small limits on a CPU, around `model` or the tiny one; options of a user may be among `changes`."""
     values: dict[str, Any] = {
         "dtype": "float32",
         "kv_dtype": "float32",
@@ -35,8 +36,9 @@ def engine_config(model: ModelConfig | None = None, **changes: Any) -> EngineCon
         "num_blocks": 64,
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,
-        "enable_prefix_caching": True,
         "seed": 0,
         **changes,
     }
-    return EngineConfig(model=model or model_config(), **values)
+    settled = {field.name for field in fields(EngineConfig)}
+    options = EngineOptions(**{name: values.pop(name) for name in values.keys() - settled})
+    return EngineConfig(model=model or model_config(), options=options, **values)

@@ -21,7 +21,7 @@ from octavo.config import DTYPE_BYTES, EngineOptions, ModelConfig, check_memory,
 from octavo.errors import CapacityError, CheckpointError
 from octavo.kernels import library
 from octavo.kernels.support import kv_dtype, settle
-from octavo.memory import MemoryPlan, free_ram, resolve
+from octavo.memory import DeviceMemory, KeptAs, MemoryPlan, free_ram, resolve
 from octavo.models import read_config
 from octavo.models.sizes import num_weights, stored_types, weight_bytes
 from octavo.runner.device import torch_may_use_gpu
@@ -107,18 +107,8 @@ def make_plan(options: EngineOptions, memory: int | None = None) -> dict[str, An
             f" {format_size(disk['free'])} are free: set {disk['variable']} to a folder on another disk"
         )
     try:
-        config, plan = resolve(
-            options,
-            model,
-            weights,
-            device=device,
-            dtype=dtype,
-            free=free,
-            total=total,
-            precision=precision,
-            kv_dtype=kv,
-            host_free=free_ram(),
-        )
+        of_device = DeviceMemory(device, free, total, free_ram())
+        config, plan = resolve(options, model, weights, of_device, KeptAs(dtype, precision, kv))
     except CapacityError as error:
         found |= {"step_memory": None, "kv_memory": 0, "max_model_len": 0, "cached_tokens": 0, "table": []}
         found["problems"].append(str(error))

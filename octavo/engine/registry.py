@@ -22,10 +22,10 @@ class Registry:
 
     def __init__(self, config: EngineConfig):
         self.blocks = BlockManager(
-            config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+            config.num_blocks, config.block_size, enable_prefix_caching=config.options.enable_prefix_caching
         )
-        self.swap = SwapSpace(config.num_host_blocks, config.preemption_mode, SwapCost.of(config))
-        self.fair = FairShare(config.max_num_seqs, self.blocks) if config.fair_share else None
+        self.swap = SwapSpace(config.num_host_blocks, config.options.preemption_mode, SwapCost.of(config))
+        self.fair = FairShare(config.max_num_seqs, self.blocks) if config.options.fair_share else None
         eos = config.model.eos_token_ids
         self.rows = RowTable(config.max_num_seqs, config.max_blocks_per_seq, config.block_size, eos)
         self.decoding = Decoding(config.max_num_seqs, self.blocks, frozenset(eos))

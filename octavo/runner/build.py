@@ -5,14 +5,14 @@ read.
 """
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from octavo.checkpoint import Checkpoint, open_engine_checkpoint
 from octavo.checkpoint.fingerprint import fingerprint
 from octavo.config import EngineConfig, EngineOptions
 from octavo.kernels.support import kv_dtype, settle
 from octavo.log import logger
-from octavo.memory import MemoryPlan, free_ram, resolve
+from octavo.memory import DeviceMemory, KeptAs, MemoryPlan, free_ram, resolve
 from octavo.models import check_runnable, read_model
 from octavo.models.sizes import stored_types, weight_bytes
 from octavo.runner.device import choose_device
@@ -51,16 +51,10 @@ def build_executor(
         logger.info("kernels: %s", _described(device))
     if why:
         logger.warning("the CPU's own kernels cannot run this model, so plain torch does, much slower: %s", why)
-    settled: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "free": free,
-        "total": total,
-        "host_free": free_ram(),
-        "precision": precision,
-        "kv_dtype": kv_dtype(options, dtype, device),
-    }
-    config, plan = resolve(options, model, weight_bytes(checkpoint.tensors, model, dtype, precision), **settled)
+    memory = DeviceMemory(device, free, total, free_ram())
+    kept_as = KeptAs(dtype, precision, kv_dtype(options, dtype, device))
+    weights = weight_bytes(checkpoint.tensors, model, dtype, precision)
+    config, plan = resolve(options, model, weights, memory, kept_as)
 
     phase = "load weights"
 
@@ -70,7 +64,7 @@ def build_executor(
         mark(phase)
         timeline.append(("measure memory", found.seconds))
         phase = "make cache"
-        config, plan = resolve(options, model, found.weights, working=found.working, **settled)
+        config, plan = resolve(options, model, found.weights, memory, kept_as, found.working)
         return config
 
     executor = load_executor(checkpoint, config, options.load_format, settle_memory)

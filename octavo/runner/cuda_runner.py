@@ -65,7 +65,7 @@ class CudaForward:
     def __init__(self, model: Decoder, kv_cache: KVCache, config: EngineConfig):
         self._model = model
         self._kv_cache = kv_cache
-        self._ops = TritonOps(model.device, segment_for(config.max_model_len) if config.deterministic else 0)
+        self._ops = TritonOps(model.device, segment_for(config.max_model_len) if config.options.deterministic else 0)
         if self._ops.may_fuse and (why := between_ops(model, kv_cache.layers)):
             logger.warning("kernels are not fused, which is slower, since the model's code is not ops alone: %s", why)
             self._ops.may_fuse = False

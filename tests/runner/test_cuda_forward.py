@@ -65,11 +65,8 @@ def test_the_tokens_are_those_of_plain_torch(tmp_path, without_a_gpu, determinis
     checkpoint = FolderCheckpoint(save_model(tmp_path, "Qwen3", head_dim=16))
     config = read_config(checkpoint.config)
     model = load_model(checkpoint, config, torch.float32, CPU)
-    options = replace(
-        engine_config(config, num_blocks=40, block_size=16, max_num_seqs=4, max_num_batched_tokens=64),
-        device="cuda",
-        deterministic=deterministic,
-    )
+    sizes = {"num_blocks": 40, "block_size": 16, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    options = engine_config(config, device="cuda", deterministic=deterministic, **sizes)
     cache = KVCache(config, options.num_blocks, options.block_size, torch.float32, CPU)
     found, on_gpu = [], GpuRunner(model, options)
     on_gpu.forward.be_patient(patience)

@@ -6,12 +6,13 @@ How long a step would take is a simple model of a device. Tokens are drawn from 
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from octavo.batch import Batch, StepResult
-from octavo.config import EngineConfig, ModelConfig, RopeConfig
+from octavo.config import EngineConfig, EngineOptions, ModelConfig, RopeConfig
 from octavo.engine.scheduler import Scheduler
 from octavo.metrics import EngineStats
 from octavo.request import Request
@@ -65,10 +66,12 @@ def engine_config(num_tokens: int, block_size: int = 16, **changes: object) -> E
         "num_blocks": num_tokens // block_size,
         "max_num_seqs": 1024,
         "max_num_batched_tokens": 2048,
-        "enable_prefix_caching": True,
         "seed": 0,
     }
-    return EngineConfig(**(values | changes))  # type: ignore[arg-type]
+    values |= changes
+    settled = {field.name for field in fields(EngineConfig)}
+    chosen: dict[str, Any] = {name: values.pop(name) for name in values.keys() - settled}
+    return EngineConfig(options=EngineOptions(**chosen), **values)  # type: ignore[arg-type]
 
 
 class Simulation:
