@@ -9,13 +9,15 @@ sequences; tokens of all rows lie one after another, so a prompt's chunk and a s
     seq_lens     4 (a prompt)  90   18 (16 cached tokens and a chunk of 2)
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octavo.request import TokenLogprobs
+from octavo.step_layout import StepSize, array, arrays_of
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -59,6 +61,12 @@ class SamplingColumns:
     penalty_start: Ints = field(default_factory=lambda: np.zeros(1, np.int32))
     penalty_token: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     penalty_count: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @classmethod
+    def none(cls) -> "SamplingColumns":
+        """Of no sample."""
+        ints, floats = np.empty(0, np.int32), np.empty(0, np.float32)
+        return cls(floats, ints, floats, floats, np.empty(0, np.uint64), ints, ints)
 
     @property
     def num_samples(self) -> int:
@@ -113,18 +121,23 @@ class PromptLogprobs:
 
 @dataclass(slots=True)
 class Batch:
-    """One step. R rows, T tokens, S samples; see the module's picture."""
+    """One step. R rows, T tokens, S samples; see the module's picture, and `of_rows` for the way to make one."""
 
-    token_ids: Ints  # [T]; ~i, below 0, is the token that sample i of the step before this one draws
-    positions: Ints  # [T] place of each token in its sequence
-    slots: Ints  # [T] place of each token in the cache: block * block_size + offset; -1 is nowhere
-    query_start: Ints  # [R + 1]
-    seq_lens: Ints  # [R] tokens whose K/V is in the cache after this step
-    block_tables: Ints  # [R, most blocks of a row], padded with 0
-    ntk_alpha: Floats  # [R] factor on the rotary base, see RopeConfig.ntk_alpha
-    sample_index: Ints  # [S] flat index of the token after which a sample is drawn; n samples name it n times
-    sampling: SamplingColumns
-    block_copies: Ints  # [C, 2] blocks to copy, source to destination, before the step (copy-on-write)
+    # ~i, below 0, is the token that sample i of the step before this one draws.
+    token_ids: Ints = array("T")
+    positions: Ints = array("T")  # of each token in its sequence
+    # Of each token in the cache: block * block_size + offset; -1 is nowhere.
+    slots: Ints = array("T", padding=-1)
+    query_start: Ints = array("R+1")
+    seq_lens: Ints = array("R")  # tokens whose K/V is in the cache after this step
+    block_tables: Ints = array("RM")  # padded with 0
+    # Factor on the rotary base, see RopeConfig.ntk_alpha; the host makes angles of it.
+    ntk_alpha: Floats = array("R", np.float32, padding=1, sent=False)
+    # [S] flat index of the token after which a sample is drawn; n samples name it n times.
+    sample_index: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    sampling: SamplingColumns = field(default_factory=lambda: SamplingColumns.none())
+    # [C, 2] blocks to copy, source to destination, before the step (copy-on-write).
+    block_copies: Ints = field(default_factory=lambda: np.empty((0, 2), np.int32))
     prompt_logprobs: PromptLogprobs | None = None
     # Blocks to copy to host memory, and then others back from it, before `block_copies`: (device block, host block).
     swap_out: Ints = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [O, 2]
@@ -132,6 +145,47 @@ class Batch:
     # Blocks to fill with bytes from the prefix store before the step, after `swap_out`.
     loaded_blocks: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # [L]
     loaded_bytes: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0), np.uint8))  # [L, bytes of a block]
+
+    @classmethod
+    def of_rows(
+        cls,
+        token_ids: Ints,
+        first: Ints,
+        block_tables: Ints,
+        block_size: int,
+        counts: Ints | None = None,
+        by_row: Mapping[str, NDArray[Any]] | None = None,
+    ) -> "Batch":
+        """A step in which row r computes `counts[r]` tokens, or one, from position `first[r]` on, into the blocks of
+        its table. Its arrays by row that are not given are padding. Who draws, and what is moved, is left to fill in.
+        """
+        R = len(first)
+        if counts is None:
+            query_start = np.arange(R + 1, dtype=np.int32)
+            row_of_token, positions, seq_lens = query_start[:-1], first, first + np.int32(1)
+        else:
+            query_start = np.zeros(R + 1, np.int32)
+            np.cumsum(counts, out=query_start[1:])
+            row_of_token = np.repeat(np.arange(R, dtype=np.int32), counts)
+            positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(first - query_start[:-1], counts)
+            seq_lens = first + counts
+        slots = block_tables[row_of_token, positions // block_size] * block_size
+        slots += positions % block_size
+        given = by_row or {}
+        columns: dict[str, Any] = {
+            each.name: given[each.name] if each.name in given else np.full(R, each.padding, each.dtype)
+            for each in BY_ROW
+        }
+        return cls(token_ids, positions, slots, query_start, seq_lens, block_tables, **columns)
+
+    def padded(self, size: StepSize, decode_rows: int) -> dict[str, NDArray[Any]]:
+        """What is sent of the step, by name, padded to `size`; its first `decode_rows` rows have one token each."""
+        return {each.name: size.pad(getattr(self, each.name), each, decode_rows) for each in SENT}
+
+    def in_order(self, order: Ints, place: Ints) -> "Batch":
+        """The step with its rows, a token each, in another order: `place` is that of each."""
+        arrays = {each.name: getattr(self, each.name)[order] for each in STEP_ARRAYS if each.dims != "R+1"}
+        return replace(self, sample_index=place[self.sample_index], **arrays)
 
     @property
     def num_tokens(self) -> int:
@@ -165,6 +219,13 @@ class Batch:
 
     def whole(self) -> "Batch":
         return self
+
+
+STEP_ARRAYS = arrays_of(Batch)
+# What is sent to a device, the tables last: what of their place is not needed is not sent.
+SENT = tuple(sorted((each for each in STEP_ARRAYS if each.sent), key=lambda each: each.dims == "RM"))
+# Those by row that `Batch.of_rows` does not make itself: columns of the row table.
+BY_ROW = tuple(each for each in STEP_ARRAYS if each.dims == "R" and each.name != "seq_lens")
 
 
 @dataclass(slots=True)

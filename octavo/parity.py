@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from octavo.batch import Batch, SamplingColumns
+from octavo.batch import Batch
 from octavo.checkpoint import Checkpoint, open_checkpoint
 from octavo.config import EngineOptions, ModelConfig
 from octavo.engine.engine import Engine
@@ -185,24 +185,10 @@ def _prompt_logits(runner: Runner, prompt: list[int]) -> Iterator[tuple[int, tor
     """(first position, logits) of a prompt that is computed alone, chunk by chunk, in the cache's first blocks."""
     block_size = runner.kv_cache.layers[0].k_PBKH.shape[1]
     blocks = np.arange(-(-len(prompt) // block_size), dtype=np.int32)[None]
-    alpha = runner.model.config.rope.ntk_alpha(len(prompt))
+    alpha = np.array([runner.model.config.rope.ntk_alpha(len(prompt))], np.float32)
     for start in range(0, len(prompt), _CHUNK):
-        positions = np.arange(start, min(start + _CHUNK, len(prompt)), dtype=np.int32)
-        batch = Batch(
-            token_ids=np.array(prompt, np.int32)[positions],
-            positions=positions,
-            slots=positions,
-            query_start=np.array([0, len(positions)], np.int32),
-            seq_lens=positions[-1:] + 1,
-            block_tables=blocks,
-            ntk_alpha=np.array([alpha], np.float32),
-            sample_index=np.empty(0, np.int32),
-            sampling=_NO_SAMPLES,
-            block_copies=np.empty((0, 2), np.int32),
-        )
+        token_ids = np.array(prompt[start : start + _CHUNK], np.int32)
+        first, counts = np.array([start], np.int32), np.array([len(token_ids)], np.int32)
+        batch = Batch.of_rows(token_ids, first, blocks, block_size, counts, {"ntk_alpha": alpha})
         forward: Any = runner.forward
         yield start, torch.as_tensor(forward.logits(forward.hidden(batch)))
-
-
-_FLOATS, _INTS = np.empty(0, np.float32), np.empty(0, np.int32)
-_NO_SAMPLES = SamplingColumns(_FLOATS, _INTS, _FLOATS, _FLOATS, np.empty(0, np.uint64), _INTS, _INTS)

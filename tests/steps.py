@@ -56,35 +56,24 @@ class Steps:
 
     def batch(self, work: list[tuple[Row, int]], sampling: SamplingColumns | None = None) -> Batch:
         """`work` is (row, how many more tokens to compute); rows that become complete draw a sample."""
-        tokens, positions, slots, starts, samples = [], [], [], [0], []
+        tokens, samples = [], []
+        first = np.array([row.num_computed for row, _ in work], np.int32)
         for row, count in work:
             end = row.num_computed + count
             while len(row.block_table) * self.block_size < end:
                 row.block_table.append(self.free.pop())
-            for position in range(row.num_computed, end):
-                tokens.append(row.token_ids[position])
-                positions.append(position)
-                block = row.block_table[position // self.block_size]
-                slots.append(block * self.block_size + position % self.block_size)
+            tokens += row.token_ids[row.num_computed : end]
             row.num_computed = end
-            starts.append(len(tokens))
             if end == len(row.token_ids):
                 samples.append(len(tokens) - 1)
         tables = np.zeros((len(work), max(len(row.block_table) for row, _ in work)), np.int32)
         for i, (row, _) in enumerate(work):
             tables[i, : len(row.block_table)] = row.block_table
-        return Batch(
-            token_ids=np.array(tokens, np.int32),
-            positions=np.array(positions, np.int32),
-            slots=np.array(slots, np.int32),
-            query_start=np.array(starts, np.int32),
-            seq_lens=np.array([row.num_computed for row, _ in work], np.int32),
-            block_tables=tables,
-            ntk_alpha=np.array([row.ntk_alpha for row, _ in work], np.float32),
-            sample_index=np.array(samples, np.int32),
-            sampling=sampling or columns(len(samples)),
-            block_copies=np.zeros((0, 2), np.int32),
-        )
+        counts = np.array([count for _, count in work], np.int32)
+        alpha = np.array([row.ntk_alpha for row, _ in work], np.float32)
+        batch = Batch.of_rows(np.array(tokens, np.int32), first, tables, self.block_size, counts, {"ntk_alpha": alpha})
+        batch.sample_index, batch.sampling = np.array(samples, np.int32), sampling or columns(len(samples))
+        return batch
 
     def run(self, work: list[tuple[Row, int]], sampling: SamplingColumns | None = None) -> StepResult:
         """One step; drawn tokens are appended to their rows."""

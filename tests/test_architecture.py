@@ -30,6 +30,7 @@ FLOORS = [
         "json_line",
         "log",
         "progress",
+        "step_layout",
         "timeline",
         "version",
     },

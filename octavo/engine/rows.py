@@ -6,11 +6,12 @@ is a handful of array look-ups instead of a walk over Python objects. Knows noth
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.batch import Batch, Floats, Ints, NextStep, PromptLogprobs, SamplingColumns
+from octavo.batch import BY_ROW, Batch, Floats, Ints, NextStep, PromptLogprobs, SamplingColumns
 from octavo.engine.beam_search import num_candidates
 from octavo.engine.decoding import Advance, Members
 from octavo.engine.state import Plan
@@ -65,13 +66,15 @@ class RowTable:
         self.max_rows = max_rows
         self._block_size = block_size
         self._eos = frozenset(eos_token_ids)
-        self._every_row = np.arange(max_rows + 1, dtype=np.int32)
         self._free = list(range(max_rows - 1, -1, -1))
         self._blocks = np.zeros((max_rows, max_blocks), np.int32)
         # The tables of those who only decode, in their order.
         self._gathered = self._blocks[:0]
         self._gathered_for: Members | None = None
-        self._ntk_alpha = np.ones(max_rows, np.float32)
+        # What a step's Batch holds by row, by name.
+        self._by_row: dict[str, NDArray[Any]] = {
+            each.name: np.full(max_rows, each.padding, each.dtype) for each in BY_ROW
+        }
         self._temperature = np.zeros(max_rows, np.float32)
         self._top_k = np.zeros(max_rows, np.int32)
         self._top_p = np.ones(max_rows, np.float32)
@@ -86,7 +89,7 @@ class RowTable:
         """Gives `seq` a row and writes what its request fixes."""
         row = seq.row = self._free.pop()
         params = seq.request.params
-        self._ntk_alpha[row] = seq.ntk_alpha
+        self._by_row["ntk_alpha"][row] = seq.ntk_alpha
         self._temperature[row] = 0.0 if params.greedy else params.temperature
         self._top_k[row] = min(params.top_k, _OFF_TOP_K)
         self._top_p[row] = params.top_p
@@ -161,32 +164,26 @@ class RowTable:
         rows = np.concatenate((first_rows, np.array([seq.row for seq, _ in entries], np.int32)))
         counts = np.concatenate((np.ones(ahead, np.int32), np.array([n for _, n in entries], np.int32)))
         first = np.concatenate((advance.positions, np.array([seq.num_computed - n for seq, n in entries], np.int32)))
-        query_start = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum(counts, out=query_start[1:])
         token_ids: list[int] = []
         for seq, n in entries:
             token_ids += seq.token_ids[seq.num_computed - n : seq.num_computed]
-        row_of_token = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-        positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(first - query_start[:-1], counts)
-        tables = self._tables(rows, int((first + counts).max()))
         entry_of_row = np.zeros(len(self._blocks), np.int32)
         entry_of_row[rows] = np.arange(len(rows))
         plan.sample_rows = np.concatenate((first_rows, np.array([seq.row for seq, _ in samples], np.int32)))
-        batch = Batch(
-            token_ids=np.concatenate((advance.token_ids, np.array(token_ids, np.int32))),
-            positions=positions,
-            slots=self._slots(tables, row_of_token, positions),
-            query_start=query_start,
-            seq_lens=first + counts,
-            block_tables=tables,
-            ntk_alpha=self._ntk_alpha[rows],
-            sample_index=query_start[1 + entry_of_row[plan.sample_rows]] - 1,
-            sampling=self._sampling(plan.sample_rows, advance.counter, samples),
-            block_copies=_pairs(plan.copies),
-            swap_out=_pairs(plan.swap_out),
-            swap_in=_pairs(plan.swap_in),
-            prompt_logprobs=_prompt_logprobs(plan.prompt_spans, query_start[entry_of_row], first[entry_of_row]),
+        batch = Batch.of_rows(
+            np.concatenate((advance.token_ids, np.array(token_ids, np.int32))),
+            first,
+            self._tables(rows, int((first + counts).max())),
+            self._block_size,
+            counts,
+            self._columns(rows),
         )
+        query_start = batch.query_start
+        batch.sample_index = query_start[1 + entry_of_row[plan.sample_rows]] - 1
+        batch.sampling = self._sampling(plan.sample_rows, advance.counter, samples)
+        batch.block_copies, batch.swap_out = _pairs(plan.copies), _pairs(plan.swap_out)
+        batch.swap_in = _pairs(plan.swap_in)
+        batch.prompt_logprobs = _prompt_logprobs(plan.prompt_spans, query_start[entry_of_row], first[entry_of_row])
         if plan.loads:
             batch.loaded_blocks = np.array([block for block, _ in plan.loads], np.int32)
             batch.loaded_bytes = np.stack([content for _, content in plan.loads])
@@ -198,22 +195,15 @@ class RowTable:
         rows = members.start.row
         if members.sampling is None:
             members.sampling = self._sampling(rows, advance.counter, [])
-        seq_lens = positions + np.int32(1)
-        tables = self._tables_of(members, int(seq_lens.max()))
-        every_row = self._every_row[: len(rows)]
-        return Batch(
-            token_ids=advance.token_ids,
-            positions=positions,
-            slots=self._slots(tables, every_row, positions),
-            query_start=self._every_row[: len(rows) + 1],
-            seq_lens=seq_lens,
-            block_tables=tables,
-            ntk_alpha=self._ntk_alpha[rows],
-            sample_index=every_row,
-            sampling=replace(members.sampling, counter=advance.counter),
-            block_copies=_pairs(plan.copies),
-            swap_out=_pairs(plan.swap_out),
-        )
+        tables = self._tables_of(members, int(positions.max()) + 1)
+        batch = Batch.of_rows(advance.token_ids, positions, tables, self._block_size, by_row=self._columns(rows))
+        batch.sample_index = batch.query_start[:-1]
+        batch.sampling = replace(members.sampling, counter=advance.counter)
+        batch.block_copies, batch.swap_out = _pairs(plan.copies), _pairs(plan.swap_out)
+        return batch
+
+    def _columns(self, rows: Ints) -> dict[str, NDArray[Any]]:
+        return {name: column[rows] for name, column in self._by_row.items()}
 
     def _tables_of(self, members: Members, longest: int) -> Ints:
         """As `_tables`, but kept while the members are the same."""
@@ -224,11 +214,6 @@ class RowTable:
 
     def _tables(self, rows: Ints, longest: int) -> Ints:
         return self._blocks[rows, : -(-longest // self._block_size)]
-
-    def _slots(self, tables: Ints, row_of_token: Ints, positions: Ints) -> Ints:
-        slots = tables[row_of_token, positions // self._block_size] * self._block_size
-        slots += positions % self._block_size
-        return slots
 
     def _sampling(self, rows: Ints, counter: Ints, samples: list[tuple[Sequence, int]]) -> SamplingColumns:
         """Of the samples in `rows`: first those who only decode, with their `counter`, then `samples`."""

@@ -59,6 +59,12 @@ class Rope:
         growth = np.log(np.arange(1, length + 1, dtype=np.float64)) / math.log(self.config.logn_length)
         return np.maximum(growth, 1.0).astype(np.float32)
 
+    def angles(
+        self, positions_T: torch.Tensor, alpha_T: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """cos and sin, as `cos_sin`, and `q_scale`."""
+        return *self.cos_sin(positions_T, alpha_T), self.q_scale(positions_T)
+
     def cos_sin(
         self, positions_T: torch.Tensor, alpha_T: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

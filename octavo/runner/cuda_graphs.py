@@ -7,13 +7,13 @@ their keys written nowhere. The draws may be part of it. Shapes: R rows, D model
 
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from octavo.batch import Batch, Ints, NextStep
+from octavo.batch import SENT, Batch, Ints, NextStep
 from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext
 from octavo.log import logger
@@ -24,7 +24,8 @@ from octavo.ops.triton.prepare import Arrived, prepare, publish
 from octavo.ops.triton.shared import fits, rows_of_tile
 from octavo.runner.kv_cache import KVCache
 from octavo.runner.prefix_groups import PrefixGroups, find_groups, most_tiles
-from octavo.runner.step_buffers import StepBuffers, padded
+from octavo.runner.step_buffers import StepBuffers
+from octavo.step_layout import StepSize, padded
 
 T = TypeVar("T")
 
@@ -219,7 +220,7 @@ class DecodeGraphs(StepGraphs):
         if order is not None:
             place = np.empty_like(order)
             place[order] = np.arange(rows, dtype=np.int32)
-            batch = _in_order(batch, order, place)
+            batch = batch.in_order(order, place)
         recorded = self._replay(batch, groups, order, draws=True)
         if recorded is None:
             return None
@@ -251,34 +252,26 @@ class DecodeGraphs(StepGraphs):
 
     def _send(self, batch: Batch, groups: PrefixGroups | None, order: Ints | None, bucket: int) -> None:
         places = self._places(bucket)
-        lengths = tile_start = tile_rows = np.zeros(0, np.int32)
+        arrays = batch.padded(StepSize(bucket), batch.num_rows)
+        del arrays["query_start"]
+        tables = arrays.pop("block_tables")
+        arrays["width"] = np.array([tables.shape[1]], np.int32)
+        arrays["order"] = np.arange(bucket, dtype=np.int32) if order is None else padded(order, bucket, 0)
         if groups is not None:
-            lengths = padded(groups.lengths, bucket, 0)
-            tile_start, tile_rows = (
-                padded(array, places[8].stop - places[8].start, 0) for array in (groups.tile_start, groups.tile_rows)
-            )
-        self._buffers.send(
-            batch.sample_index,
-            batch.sampling,
-            [
-                np.array([batch.block_tables.shape[1]], np.int32),
-                *(padded(array, bucket, 0) for array in (batch.token_ids, batch.positions)),
-                padded(batch.slots, bucket, -1),
-                padded(batch.seq_lens, bucket, 0),
-                np.arange(bucket, dtype=np.int32) if order is None else padded(order, bucket, 0),
-                lengths,
-                tile_start,
-                tile_rows,
-                batch.block_tables,
-            ],
-            places,
-        )
+            arrays["lengths"] = padded(groups.lengths, bucket, 0)
+            for name, tiles in (("tile_start", groups.tile_start), ("tile_rows", groups.tile_rows)):
+                arrays[name] = padded(tiles, places[name].stop - places[name].start, 0)
+        arrays["block_tables"] = tables
+        self._buffers.send(batch.sample_index, batch.sampling, arrays, places)
 
-    def _places(self, bucket: int) -> list[slice]:
-        """Of the tables' width, token ids, positions, slots, lengths, samples, shared lengths, tiles and their rows,
-        tables."""
-        tiles = most_tiles(bucket, self._rows_of_tile)
-        return self._buffers.places((1, *(bucket,) * 6, tiles, tiles, bucket * self._tables.shape[1]))
+    def _places(self, bucket: int) -> dict[str, slice]:
+        """Of what is sent but for `query_start`, since each row is a single token; and of the tables' width, each row's
+        sample, and the shared lengths with tiles and their rows, tables last."""
+        sizes = StepSize(bucket).sizes(SENT, self._tables.shape[1])
+        del sizes["query_start"]
+        tables, tiles = sizes.pop("block_tables"), most_tiles(bucket, self._rows_of_tile)
+        sizes |= {"width": 1, "order": bucket, "lengths": bucket, "tile_start": tiles, "tile_rows": tiles}
+        return self._buffers.places(sizes | {"block_tables": tables})
 
     def _record(self, bucket: int, shared: bool, draws: bool) -> RecordedStep:
         kind = ", of a common beginning" if shared else "" if draws else ", without draws"
@@ -294,53 +287,29 @@ class DecodeGraphs(StepGraphs):
         return ctx, hidden_RD
 
     def _context(self, ops: TritonOps, bucket: int, shared: bool) -> ForwardContext:
-        width, given, positions, slots, seq_lens, samples, lengths, tile_start, tile_rows, packed = map(
-            self._buffers.at, self._places(bucket)
-        )
+        sent = self._buffers.tensors(self._places(bucket))
         token_ids, tables, (cos, sin) = self._token_ids[:bucket], self._tables[:bucket], self._angles[:, :bucket]
-        rope, buffers = self._model.rope, self._buffers
+        rope, buffers, positions = self._model.rope, self._buffers, sent["positions"]
         arrived = Arrived(
             control_2=buffers.control,
             blocks_TR=buffers.blocks,
             states_S=buffers.asked(bucket).states_S,
-            given_R=given,
+            given_R=sent["token_ids"],
             positions_R=positions,
-            slots_R=slots,
-            seq_lens_R=seq_lens,
-            sample_of_row_R=samples,
-            width_1=width,
-            packed=packed,
+            slots_R=sent["slots"],
+            seq_lens_R=sent["seq_lens"],
+            sample_of_row_R=sent["order"],
+            width_1=sent["width"],
+            packed=sent["block_tables"],
         )
         block_size = self._kv_cache.layers[0].k_PBKH.shape[1]
         prepare(arrived, self._drawn_S, block_size, rope.inv_freq, rope.magnitude, token_ids, cos, sin, tables)
         if self._ops.invariant:  # the same functions as in steps that are no graph
             cos, sin = rope.cos_sin(positions)
+        if shared:
+            ops = ops.sharing(SharedPrefix(sent["lengths"], sent["tile_start"], sent["tile_rows"]))
         every_row = np.arange(bucket + 1, dtype=np.int32)
-        return ForwardContext(
-            ops=ops.sharing(SharedPrefix(lengths, tile_start, tile_rows)) if shared else ops,
-            caches=self._kv_cache.layers,
-            token_ids_T=token_ids,
-            positions_T=positions,
-            slots_T=slots,
-            query_start_R1=positions,  # not read: each row is a single token
-            seq_lens_R=seq_lens,
-            block_tables_RM=tables,
-            cos_Tr=cos,
-            sin_Tr=sin,
-            q_scale_T=rope.q_scale(positions),
-            query_start_host=every_row,
-            seq_lens_host=every_row[1:],
-        )
-
-
-def _in_order(batch: Batch, order: Ints, place: Ints) -> Batch:
-    """The step with its rows, a token each, in another order: `place` is that of each."""
-    return replace(
-        batch,
-        token_ids=batch.token_ids[order],
-        positions=batch.positions[order],
-        slots=batch.slots[order],
-        seq_lens=batch.seq_lens[order],
-        block_tables=batch.block_tables[order],
-        sample_index=place[batch.sample_index],
-    )
+        # Where rows begin is not read: each is a single token.
+        arrays = sent | {"token_ids": token_ids, "block_tables": tables, "query_start": positions}
+        host = every_row, every_row[1:]
+        return ForwardContext.of(arrays, (cos, sin, rope.q_scale(positions)), host, ops, self._kv_cache.layers)

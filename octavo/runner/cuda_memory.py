@@ -152,18 +152,9 @@ def columns_of(rows: int) -> SamplingColumns:
 
 def batch_of(config: EngineConfig, seq_lens: np.ndarray, counts: np.ndarray, columns: SamplingColumns) -> Batch:
     """Rows over block 0 alone, whose keys and values are written nowhere."""
-    query_start = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    within = np.arange(query_start[-1], dtype=np.int32) - np.repeat(query_start[:-1], counts)
-    blocks = -(-int(seq_lens.max()) // config.block_size)
-    return Batch(
-        token_ids=np.zeros(query_start[-1], np.int32),
-        positions=within + np.repeat(seq_lens - counts, counts).astype(np.int32),
-        slots=np.full(query_start[-1], -1, np.int32),
-        query_start=query_start,
-        seq_lens=seq_lens,
-        block_tables=np.zeros((len(counts), blocks), np.int32),
-        ntk_alpha=np.ones(len(counts), np.float32),
-        sample_index=query_start[1:] - 1,
-        sampling=columns,
-        block_copies=np.empty((0, 2), np.int32),
-    )
+    tables = np.zeros((len(counts), -(-int(seq_lens.max()) // config.block_size)), np.int32)
+    token_ids = np.zeros(int(counts.sum()), np.int32)
+    batch = Batch.of_rows(token_ids, seq_lens - counts, tables, config.block_size, counts)
+    batch.slots[:] = -1
+    batch.sample_index, batch.sampling = batch.query_start[1:] - 1, columns
+    return batch

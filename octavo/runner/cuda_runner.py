@@ -11,13 +11,14 @@ Shapes: T tokens, R rows, S samples, M blocks of the longest row, V vocabulary.
 import itertools
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from octavo import ops
-from octavo.batch import Batch, Ints, LogprobColumns, NextStep, SamplingColumns, StepResult
+from octavo.batch import SENT, Batch, Ints, LogprobColumns, NextStep, SamplingColumns, StepResult
 from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext
 from octavo.log import logger
@@ -32,9 +33,10 @@ from octavo.ops.triton.sampling import MIN_TEMPERATURE, Asked, draw
 from octavo.runner import sampler
 from octavo.runner.cuda_graphs import DecodeGraphs, DecodeKind, bucket_of, forward, fused
 from octavo.runner.kv_cache import KVCache
-from octavo.runner.prompt_graphs import PromptGraphs, PromptSize, most_rows, room_for
+from octavo.runner.prompt_graphs import PromptGraphs, most_rows, room_for
 from octavo.runner.step_buffers import TURNS, StepBuffers
 from octavo.runner.symbolic import between_ops
+from octavo.step_layout import StepSize
 
 # Logits that are changed, or whose log probabilities are taken, at once: of 220 samples of a large vocabulary.
 _LOGITS_AT_ONCE = 2**25
@@ -135,7 +137,7 @@ class CudaForward:
         """So many steps of a kind that has no graph run without one before one is recorded."""
         self._graphs.missed.patience = self._prompts.missed.patience = times
 
-    def take_missed(self) -> DecodeKind | PromptSize | None:
+    def take_missed(self) -> DecodeKind | StepSize | None:
         """A kind of steps that ran without a graph, to be recorded now."""
         return self._graphs.missed.take() or self._prompts.missed.take()
 
@@ -158,29 +160,21 @@ class CudaForward:
 
     def _context(self, batch: Batch) -> ForwardContext:
         self._graphs.forget()
-        arrays = [batch.token_ids, batch.positions, batch.slots, batch.query_start, batch.seq_lens, batch.block_tables]
-        stretched = bool((batch.ntk_alpha != 1.0).any())
-        if stretched:
-            arrays.append(np.repeat(batch.ntk_alpha, np.diff(batch.query_start)).view(np.int32))
-        places = self._buffers.places([array.size for array in arrays])
+        arrays: dict[str, NDArray[Any]] = {each.name: getattr(batch, each.name) for each in SENT}
+        if stretched := bool((batch.ntk_alpha != 1.0).any()):
+            arrays["ntk_alpha"] = np.repeat(batch.ntk_alpha, np.diff(batch.query_start))
+        places = self._buffers.places({name: array.size for name, array in arrays.items()})
         self._buffers.send(batch.sample_index, batch.sampling, arrays, places)
-        given_T, positions_T, slots_T, query_start_R1, seq_lens_R, tables = map(self._buffers.at, places[:6])
-        rope = self._model.rope
-        cos_Tr, sin_Tr = rope.cos_sin(positions_T, self._buffers.at(places[6], torch.float32) if stretched else None)
-        return ForwardContext(
-            ops=fused(self._ops, singles=False),
-            caches=self._kv_cache.layers,
-            token_ids_T=look_up(given_T, self.drawn_S),
-            positions_T=positions_T,
-            slots_T=slots_T,
-            query_start_R1=query_start_R1,
-            seq_lens_R=seq_lens_R,
-            block_tables_RM=tables.view(batch.block_tables.shape),
-            cos_Tr=cos_Tr,
-            sin_Tr=sin_Tr,
-            q_scale_T=rope.q_scale(positions_T),
-            query_start_host=batch.query_start,
-            seq_lens_host=batch.seq_lens,
+        tensors = self._buffers.tensors(places)
+        alpha_T = tensors.pop("ntk_alpha").view(torch.float32) if stretched else None
+        tensors["token_ids"] = look_up(tensors["token_ids"], self.drawn_S)
+        tensors["block_tables"] = tensors["block_tables"].view(batch.block_tables.shape)
+        return ForwardContext.of(
+            tensors,
+            self._model.rope.angles(tensors["positions"], alpha_T),
+            (batch.query_start, batch.seq_lens),
+            fused(self._ops, singles=False),
+            self._kv_cache.layers,
         )
 
 

@@ -10,18 +10,16 @@ Padding among the single rows has length 0; prompt tokens behind the last row be
 have nothing to do.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
-from octavo.batch import Batch, Ints
+from octavo.batch import SENT, Batch, Ints
 from octavo.config import EngineConfig
 from octavo.layers.context import ForwardContext
 from octavo.ops.triton import leading_singles
 from octavo.ops.triton.prepare import look_up, publish, spread
 from octavo.runner.cuda_graphs import StepGraphs, forward, fused
-from octavo.runner.step_buffers import padded
+from octavo.step_layout import StepSize
 
 _SINGLES = (0, 4, 16, 64, 128, 256, 384, 512, 768, 1024)
 _PROMPTS = (4, 16, 64, 256)
@@ -30,14 +28,6 @@ MOST_GRAPHS = 128
 # Tokens times weights of a layer that a GPU multiplies, at 600 TFLOP/s, in the 1.4 ms that a slow host needs for a
 # layer beside a server; 0.6 are the least that were seen.
 _WORTH_IT = 4.2e11
-
-
-class PromptSize(NamedTuple):
-    """What a step is padded to."""
-
-    singles: int  # rows
-    tokens: int  # of prompts
-    prompts: int
 
 
 def most_tokens(config: EngineConfig) -> int:
@@ -52,21 +42,21 @@ def room_for(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def size_of(singles: int, tokens: int, prompts: int, max_rows: int) -> PromptSize | None:
+def size_of(singles: int, tokens: int, prompts: int, max_rows: int) -> StepSize | None:
     """The size that a step is padded to; None if it has no prompts, or too many."""
     rows = next((rows for rows in _SINGLES if singles <= rows), max_rows)
     room = next((room for room in _PROMPTS if prompts <= room), 0)
-    return PromptSize(min(rows, max_rows), room_for(tokens), min(room, max_rows)) if prompts and room else None
+    return StepSize(min(rows, max_rows), room_for(tokens), min(room, max_rows)) if prompts and room else None
 
 
-def sizes(config: EngineConfig) -> list[PromptSize]:
+def sizes(config: EngineConfig) -> list[StepSize]:
     """All sizes, by their tokens and then their single rows; those of few prompts first."""
     tokens, room = [], 0
     while room < room_for(most_tokens(config)):
         tokens.append(room := room_for(room + 1))
     singles = sorted({min(rows, config.max_num_seqs) for rows in _SINGLES})
     prompts = sorted({min(room, config.max_num_seqs) for room in _PROMPTS})
-    return [PromptSize(S, T, P) for P in prompts for T in tokens for S in singles]
+    return [StepSize(S, T, P) for P in prompts for T in tokens for S in singles]
 
 
 def most_rows(max_rows: int) -> int:
@@ -81,7 +71,7 @@ class PromptGraphs(StepGraphs):
         self._max_rows, self._max_tokens = config.max_num_seqs, most_tokens(config)
         shape = most_rows(self._max_rows), config.max_blocks_per_seq
         self._tables = torch.zeros(*shape, dtype=torch.int32, device=self._model.device)
-        self._graphs: dict[PromptSize, torch.cuda.CUDAGraph] = {}  # what was used last stands last
+        self._graphs: dict[StepSize, torch.cuda.CUDAGraph] = {}  # what was used last stands last
 
     def draw(self, batch: Batch) -> Ints | None:
         """Computes the step and draws its samples: where these will be, as `StepBuffers.tokens`. None, and nothing, if
@@ -106,65 +96,32 @@ class PromptGraphs(StepGraphs):
         graph.replay()
         return self._buffers.tokens(len(batch.sample_index))
 
-    def _send(self, batch: Batch, singles: int, size: PromptSize) -> None:
-        S, T, P = size
-        more = S - singles  # tokens that are padding among the singles, and rows
-
-        def tokens(array: Ints, padding: int) -> Ints:
-            return np.concatenate((padded(array[:singles], S, padding), padded(array[singles:], T, padding)))
-
-        def rows(array: Ints, padding: int) -> Ints:
-            return np.concatenate((padded(array[:singles], S, padding), padded(array[singles:], P, padding)))
-
+    def _send(self, batch: Batch, singles: int, size: StepSize) -> None:
         index = batch.sample_index
-        starts = batch.query_start[singles:] + np.int32(more)
-        tables = batch.block_tables
+        arrays = {"width": np.array([batch.block_tables.shape[1]], np.int32)} | batch.padded(size, singles)
         self._buffers.send(
-            np.where(index < singles, index, index + np.int32(more)),
+            np.where(index < singles, index, index + np.int32(size.decode_rows - singles)),
             batch.sampling,
-            [
-                np.array([tables.shape[1]], np.int32),
-                tokens(batch.token_ids, 0),
-                tokens(batch.positions, 0),
-                tokens(batch.slots, -1),
-                np.concatenate((np.arange(S, dtype=np.int32), padded(starts, P + 1, int(starts[-1])))),
-                rows(batch.seq_lens, 0),
-                np.concatenate((tables[:singles], np.zeros((more, tables.shape[1]), np.int32), tables[singles:])),
-            ],
+            arrays,
             self._places(size),
         )
 
-    def _places(self, size: PromptSize) -> list[slice]:
-        """Of the tables' width, token ids, positions, slots, where rows start, lengths, tables."""
-        S, T, P = size
-        return self._buffers.places((1, S + T, S + T, S + T, S + P + 1, S + P, (S + P) * self._tables.shape[1]))
+    def _places(self, size: StepSize) -> dict[str, slice]:
+        return self._buffers.places({"width": 1} | size.sizes(SENT, self._tables.shape[1]))
 
-    def _record(self, size: PromptSize) -> torch.cuda.CUDAGraph:
+    def _record(self, size: StepSize) -> torch.cuda.CUDAGraph:
         S, T, P = size
         return self._capture(f"{S} rows and {T} tokens of {P} prompts", lambda: self._compute(size))[0]
 
-    def _compute(self, size: PromptSize) -> None:
+    def _compute(self, size: StepSize) -> None:
         S, T, P = size
-        width, given, positions, slots, query_start, seq_lens, packed = map(self._buffers.at, self._places(size))
+        arrays = self._buffers.tensors(self._places(size))
         tables = self._tables[: S + P]
-        spread(packed, width, tables)
-        rope = self._model.rope
-        cos, sin = rope.cos_sin(positions)
-        ctx = ForwardContext(
-            ops=fused(self._ops, singles=False),
-            caches=self._kv_cache.layers,
-            token_ids_T=look_up(given, self._drawn_S),
-            positions_T=positions,
-            slots_T=slots,
-            query_start_R1=query_start,
-            seq_lens_R=seq_lens,
-            block_tables_RM=tables,
-            cos_Tr=cos,
-            sin_Tr=sin,
-            q_scale_T=rope.q_scale(positions),
-            # How many rows have one token, how many tokens the others, and how many others there are: no more is read.
-            query_start_host=np.array([*range(S + 1), *[S + T] * P], np.int32),
-            seq_lens_host=np.zeros(S + P, np.int32),
-        )
+        spread(arrays["block_tables"], arrays.pop("width"), tables)
+        angles = self._model.rope.angles(arrays["positions"])
+        arrays |= {"token_ids": look_up(arrays["token_ids"], self._drawn_S), "block_tables": tables}
+        # How many rows have one token, how many tokens the others, and how many others there are: no more is read.
+        host = np.array([*range(S + 1), *[S + T] * P], np.int32), np.zeros(S + P, np.int32)
+        ctx = ForwardContext.of(arrays, angles, host, fused(self._ops, singles=False), self._kv_cache.layers)
         self._draw(ctx, forward(self._model, ctx), S + P)
         publish(self._drawn_S, self._buffers.control, self._buffers.drawn)

@@ -15,7 +15,8 @@ from octavo.log import logger
 from octavo.runner.cuda_graphs import buckets
 from octavo.runner.cuda_memory import batch_of, columns_of
 from octavo.runner.cuda_runner import CudaRunner
-from octavo.runner.prompt_graphs import PromptSize, most_tokens, size_of, sizes
+from octavo.runner.prompt_graphs import most_tokens, size_of, sizes
+from octavo.step_layout import StepSize
 
 _LOOKED_AT = 6  # steps after which it is said how long the rest will take
 # Beside few rows with a token each prompts of any length that is recorded are usual, beside many of so many tokens.
@@ -57,7 +58,7 @@ class WarmUp:
             return False
         self._runner.forward.be_patient(0)
         try:
-            step = self._prompt(missed) if isinstance(missed, PromptSize) else self._decode(*missed)
+            step = self._prompt(missed) if isinstance(missed, StepSize) else self._decode(*missed)
             if step is not None:
                 self._runner.submit(step).result()
         finally:
@@ -73,7 +74,7 @@ class WarmUp:
         yield from (self._decode(count) for count in rows)
         few = min(4, config.max_num_seqs)
         every = sizes(config)
-        usual = [size for size in every if size.prompts == few and (size.tokens <= _USUAL or size.singles <= _FEW)]
+        usual = [size for size in every if size.rows == few and (size.tokens <= _USUAL or size.decode_rows <= _FEW)]
         yield from filter(None, map(self._prompt, usual))
         yield from self._large()
         # Rows that want log probabilities, penalties or bias are drawn outside of the graph.
@@ -102,7 +103,7 @@ class WarmUp:
                 if 1 < counts.max() <= config.max_model_len:
                     yield batch_of(config, counts, counts, columns_of(rows))
 
-    def _prompt(self, size: PromptSize) -> Batch | None:
+    def _prompt(self, size: StepSize) -> Batch | None:
         """A step of this size; None if there can be none."""
         singles, tokens, prompts = size
         config = self._config

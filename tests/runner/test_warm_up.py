@@ -8,8 +8,9 @@ import pytest
 from octavo.batch import Batch
 from octavo.ops.triton import leading_singles
 from octavo.runner.cuda_graphs import DecodeKind, Missed, bucket_of, buckets
-from octavo.runner.prompt_graphs import PromptSize, most_tokens, size_of, sizes
+from octavo.runner.prompt_graphs import most_tokens, size_of, sizes
 from octavo.runner.warm_up import WarmUp
+from octavo.step_layout import StepSize
 from tests.tiny_config import engine_config
 
 CONFIG = replace(
@@ -33,7 +34,7 @@ class Runner:
 
     def __init__(self):
         self.forward = Forward()
-        self.kinds: list[DecodeKind | PromptSize] = []
+        self.kinds: list[DecodeKind | StepSize] = []
         self.patience: list[int] = []
 
     def submit(self, batch: Batch) -> "Runner":
@@ -63,7 +64,7 @@ def test_steps_of_usual_loads_are_recorded():
     kinds = recorded().kinds
     assert len(set(kinds)) == len(kinds), "each once"
     assert kinds[0] == DecodeKind(1, False, True), "what a first request needs comes first"
-    needed: set[DecodeKind | PromptSize] = set()
+    needed: set[DecodeKind | StepSize] = set()
     for rows in range(1, CONFIG.max_num_seqs + 1):
         needed |= {DecodeKind(bucket_of(rows), False, draws) for draws in (True, False)}
         if rows > 1:
@@ -89,7 +90,7 @@ def test_none_and_full():
     quick, full = recorded().kinds, recorded(warm_up="full").kinds
     assert full[: len(quick)] == quick
     assert set(full) - set(quick)
-    assert {kind for kind in full if isinstance(kind, PromptSize)} <= set(sizes(CONFIG))
+    assert {kind for kind in full if isinstance(kind, StepSize)} <= set(sizes(CONFIG))
 
 
 def test_what_was_missed_is_recorded_when_nobody_waits():
@@ -100,11 +101,11 @@ def test_what_was_missed_is_recorded_when_nobody_waits():
     patient = runner.forward.patience
     assert patient > 0
     assert set(runner.patience) == {0}, "every step of the warm-up is recorded"
-    runner.forward.missed = [PromptSize(16, 1024, 16), DecodeKind(24, True, True), DecodeKind(8, False, False)]
+    runner.forward.missed = [StepSize(16, 1024, 16), DecodeKind(24, True, True), DecodeKind(8, False, False)]
     runner.kinds.clear()
     while warm_up.one_more():
         assert runner.forward.patience == patient
-    assert runner.kinds == [DecodeKind(8, False, False), DecodeKind(24, True, True), PromptSize(16, 1024, 16)]
+    assert runner.kinds == [DecodeKind(8, False, False), DecodeKind(24, True, True), StepSize(16, 1024, 16)]
 
 
 def test_patience():
