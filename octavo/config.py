@@ -405,12 +405,19 @@ class ServerOptions:
             raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path is {self.root_path!r}; it must begin with / and not end with one, as in /llm")
+        if self.root_path == "/v1" or self.root_path.startswith("/v1/"):
+            raise ConfigError("root_path is /v1, with which the server's own paths begin; take another")
+        for name in self.allowed_hosts:
+            if not re.fullmatch(r"\*|[A-Za-z0-9._-]+", name):
+                raise ConfigError(f"allowed_hosts has {name!r}; give a name alone, as in llm.example.org, or * for all")
+        if self.allowed_hosts and self.uds is not None:
+            raise ConfigError("allowed_hosts is for host and port; leave it out with uds")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("TLS needs both ssl_certfile and ssl_keyfile; give both")
         for origin in self.allowed_origins:
-            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/A-Z]+", origin):
                 raise ConfigError(
-                    f"allowed_origins has {origin!r}; an origin is a scheme and a host, as in https://example.org"
+                    f"allowed_origins has {origin!r}; an origin is a scheme and a host in small letters, as in https://example.org"
                 )
         for name in ("max_queued_requests", "max_body_bytes"):
             if (value := getattr(self, name)) < 1:

@@ -27,6 +27,9 @@ _TEXT_ALONE = "Octavo takes text alone"
 _QUANTIZED = "quantized files are read as they are, and quantize brings others to a precision"
 
 
+_SECRET = ("hf_token",)  # is not printed
+
+
 def _switches(*names: str) -> dict[str, Argument]:
     return dict.fromkeys(names, Argument(is_switch=True))
 
@@ -110,10 +113,10 @@ ENGINE: dict[str, Argument] = {
 SERVER: dict[str, Argument] = {
     **_switches("disable_log_requests", "disable_uvicorn_access_log", "disable_frontend_multiprocessing"),
     **_switches("enable_log_requests"),  # see _NAMES
-    **_switches(
-        "disable_fastapi_docs", "enable_request_id_headers", "enable_prompt_tokens_details", "enable_offline_docs"
-    ),
-    **_switches("enable_server_load_tracking", "enable_ssl_refresh"),
+    **_switches("enable_request_id_headers", "enable_prompt_tokens_details", "enable_offline_docs"),
+    **_off("a proxy in front may hide /openapi.json, which tells nothing secret", "disable_fastapi_docs"),
+    **_off("see /metrics", "enable_server_load_tracking"),
+    **_off("start the server anew once the certificate was renewed", "enable_ssl_refresh"),
     "uvicorn_log_level": Argument(("info", "warning", "error", "critical", None), "see --verbose and --log-format"),
     "max_log_len": Argument(None),
     "api_server_count": _ONE_DEVICE,
@@ -157,7 +160,8 @@ def translated(given: Mapping[str, Any], known: Mapping[str, Argument]) -> dict[
         if argument is None or name in _NAMES:
             options[_NAMES.get(name, name)] = value
         elif argument.harmless is not None and not _among(value, argument.harmless):
-            raise ConfigError(f"{name} is {short(value)}, which Octavo does not support: {argument.fix}; leave it out")
+            said = "given" if name in _SECRET else short(value)
+            raise ConfigError(f"{name} is {said}, which Octavo does not support: {argument.fix}; leave it out")
     return options
 
 

@@ -6,7 +6,6 @@ asked for is the hub's business.
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -51,32 +50,46 @@ class Download:
 
     @property
     def part(self) -> Path:
-        return self.target.with_name(self.target.name + ".part")
+        """Where the file grows: another version of it has another part."""
+        version = "" if self.sha256 in ("", self.target.name) else f".{self.sha256[:12]}"
+        return self.target.with_name(f"{self.target.name}{version}.part")
 
     def num_there(self) -> int:
         """Bytes that need not come again."""
-        for path in (self.target, self.part):
-            if path.is_file():
-                return min(path.stat().st_size, self.num_bytes)
-        return 0
+        if self._is_here():
+            return self.num_bytes
+        return min(self.part.stat().st_size, self.num_bytes) if self.part.is_file() else 0
+
+    def _is_here(self) -> bool:
+        """Whether the file was fetched whole; one of another version is not it."""
+        if not self.target.is_file() or self.target.stat().st_size != self.num_bytes:
+            return False
+        return not self.sha256 or self._sha256(self.target) == self.sha256
+
+    @staticmethod
+    def _sha256(path: Path) -> str:
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
 
     def run(self, progress: FetchProgress) -> None:
         """Raises `DownloadError`; what has come then stays for the next run."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        progress.advance(self.num_there())
+        before = self.num_there()
+        progress.advance(before)
         if self.target.is_file():
-            return
-        tries, before = 0, self.num_there()
+            if before == self.num_bytes and self._is_here():
+                return
+            self.target.unlink()
+        tries = 0
         while (interrupted := self._continue(progress)) is not None:
             tries = 1 if self.num_there() > before else tries + 1
             before = self.num_there()
             if tries >= MOST_TRIES:
                 raise self.failed(interrupted)
-            time.sleep(PAUSE * 2 ** (tries - 1))
+            progress.pause(PAUSE * 2 ** (tries - 1))
         with self.part.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
             os.fsync(content.fileno())
-        if self.sha256 and found != self.sha256:
+        if self.sha256 and (found := self._sha256(self.part)) != self.sha256:
             self.part.unlink()
             raise self.differs(found)
         self.part.replace(self.target)
@@ -96,6 +109,8 @@ class Download:
                 for piece in arriving.pieces:
                     output.write(piece)
                     progress.advance(len(piece))
+                    if output.tell() > self.num_bytes:
+                        break  # whoever sends more than was listed may send for ever
         except Interrupted as error:
             return error.__cause__ if isinstance(error.__cause__, Exception) else error
         size = self.part.stat().st_size

@@ -26,7 +26,7 @@ class FetchProgress:
         self._begin = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._lock = threading.Lock()
-        self._stopped = False
+        self._stopped = threading.Event()
 
     def __enter__(self) -> "FetchProgress":
         facts = ", ".join(filter(None, (format_size(self._total), self._licence)))
@@ -53,13 +53,18 @@ class FetchProgress:
     def advance(self, num_bytes: int) -> None:
         """`num_bytes` more are there. Threads may call it; raises `InterruptedError` after `stop`."""
         with self._lock:
-            if self._stopped:
+            if self._stopped.is_set():
                 raise InterruptedError("the fetch was given up")
             self.update(self.done + num_bytes)
 
     def stop(self) -> None:
         """Ends the threads that count here."""
-        self._stopped = True
+        self._stopped.set()
+
+    def pause(self, seconds: float) -> None:
+        """Waits before another try; raises `InterruptedError` once there is a `stop`."""
+        if self._stopped.wait(seconds):
+            raise InterruptedError("the fetch was given up")
 
     def unpacking(self) -> None:
         """All bytes are there; the file is being unpacked and checked."""

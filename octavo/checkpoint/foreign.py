@@ -3,7 +3,7 @@
 import re
 
 _POINTER = b"version https://git-lfs"
-_ARCHIVES = {b"PK\x03\x04": "a zip archive, such as PyTorch's pickles are", b"\x1f\x8b": "packed with gzip"}
+_ARCHIVES = {b"PK\x03\x04": "a zip archive, such as PyTorch's pickles are", b"\x1f\x8b\x08": "packed with gzip"}
 
 
 def described(beginning: bytes) -> str:

@@ -8,6 +8,7 @@ to where the client then finds them; that they have the SHA-256 that the hub lis
 import hashlib
 import inspect
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from octavo.checkpoint.caches import hf_cache
 from octavo.checkpoint.download import Arriving, Download, Interrupted
 from octavo.checkpoint.fetch_progress import FetchProgress
 from octavo.checkpoint.locked import locked
-from octavo.checkpoint.repository import Listing, RepositoryFile
+from octavo.checkpoint.repository import Listing, RepositoryFile, safe_path, safe_sha256
 from octavo.errors import DownloadError
 
 _AT_ONCE = 4  # files
@@ -27,6 +28,7 @@ _AT_ONCE = 4  # files
 class HuggingFace:
     """The hub at HF_ENDPOINT (https://huggingface.co by default), as a `repository.Hub`."""
 
+    immutable = True  # a commit's folder
     name = "hf"
     title = "Hugging Face"
     variable = "HF_HOME"
@@ -41,9 +43,13 @@ class HuggingFace:
                 repo_id, revision=revision, files_metadata=True, timeout=30
             )
         files = tuple(
-            RepositoryFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else "")
+            RepositoryFile(
+                safe_path(entry.rfilename), entry.size or 0, safe_sha256(entry.lfs.sha256 if entry.lfs else "")
+            )
             for entry in info.siblings or ()
         )
+        if not re.fullmatch("[0-9a-f]{40}", info.sha or ""):
+            raise DownloadError(f"{self.endpoint} names no commit of {repo_id}; check HF_ENDPOINT")
         return Listing(repo_id, revision or "main", info.sha, files)
 
     def folder(self, listing: Listing) -> Path:
@@ -54,7 +60,7 @@ class HuggingFace:
         home = self._home(listing.repo_id)
         home.mkdir(parents=True, exist_ok=True)
         with locked(home, listing.repo_id), ThreadPoolExecutor(_AT_ONCE) as threads:
-            large = [self._download(client, listing, file) for file in files if file.sha256]
+            large = [self._download(client, listing, file) for file in _large(files)]
             running = [threads.submit(download.run, progress) for download in large]
             try:
                 for each in wait(running, return_when=FIRST_EXCEPTION).done:
@@ -79,7 +85,7 @@ class HuggingFace:
 
     def num_fetched(self, listing: Listing, files: Sequence[RepositoryFile]) -> int:
         client = _client(listing.repo_id)
-        return sum(self._download(client, listing, file).num_there() for file in files if file.sha256)
+        return sum(self._download(client, listing, file).num_there() for file in _large(files))
 
     def _download(self, client: Any, listing: Listing, file: RepositoryFile) -> Download:
         return Download(
@@ -113,11 +119,19 @@ class HuggingFace:
         client = _client(listing.repo_id)
         with _translated(listing.repo_id, listing.revision, self.endpoint):
             url = client.hf_hub_url(listing.repo_id, file.path, revision=listing.revision, endpoint=self.endpoint)
-            headers = client.utils.build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
-            answer = client.get_session().get(url, headers=headers, timeout=30, follow_redirects=True)
-            client.utils.hf_raise_for_status(answer)
-            content: bytes = answer.content
-        return content[: end - start] if answer.status_code == 206 else content[start:end]
+            headers = client.utils.build_hf_headers() | {"Accept-Encoding": "identity"}
+            headers["Range"] = f"bytes={start}-{end - 1}"
+            request = client.get_session().stream("GET", url, headers=headers, timeout=30, follow_redirects=True)
+            with request as answer:
+                client.utils.hf_raise_for_status(answer)
+                # Whoever ignores the range sends all of the file, of which no more is read.
+                skipped = 0 if answer.status_code == 206 else start
+                content = bytearray()
+                for piece in _pieces(answer):
+                    content += piece
+                    if len(content) >= skipped + end - start:
+                        break
+        return bytes(content[skipped : skipped + end - start])
 
     def settle(self, listing: Listing) -> None:
         # The client notes what a name meant when it fetches by that name; it fetches by commit here.
@@ -128,6 +142,11 @@ class HuggingFace:
 
     def _home(self, repo_id: str) -> Path:
         return hf_cache() / f"models--{repo_id.replace('/', '--')}"
+
+
+def _large(files: Sequence[RepositoryFile]) -> list[RepositoryFile]:
+    """Those that are fetched by their hash, each content once."""
+    return list({file.sha256: file for file in files if file.sha256}.values())
 
 
 def _pieces(answer: Any) -> Iterator[bytes]:

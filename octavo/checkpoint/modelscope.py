@@ -7,6 +7,7 @@ ModelScope's newer client's.
 import http.client
 import json
 import os
+import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,7 +20,7 @@ from octavo.checkpoint.caches import modelscope_roots
 from octavo.checkpoint.download import Arriving, Download, Interrupted
 from octavo.checkpoint.fetch_progress import FetchProgress
 from octavo.checkpoint.locked import locked
-from octavo.checkpoint.repository import Listing, RepositoryFile
+from octavo.checkpoint.repository import Listing, RepositoryFile, safe_path, safe_sha256
 from octavo.errors import DownloadError
 
 _CHUNK = 1 << 20
@@ -34,6 +35,8 @@ class ModelScope:
     title = "ModelScope"
     variable = "MODELSCOPE_CACHE"
 
+    immutable = False  # a branch's folder holds whatever the branch held when it was fetched
+
     def __init__(self) -> None:
         named = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or _DOMAIN
         self.endpoint = (named if "://" in named else f"https://{named}").rstrip("/")
@@ -44,7 +47,7 @@ class ModelScope:
         try:
             answer = json.loads(self._get(url, repo_id).read())
             files = tuple(
-                RepositoryFile(_safe(entry["Path"]), int(entry["Size"]), entry.get("Sha256") or "")
+                RepositoryFile(safe_path(entry["Path"]), int(entry["Size"]), safe_sha256(entry.get("Sha256") or ""))
                 for entry in answer["Data"]["Files"]
                 if entry.get("Type") != "tree"
             )
@@ -71,6 +74,7 @@ class ModelScope:
             for file in files:
                 (target / file.path).parent.mkdir(parents=True, exist_ok=True)
                 (self._staging(listing) / file.path).replace(target / file.path)
+            shutil.rmtree(self._staging(listing), ignore_errors=True)  # parts of other versions
 
     def num_fetched(self, listing: Listing, files: Sequence[RepositoryFile]) -> int:
         return sum(self._download(listing, file).num_there() for file in files)
@@ -172,10 +176,3 @@ class ModelScope:
             f"{repo_id} is not on this machine and could not be fetched from {self.endpoint}: {said} --"
             " check network and proxy and run the command again (it goes on where it stopped), or use --hub hf"
         )
-
-
-def _safe(path: str) -> str:
-    """A path of a listing, which must stay inside the folder."""
-    if path.startswith("/") or ".." in path.split("/"):
-        raise DownloadError(f"the hub lists the file {path!r}, which lies outside its repository; do not use it")
-    return path

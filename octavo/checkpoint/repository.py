@@ -4,6 +4,7 @@ What every hub shares. How a hub lists and sends files is known to `huggingface`
 to `caches`. No network here: `locate` asks a hub only for what no cache holds.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -70,6 +71,7 @@ class Hub(Protocol):
     name: str  # as in --hub
     title: str  # for a person
     variable: str  # which moves the cache
+    immutable: bool  # whether what lies in `folder` is what a listing of it has, for ever
 
     def list_files(self, repo_id: str, revision: str | None) -> Listing: ...
 
@@ -115,7 +117,7 @@ def pull(name: RepositoryName, hub: Hub, revision: str | None, before: Before | 
     listing = hub.list_files(name.repo_id, revision)
     files = needed_files(name, listing.files)
     folder = hub.folder(listing)
-    missing = [file for file in files if not _is_there(folder / file.path, file)]
+    missing = [file for file in files if not _is_there(folder / file.path, file, hub.immutable)]
     try:
         if missing:
             if before is not None:
@@ -193,16 +195,36 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _is_there(path: Path, file: RepositoryFile) -> bool:
-    return path.is_file() and path.stat().st_size == file.size
+def _is_there(path: Path, file: RepositoryFile, immutable: bool) -> bool:
+    """Whether a file need not be fetched; one of the same size may be of another time, unless its folder is of one."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    if immutable or not file.sha256:
+        return True
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
+
+
+def safe_path(path: str) -> str:
+    """A path of a hub's listing, which must stay inside the folder; raises `DownloadError`."""
+    if path.startswith("/") or ".." in path.split("/"):
+        raise DownloadError(f"the hub lists the file {path!r}, which lies outside its repository; do not use it")
+    return path
+
+
+def safe_sha256(text: str) -> str:
+    """A SHA-256 of a hub's listing, which becomes a file's name; empty for none. Raises `DownloadError`."""
+    if text and not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise DownloadError(f"the hub lists the SHA-256 {text[:100]!r}, which is none; do not use it")
+    return text.lower()
 
 
 def _is_revision(place: Path, revision: str) -> bool:
     """Whether a folder of a cache holds `revision`, for all that its name and its neighbours say."""
-    if place.parent.name == "snapshots":
-        reference = place.parent.parent / "refs" / revision
+    for snapshots in (folder for folder in place.parents if folder.name == "snapshots"):
+        reference = snapshots.parent / "refs" / revision
         commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
-        return place.name == commit
+        return place.relative_to(snapshots).as_posix() == commit  # a branch's name may have slashes
     # ModelScope's older client keeps one revision, and notes it as `Revision:NAME,CreatedAt:TIME`.
     note = place / ".mv"
     return note.is_file() and f"Revision:{revision}," in note.read_text("utf-8", "replace") + ","

@@ -46,11 +46,13 @@ def header_size(prefix: bytes, source: str) -> int:
 
     `source` names the file in a `CheckpointError`.
     """
-    if what := described(prefix):
+    size = int.from_bytes(prefix[:PREFIX_BYTES], "little")
+    # A file begins with its header's size, which may look like anything else's beginning.
+    plausible = len(prefix) >= PREFIX_BYTES and 0 < size <= MAX_HEADER_BYTES
+    if not plausible and (what := described(prefix)):
         raise CheckpointError(f"{source} is {what}")
     if len(prefix) < PREFIX_BYTES:
         raise CheckpointError(f"{source} has {len(prefix)} bytes; it was cut short: fetch it again")
-    size = int.from_bytes(prefix[:PREFIX_BYTES], "little")
     if size > MAX_HEADER_BYTES:
         raise CheckpointError(f"{source} is not a safetensors file: it claims a header of {size} bytes")
     return size

@@ -77,7 +77,10 @@ class AnswersFile:
         for line in file:
             found = _answered(line)
             ended = line.endswith(b"\n")
-            if found is None and (ended or not any(line.startswith(x) or x.startswith(line) for x in _BEGINNINGS)):
+            cut = (
+                not ended and not _is_json(line) and any(line.startswith(x) or x.startswith(line) for x in _BEGINNINGS)
+            )
+            if found is None and not cut:
                 raise ConfigError(f"{self.name} holds lines that octavo generate did not write; name another file")
             if found is None:
                 break
@@ -128,5 +131,13 @@ def _answered(line: bytes) -> tuple[int, str | None] | None:
             return int(answer["line"]), answer.get("digest")
         found = _BATCH_ID.fullmatch(answer["id"])
         return (int(found[1]), found[2]) if found else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         answers = AnswersFile(arguments.output)
         try:
             total = None
-            if lines.seekable():
+            if _is_file(lines):
                 total = sum(1 for line in lines if line.strip())
                 lines.seek(0)
                 answers.check(arguments.input, lines)
@@ -70,6 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
             return asyncio.run(job.run(lines, options, server_options, verbose=arguments.verbose))
         finally:
             answers.close()
+
+
+def _is_file(lines: IO[bytes]) -> bool:
+    """Whether all of the input can be read more than once; of a file that somebody has read a part of the rest alone
+    is meant."""
+    return lines.seekable() and lines.tell() == 0
 
 
 def _check_different(lines: IO[bytes], output: str) -> None:
@@ -139,7 +145,8 @@ class _Job:
                 with self._progress():
                     await self._answer_all(_numbered(lines), 2 * limits.max_num_seqs)
             except EngineDeadError:
-                ending = "" if self.answers.name == "-" else "; the same command goes on where it stopped"
+                goes_on = self.answers.name != "-" and self.total is not None
+                ending = "; the same command goes on where it stopped" if goes_on else ""
                 raise EngineDeadError(f"{await engine.why_dead()}{ending}") from None
         finally:
             starting.cancel()
@@ -156,7 +163,8 @@ class _Job:
         """At most `most` lines at a time, each as a task of its own."""
         open_tasks: set[asyncio.Task[None]] = set()
         try:
-            async for number, line in lines:
+            while (found := await _next(lines, open_tasks)) is not None:
+                (number, line), open_tasks = found
                 if number in self.answers.done:
                     self._note_custom_id(number, line)
                     continue
@@ -201,6 +209,12 @@ class _Job:
         else:
             prompt = value.pop("prompt")
         SamplingParams.check_names(value)
+        for field in ("logprobs", "prompt_logprobs"):
+            if value.get(field) is not None:
+                raise RequestError(
+                    f"{field} is given, but an answer to a line like this has none; use a line of OpenAI's batch files",
+                    field,
+                )
         params = sampling_params(model.sampling_defaults, self.given | value)
         text = read_prompt(f"line-{task.number}", prompt, params, model.tokenizer)
         answer = await self._until_taken(lambda: self._service.answer([text.request], [text.prompt], True))
@@ -257,7 +271,7 @@ class _Job:
             )
         if value.get("method", "POST") != "POST":
             raise RequestError(f"method is {short(value['method'])}; it must be POST", "method")
-        if value.get("url") not in _routes():
+        if not isinstance(value.get("url"), str) or value["url"] not in _routes():
             raise RequestError(f"url is {short(value.get('url'))}; it must be {_URLS}", "url")
         if not isinstance(value.get("body"), dict):
             raise RequestError(f"body is {short(value.get('body'))}; it must be an object, the request", "body")
@@ -316,10 +330,27 @@ class _Job:
             yield
 
 
+async def _next(
+    lines: AsyncIterator[tuple[int, bytes]], tasks: set[asyncio.Task[None]]
+) -> tuple[tuple[int, bytes], set[asyncio.Task[None]]] | None:
+    """The next line, and those of `tasks` that go on; None at the end. Raises what a task has raised meanwhile."""
+    coming = asyncio.ensure_future(anext(lines, None))
+    try:
+        while not coming.done():
+            done, _ = await asyncio.wait({coming, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {coming}:
+                task.result()
+            tasks = tasks - done
+    finally:
+        coming.cancel()
+    line = coming.result()
+    return None if line is None else (line, tasks)
+
+
 async def _numbered(lines: IO[bytes]) -> AsyncIterator[tuple[int, bytes]]:
     """Lines with their numbers from 1. Whoever writes a pipe may wait for answers before the next line, so a thread
     reads it."""
-    if lines.seekable():
+    if _is_file(lines):
         for number, line in enumerate(lines, 1):
             yield number, line
         return

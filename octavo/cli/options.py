@@ -88,7 +88,7 @@ def _add_option(group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]",
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
     hint = _without_none(hint)
     if typing.get_origin(hint) is list:
-        settings |= {"nargs": "*", "metavar": meta.get("metavar", "TEXT")}
+        settings |= {"nargs": "+", "action": "extend", "metavar": meta.get("metavar", "TEXT")}
     elif hint is bool and "parse" in meta:
         # In words, as `--stream false`; the flag alone is true.
         settings |= {"nargs": "?", "const": True, "type": _reader(meta["parse"]), "metavar": "true|false"}

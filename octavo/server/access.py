@@ -36,20 +36,19 @@ class Keys:
 
     @classmethod
     def of(cls, options: ServerOptions) -> "Keys":
-        """The keys of the options, of their file and of `OCTAVO_API_KEY`; raises `ConfigError`."""
-        keys = list(options.api_key)
+        """The keys of options, of their file (it may be a pipe) and of `OCTAVO_API_KEY`; raises `ConfigError`."""
+        keys = _checked(options.api_key, "api_key")
         if (given := os.environ.get(_VARIABLE)) is not None:
             keys += _of_text(given.split(","), _VARIABLE)
         if options.api_key_file is not None:
             try:
-                lines = expanded(options.api_key_file).read_text("utf-8").splitlines()
+                lines = expanded(options.api_key_file).read_text("utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 why = getattr(error, "strerror", None) or "it is not UTF-8 text"
                 raise ConfigError(f"api_key_file {options.api_key_file} cannot be read: {why}") from None
             keys += _of_text(lines, f"api_key_file {options.api_key_file}")
-        for key in keys:
-            if not key or key != key.strip():
-                raise ConfigError("an API key is empty, or has blanks at its ends, which no client can send")
+        if options.isolate_prefix_cache and not keys:
+            raise ConfigError("isolate_prefix_cache tells clients apart by their API keys; give some with --api-key")
         return cls(keys)
 
     def __bool__(self) -> bool:
@@ -75,7 +74,17 @@ def _of_text(lines: Iterable[str], source: str) -> list[str]:
     keys = [key for line in lines if (key := line.strip())]
     if not keys:
         raise ConfigError(f"{source} holds no key; write one, or leave it out")
-    return keys
+    return _checked(keys, source)
+
+
+def _checked(keys: Iterable[str], source: str) -> list[str]:
+    found = list(keys)
+    for key in found:
+        if not key or not key.isprintable() or " " in key:
+            raise ConfigError(
+                f"a key of {source} is empty, or has blanks or characters that no header can carry; write a word"
+            )
+    return found
 
 
 def _digest(key: bytes) -> bytes:
@@ -91,13 +100,14 @@ class Caller:
 
     @classmethod
     def of(cls, headers: Headers, user: str | None) -> "Caller":
-        key = header(headers, b"authorization")
+        key = header(headers, b"authorization").partition(b" ")[2].strip()
         return cls(_digest(key).hex() if key else "", user or "")
 
     @property
     def tenant(self) -> str:
         """Whose share of the engine is used."""
-        return f"user {self.user}" if self.user else f"key {self.key}" if self.key else ""
+        who = [f"key {self.key}"] if self.key else []
+        return " ".join([*who, f"user {self.user}"] if self.user else who)
 
 
 NOBODY = Caller()
@@ -106,8 +116,9 @@ NOBODY = Caller()
 class Hosts:
     """The names by which a server may be reached; an address always may."""
 
-    def __init__(self, names: Iterable[str] | None):
-        """`None` for any name."""
+    def __init__(self, names: Iterable[str] | None, were_named: bool = False):
+        """`None` for any name. `were_named`: somebody has said which they are."""
+        self._were_named = were_named
         self._names = None if names is None else frozenset(name.lower().rstrip(".") for name in names)
 
     @classmethod
@@ -117,7 +128,7 @@ class Hosts:
             return cls(None)
         if not names and (keys or not _is_loopback(options.host)):
             return cls(None)
-        return cls([*names, options.host, "localhost", socket.gethostname()])
+        return cls([*names, options.host, "localhost", socket.gethostname()], bool(names))
 
     def check(self, headers: Headers) -> None:
         """Raises `RefusedError` (403) for a name that is not this server's."""
@@ -128,16 +139,23 @@ class Hosts:
         name = name.lower().rstrip(".")
         if not name or name in self._names or name.endswith(_LOCAL_DOMAINS) or _is_address(name.strip("[]")):
             return
-        raise RefusedError(
-            403,
-            f"this server is not {short(given)}: as it is reached without a key, it answers by names of its own machine"
-            " alone, lest a web page speaks to it; start it with --allowed-hosts and that name, or with --api-key",
-            code="host_not_allowed",
+        why = (
+            "it answers by the names of --allowed-hosts and of its own machine alone; add this one there"
+            if self._were_named
+            else "as it is reached without a key, it answers by names of its own machine alone, lest a web page speaks"
+            " to it; start it with --allowed-hosts and that name, or with --api-key"
         )
+        raise RefusedError(403, f"this server is not {short(given)}: {why}", code="host_not_allowed")
 
 
 def _is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host).is_loopback if _is_address(host) else host == "localhost"
+    """Whether all that `host` stands for, however it is spelled, is this machine alone."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return False
+    addresses = [ipaddress.ip_address(str(address).partition("%")[0]) for address in found]
+    return bool(addresses) and all((getattr(each, "ipv4_mapped", None) or each).is_loopback for each in addresses)
 
 
 def _is_address(host: str) -> bool:

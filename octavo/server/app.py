@@ -53,12 +53,15 @@ def build_app(service: Service) -> ASGIApp:
     app.state.bodies = {}  # kind of each path's body
 
     def openapi() -> Json:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         document["paths"] = operations(document["paths"], app.state.bodies)
         document["components"] = {"schemas": components() | service.dialect.schemas()}
         if service.keys:
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{"key": []}]
+        app.openapi_schema = document
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

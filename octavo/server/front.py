@@ -36,8 +36,11 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = self._inner(scope)
+        scope = {**scope, "path": self._without_prefix(scope["path"])}
         exchange = Exchange.begin(scope)
+        # As ASGI has it, the path holds the prefix of a proxy, which the router takes off again.
+        whole = self._root_path + scope["path"]
+        scope |= {"path": whole, "raw_path": whole.encode(), "root_path": self._root_path}
         method, path = exchange.method, exchange.path
         if method == "HEAD":
             scope["method"] = "GET"
@@ -70,13 +73,10 @@ class Front:
             if self._service.options.log_requests and path not in self._open_paths:
                 exchange.log()
 
-    def _inner(self, scope: Scope) -> Scope:
-        """A scope of our own, whose path is without the prefix of a proxy that did not take it off."""
-        path: str = scope["path"]
+    def _without_prefix(self, path: str) -> str:
+        """Whether a proxy has taken its prefix off or not."""
         root = self._root_path
-        if root and (path == root or path.startswith(root + "/")):
-            path = path[len(root) :] or "/"
-        return {**scope, "path": path, "raw_path": path.encode(), "root_path": root}
+        return path[len(root) :] or "/" if root and (path == root or path.startswith(root + "/")) else path
 
 
 async def _send_failure(failure: Failure, send: Send) -> None:

@@ -57,7 +57,8 @@ def run_server(
     began = time.monotonic()
     with listen(server_options) as listener:
         # What is wrong with these must show before a model is fetched for them.
-        _tls_context(server_options), Keys.of(server_options)
+        _tls_context(server_options)
+        keys = Keys.of(server_options)
         # Fetches a model that is not here yet, before two processes look for it.
         open_checkpoint(options.model, hub=options.hub, revision=options.revision, weights=False, check=check_runnable)
         timeline.append(("files", time.monotonic() - began))
@@ -71,7 +72,9 @@ def run_server(
                 log_format=server_options.log_format,
             )
             reader = load or (lambda: load_model(options, server_options))
-            service = Service(engine, server_options, Metrics(lambda: engine.stats), dialect=dialect or Dialect())
+            service = Service(
+                engine, server_options, Metrics(lambda: engine.stats), dialect=dialect or Dialect(), keys=keys
+            )
             return await serve(service, reader, listener, timeline)
 
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -194,7 +197,7 @@ def _listen_unix(path: Path) -> Iterator[socket.socket]:
         raise ConfigError(f"uds is {path}, and this system has no Unix sockets; use --host and --port")
     with socket.socket(_UNIX, socket.SOCK_STREAM) as listener:
         try:
-            if path.is_socket() and not _answers(path):
+            if path.is_socket() and _is_left_over(path):
                 path.unlink()
             listener.bind(str(path))
         except OSError as error:
@@ -203,19 +206,23 @@ def _listen_unix(path: Path) -> Iterator[socket.socket]:
             if in_use and path.is_socket():
                 why = "another program listens on it"
             raise ConfigError(f"cannot listen on the Unix socket {path}: {why}; choose another with --uds") from None
+        ours = path.stat()
         try:
             listener.listen(_BACKLOG)
             listener.setblocking(False)
             yield listener
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if os.path.samestat(path.stat(), ours):  # another server may have taken the place
+                    path.unlink()
 
 
-def _answers(path: Path) -> bool:
-    """Whether a program listens on the socket."""
+def _is_left_over(path: Path) -> bool:
+    """Whether nobody listens on the socket any more."""
     assert _UNIX is not None, "asked before"
     with socket.socket(_UNIX, socket.SOCK_STREAM) as client:
-        return client.connect_ex(str(path)) == 0
+        client.setblocking(False)
+        return client.connect_ex(str(path)) == errno.ECONNREFUSED
 
 
 def _tls_context(options: ServerOptions) -> ssl.SSLContext | None:
@@ -235,6 +242,8 @@ def _tls_context(options: ServerOptions) -> ssl.SSLContext | None:
             raise ConfigError(f"{name} {path} is no file that can be read")
     try:
         context.load_cert_chain(expanded(options.ssl_certfile), expanded(options.ssl_keyfile), no_password)
+    except ConfigError:
+        raise
     except (ssl.SSLError, OSError, ValueError) as error:
         why = getattr(error, "reason", None) or str(error)
         raise ConfigError(
@@ -266,7 +275,7 @@ def _announce(service: Service, timeline: Timeline, listener: socket.socket) -> 
 def url_of(listener: socket.socket, options: ServerOptions) -> str:
     """Where a client on this machine reaches `listener`."""
     if options.uds is not None:
-        return f"unix:{options.uds}"
+        return f"unix:{expanded(options.uds)}"
     scheme = "http" if options.ssl_certfile is None else "https"
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -282,7 +291,8 @@ def curl_line(model: ServedModel, url: str, service: Service) -> str:
     body = shlex.quote(json.dumps(asked, ensure_ascii=False))
     key = " -H 'Authorization: Bearer YOUR_API_KEY'" if service.keys else ""
     if url.startswith("unix:"):
-        url = f"--unix-socket {shlex.quote(url.removeprefix('unix:'))} http://localhost"
+        scheme = "http" if service.options.ssl_certfile is None else "https"
+        url = f"--unix-socket {shlex.quote(url.removeprefix('unix:'))} {scheme}://localhost"
     return f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {body}"
 
 

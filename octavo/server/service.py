@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from octavo.config import ServerOptions
 from octavo.engine.limits import Limits
 from octavo.engine.process import EngineClient
-from octavo.errors import ConfigError, EngineDeadError, nearest, short
+from octavo.errors import EngineDeadError, nearest, short
 from octavo.request import Request
 from octavo.server.access import Caller, Keys
 from octavo.server.answer import Answer
@@ -21,8 +21,7 @@ from octavo.server.model import ServedModel
 class Service:
     """`model` is None until it is loaded; `draining` says that the server takes nothing more.
 
-    `num_open` HTTP requests are being answered; `quiet` is set while there are none. Raises `ConfigError` for keys that
-    cannot be read.
+    `num_open` HTTP requests are being answered; `quiet` is set while there are none.
     """
 
     engine: EngineClient
@@ -34,12 +33,7 @@ class Service:
     draining: bool = False
     num_open: int = 0
     quiet: asyncio.Event = field(default_factory=asyncio.Event)
-    keys: Keys = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.keys = Keys.of(self.options)
-        if self.options.isolate_prefix_cache and not self.keys:
-            raise ConfigError("isolate_prefix_cache tells clients apart by their API keys; give some with --api-key")
+    keys: Keys = field(default_factory=Keys)
 
     def enter(self) -> None:
         """One more HTTP request is being answered."""

@@ -5,7 +5,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -23,6 +23,9 @@ class FakeHub:
     token: str = ""  # without it the answer is 401
     cuts: int = 0  # answers that break off in the middle of a file of more than 1000 bytes
     ignores_ranges: bool = False  # an answer is the whole file, whatever was asked for
+    extra: int = 0  # bytes that come behind a file's last
+    cut_files: set[str] = field(default_factory=set)  # whose answers always break off
+    missing: set[str] = field(default_factory=set)  # that are listed, and are not there
     wrong_sums: bool = False  # listed checksums belong to other bytes
     asked: Counter[str] = field(default_factory=Counter)
     ranges: list[str] = field(default_factory=list)
@@ -96,7 +99,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def send_file(self, revision: str, name: str) -> None:
         hub = self.hub
-        if revision not in hub.revisions or name not in hub.files:
+        if revision not in hub.revisions or name not in hub.files or name in hub.missing:
             return self.refuse(404, "EntryNotFound")
         content, start, end = hub.files[name], 0, len(hub.files[name])
         if wanted := self.headers.get("Range"):
@@ -109,19 +112,22 @@ class Answer(BaseHTTPRequestHandler):
         self.send_response(206 if wanted else 200)
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
-        self.send_header("Content-Length", str(end - start))
+        extra = hub.extra if name.endswith(".safetensors") and end == len(content) else 0
+        self.send_header("Content-Length", str(end - start + extra))
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if self.command == "HEAD":
             return None
-        if hub.cuts and end - start > 1000:
-            hub.cuts -= 1
+        if (hub.cuts and end - start > 1000) or name in hub.cut_files:
+            hub.cuts -= name not in hub.cut_files
             self.wfile.write(content[start : start + (end - start) // 2])
             self.wfile.flush()
             self.close_connection = True
             return None
         self.wfile.write(content[start:end])
+        with suppress(ConnectionError):
+            self.wfile.write(bytes(extra))
         return None
 
     def refuse(self, code: int, word: str = "") -> None:

@@ -115,7 +115,7 @@ PAGE = b"\n<!DOCTYPE html>\n<html><body>Please log in</body></html>"
         (POINTER, "a Git LFS pointer, not the file itself: run `git lfs pull`"),
         (PAGE, "a web page, such as a login or a proxy sends"),
         (b"PK\x03\x04" + b"x" * 100, "a zip archive, such as PyTorch's pickles"),
-        (b"\x1f\x8b" + b"x" * 100, "packed with gzip"),
+        (b"\x1f\x8b\x08" + b"x" * 100, "packed with gzip"),
         (bytes(1000), "nothing but zeros"),
     ],
 )

@@ -1,7 +1,9 @@
 """Models from Hugging Face and ModelScope: fetched, resumed, checked, found again; and all that can go wrong."""
 
 import json
+import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -296,6 +298,84 @@ def test_a_cache_of_another_user(server: FakeHub, tmp_path: Path, monkeypatch: p
         with monkeypatch.context() as patch:
             deny_reading(patch, tmp_path / hub)
             fails(hub, "cannot be read: Permission denied; let this user read it, or set HF_HOME or MODELSCOPE_CACHE")
+
+
+def test_an_interrupted_fetch_ends_with_files_of_one_time(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came before the repository changed is not what is listed after it."""
+    monkeypatch.setattr(download, "MOST_TRIES", 1)
+    server.cuts = 1
+    fails("modelscope", "goes on where it stopped")
+    changed = {
+        "config.json": b'{"new": 1}',
+        "tokenizer.json": b'{"new": 22}',
+        "model.safetensors": safetensors(w=[64, 64]),
+    }
+    server.files |= changed
+    folder = locate(NAME, "modelscope")
+    assert {name: (folder / name).read_bytes() for name in changed} == changed
+    assert not (folder.parent.parent / "fetching" / "master").exists()
+
+
+def test_an_update_sees_other_content_of_the_same_size(server: FakeHub) -> None:
+    folder = locate(NAME, "modelscope")
+    weights = bytearray(FILES["model.safetensors"])
+    weights[-1] = 7
+    server.files["model.safetensors"] = bytes(weights)
+    assert locate(NAME, "modelscope") == folder
+    assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    hubs.pull(RepositoryName(NAME), "modelscope", None)
+    assert (folder / "model.safetensors").read_bytes() == bytes(weights)
+
+
+def test_two_files_of_one_content(server: FakeHub) -> None:
+    shard = safetensors(weight=[300, 300])
+    del server.files["model.safetensors"]
+    names_of_shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    server.files |= dict.fromkeys(names_of_shards, shard)
+    folder = locate(NAME, "hf")
+    assert [(folder / name).read_bytes() == shard for name in names_of_shards] == [True, True]
+
+
+@pytest.mark.parametrize("hub", HUBS)
+def test_more_than_was_listed_is_not_kept(hub: str, server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "MOST_TRIES", 2)
+    server.extra = 5_000_000
+    fails(hub, NAME)
+    parts = [path.stat().st_size for path in Path(os.environ["HF_HOME"]).parent.rglob("*.part")]
+    assert max(parts, default=0) < 3_000_000
+
+
+def test_hashes_and_commits_of_a_listing_are_none_but_that(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeHub, "sum_of", lambda self, content: "../../../../victim/notes")
+    for hub in HUBS:
+        fails(hub, "lists the SHA-256 '../../../../victim/notes', which is none")
+    monkeypatch.undo()
+
+
+def test_a_name_outside_of_its_repository(server: FakeHub) -> None:
+    server.files["../../evil.json"] = b"{}"
+    for hub in HUBS:
+        fails(hub, "lies outside its repository")
+
+
+def test_a_revision_with_a_slash_is_found_again(server: FakeHub) -> None:
+    server.revisions += ("feature/x",)
+    folder = locate(NAME, "modelscope", "feature/x")
+    server.asked.clear()
+    assert locate(NAME, "modelscope", "feature/x") == folder
+    assert not server.asked
+
+
+def test_who_stops_waits_for_no_pause(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "PAUSE", 30.0)
+    del server.files["model.safetensors"]
+    shards = {f"model-0000{i}-of-00002.safetensors": safetensors(weight=[300 + i, 300]) for i in (1, 2)}
+    server.files |= shards
+    server.cut_files = {next(iter(shards))}
+    server.missing = {list(shards)[1]}
+    began = time.monotonic()
+    fails("hf", "")
+    assert time.monotonic() - began < 10
 
 
 def test_an_update_asks_the_hub_again(server: FakeHub) -> None:

@@ -38,6 +38,7 @@ BAD: list[Any] = [
     *({**GOOD, "seed": value} for value in ("a", 1.5, 2**70)),
     *({**GOOD, "ignore_eos": value} for value in (None, 1, "yes")),
     *({**GOOD, "repetition_detection": value} for value in (5, {}, {"max_pattern_size": "a", "min_count": 2})),
+    *({**GOOD, name: 1} for name in ("logprobs", "prompt_logprobs")),
     *({**GOOD, name: 1} for name in ("temprature", "best_of", "prompts", "__class__")),
 ]
 
@@ -208,6 +209,7 @@ BAD_BATCH_LINES = [
     ({"body": CHAT}, "custom_id is None"),
     (batch_line("a", CHAT, "/v1/embeddings"), "url is '/v1/embeddings'; it must be /v1/chat/completions or"),
     (batch_line("b", CHAT, None), "url is None"),
+    (batch_line("bb", CHAT, ["x"]), "url is ['x']"),
     (batch_line("c", CHAT, method="GET"), "method is 'GET'; it must be POST"),
     (batch_line("d", [CHAT]), "body is [{"),
     (batch_line("e", {**CHAT, "stream": True}), "answers come whole into a file"),
@@ -288,6 +290,32 @@ def test_a_pipe_whose_writer_waits_for_answers(model: str):
         running.communicate()
 
 
+@pytest.mark.parametrize("fault", ["engine", "output"])
+def test_what_ends_a_run_ends_it_while_its_writer_waits(model: str, fault: str):
+    target = "/dev/full" if fault == "output" else "/dev/null"
+    command = [sys.executable, "-m", "octavo", "generate", model, "-i", "-", "-o", target]
+    command += ["--device", "cpu", "--kv-cache-memory", "1MiB"]
+    running = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert running.stdin is not None
+        assert running.stderr is not None
+        running.stdin.write(json.dumps(GOOD).encode() + b"\n")
+        running.stdin.flush()
+        if fault == "engine":
+            said = b""
+            while b"engine ready" not in said:
+                said = running.stderr.readline()
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
+        assert running.wait(30) == 2
+        said = running.stderr.read()
+        assert (b"the engine stopped: killed by SIGKILL\n" if fault == "engine" else b"No space left") in said
+        assert b"Traceback" not in said
+    finally:
+        running.kill()
+        running.communicate()
+
+
 def test_an_engine_that_dies(model: str, tmp_path: Path):
     endless = {"prompt": "a", "max_tokens": 100, "ignore_eos": True}
     source, target = written(tmp_path / "in.jsonl", *[endless] * 2000), tmp_path / "out.jsonl"
@@ -309,6 +337,33 @@ def test_an_engine_that_dies(model: str, tmp_path: Path):
     finally:
         running.kill()
         running.communicate()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"id": "batch_req_67f1abcd", "custom_id": "q1", "response": {}}',
+        '{"line": "A7", "station": "x"}',
+        '{"line": 1e999}',
+        '{"line": 1, "digest": "a"}\n{"id": "batch_req_x"}',
+    ],
+)
+def test_lines_of_other_programs_stay(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source, target = written(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl"
+    target.write_text(content)
+    assert generate("no-model", source, target) == 2
+    assert "holds lines that octavo generate did not write" in capsys.readouterr().err
+    assert target.read_text() == content
+
+
+def test_a_file_of_which_a_part_was_read(model: str, tmp_path: Path):
+    source = written(tmp_path / "in.jsonl", GOOD, {**GOOD, "id": "second"})
+    first = len(json.dumps(GOOD)) + 1
+    command = f"(dd bs=1 count={first} of=/dev/null status=none; {sys.executable} -m octavo generate {model} -i - -o -"
+    command += f" --device cpu --kv-cache-memory 1MiB) < {source}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert [json.loads(line).get("id") for line in done.stdout.splitlines()] == ["second"]
 
 
 def test_no_file_of_something_else_is_cut(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

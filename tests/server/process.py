@@ -16,6 +16,7 @@ from octavo.config import ServerOptions
 from octavo.errors import OctavoError
 from octavo.request import Request
 from octavo.server import connection
+from octavo.server.access import Keys
 from octavo.server.metrics import Metrics
 from octavo.server.model import ServedModel
 from octavo.server.run import listen, serve
@@ -67,7 +68,7 @@ log.setup(lines=options.log_format)
 with listen(options) as listener:
     engine = Engine(script, EOS)
     try:
-        service = Service(engine, options, Metrics(lambda: engine.stats))
+        service = Service(engine, options, Metrics(lambda: engine.stats), keys=Keys.of(options))
         code = asyncio.run(serve(service, lambda: ServedModel("tiny", TOKENIZER), listener, [("files", 0.0)]))
     except OctavoError as error:
         print(f"octavo: error: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ import httpx
 
 from octavo.config import ServerOptions
 from octavo.request import Request
+from octavo.server.access import Keys
 from octavo.server.app import build_app
 from octavo.server.dialect import Dialect
 from octavo.server.metrics import Metrics
@@ -67,7 +68,7 @@ async def serving(
     model = settings.pop("model", None) or ServedModel("tiny", TOKENIZER)
     engine = EngineDouble(script, EOS, max_queued_requests=options.max_queued_requests, **settings)
     await engine.start()
-    service = Service(engine, options, Metrics(lambda: engine.stats), model, dialect)
+    service = Service(engine, options, Metrics(lambda: engine.stats), model, dialect, keys=Keys.of(options))
     transport = httpx.ASGITransport(build_app(service), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield Server(engine, service, client)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 import ssl
 import stat
 import subprocess
@@ -16,7 +17,7 @@ import trustme
 
 from octavo.config import ServerOptions
 from octavo.errors import ConfigError
-from octavo.server.access import Hosts, Keys
+from octavo.server.access import Caller, Hosts, Keys
 from octavo.server.failure import RefusedError
 from octavo.server.run import listen
 from tests.server.serving import Server, run, serving
@@ -45,7 +46,7 @@ def with_options(**options):
 
 
 def test_keys_come_from_options_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "keys").write_text("third\n\n  sésame \n")
+    (tmp_path / "keys").write_text("third\n\n  sésame \n", "utf-8-sig")
     monkeypatch.setenv("OCTAVO_API_KEY", "first, second")
     keys = Keys.of(ServerOptions(api_key=["zeroth"], api_key_file=str(tmp_path / "keys")))
     for key in ("zeroth", "first", "second", "third", "sésame"):
@@ -58,8 +59,10 @@ def test_keys_come_from_options_a_file_and_the_environment(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("options", "variable", "message"),
     [
-        ({"api_key": ""}, None, "an API key is empty"),
-        ({"api_key": [" a"]}, None, "blanks at its ends"),
+        ({"api_key": ""}, None, "a key of api_key is empty"),
+        ({"api_key": [" a"]}, None, "blanks or characters that no header can carry"),
+        ({"api_key": ["\udcff"]}, None, "a key of api_key .* no header can carry"),
+        ({}, "a\x01", "a key of OCTAVO_API_KEY"),
         ({}, " , ", "OCTAVO_API_KEY holds no key"),
         ({"api_key_file": "/nowhere/keys"}, None, "api_key_file /nowhere/keys cannot be read: No such file"),
         ({"isolate_prefix_cache": True}, None, "isolate_prefix_cache tells clients apart by their API keys"),
@@ -125,6 +128,28 @@ def test_other_servers_answer_by_any_name(options):
     hosts = Hosts.of(ServerOptions(**options), Keys())
     assert not any(refused(hosts, name) for name in (*LOCAL, *FOREIGN))
     assert not any(refused(Hosts.of(ServerOptions(), Keys(["key"])), name) for name in FOREIGN)
+
+
+@pytest.mark.parametrize("host", ["127.1", "0x7f.1", "LOCALHOST", "::1", "::ffff:127.0.0.1"])
+def test_this_machine_by_another_spelling(host: str):
+    hosts = Hosts.of(ServerOptions(host=host), Keys())
+    assert refused(hosts, "evil.example")
+    assert not refused(hosts, "localhost:80")
+
+
+def test_a_name_that_is_not_among_the_allowed_says_so():
+    hosts = Hosts.of(ServerOptions(allowed_hosts=["llm.example"]), Keys(["key"]))
+    with pytest.raises(RefusedError, match="by the names of --allowed-hosts and of its own machine alone; add this"):
+        hosts.check([(b"host", b"evil.example")])
+
+
+def test_a_key_is_one_tenant_however_it_is_written():
+    def tenant(header: bytes, user: str | None = None) -> str:
+        return Caller.of([(b"authorization", header)], user).tenant
+
+    assert len({tenant(b"Bearer" + b" " * count + b"K") for count in (1, 2, 5)} | {tenant(b"bearer K ")}) == 1
+    assert tenant(b"Bearer K", "a") != tenant(b"Bearer L", "a") != tenant(b"", "a")
+    assert tenant(b"Bearer K", "a") != tenant(b"Bearer K", "b")
 
 
 def test_names_that_are_allowed():
@@ -230,6 +255,12 @@ async def test_a_path_of_a_proxy(server: Server):
     [
         ({"root_path": "llm"}, "must begin with /"),
         ({"root_path": "/llm/"}, "not end with one"),
+        ({"root_path": "/v1"}, "root_path is /v1, with which the server's own paths begin"),
+        ({"allowed_hosts": ["llm.example:8000"]}, "allowed_hosts has 'llm.example:8000'; give a name alone"),
+        ({"allowed_hosts": ["https://llm.example"]}, "give a name alone"),
+        ({"allowed_hosts": ["*.llm.example"]}, "give a name alone"),
+        ({"allowed_hosts": ["a"], "uds": "/x"}, "leave it out with uds"),
+        ({"allowed_origins": ["https://Example.org"]}, "in small letters"),
         ({"allowed_origins": ["example.org"]}, "allowed_origins has 'example.org'"),
         ({"ssl_certfile": "x"}, "TLS needs both"),
         ({"port": -1}, "port is -1"),
@@ -246,11 +277,31 @@ def test_options_that_cannot_be(options, message):
         ServerOptions(**options)
 
 
-def test_a_model_that_a_list_has_taken():
-    command = [sys.executable, "-m", "octavo", "serve", "--api-key", "secret", "qwen2.5:7b"]
-    ended = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--api-key", "secret", "qwen2.5:7b"], "--api-key has taken 2 values, and no model is named; write the model"),
+        (["--served-model-name", "a", "b"], "--served-model-name has taken 'a' and 'b', and no model is named"),
+        (["--api-key", "ORG/MODEL"], "--api-key has taken 1 values, and no model is named"),  # of an empty variable
+        (["--allowed-hosts", "smollm2:135m"], "--allowed-hosts has taken 'smollm2:135m', and no model is named"),
+        (["smollm2:135m", "--api-key"], "argument --api-key: expected at least one argument"),
+    ],
+)
+def test_a_model_that_a_list_has_taken(words: list[str], said: str):
+    ended = subprocess.run([sys.executable, "-m", "octavo", "serve", *words], capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "--api-key has taken 'secret' and 'qwen2.5:7b', and no model is named; write the model first" in ended.stderr
+    assert said in ended.stderr
+    assert "secret" not in ended.stderr
+
+
+def test_a_list_is_gathered_from_all_its_flags():
+    from octavo.cli.options import Parser, add_options, from_args
+
+    parser = Parser(prog="octavo serve")
+    add_options(parser, ServerOptions, "server")
+    words = ["--api-key", "a", "--allowed-hosts", "x", "--api-key", "b", "c", "--allowed-hosts", "y"]
+    options = from_args(ServerOptions, parser.parse_args(words))
+    assert (options.api_key, options.allowed_hosts) == (["a", "b", "c"], ["x", "y"])
 
 
 # ---- TLS and Unix sockets --------------------------------------------------------------------------------------------
@@ -328,6 +379,24 @@ def test_a_unix_socket_that_was_left_is_replaced_and_a_file_is_not(tmp_path: Pat
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(ConfigError, match="No such file or directory"):
         listen(ServerOptions(uds=str(tmp_path / "nowhere" / "socket"))).__enter__()
+
+
+def test_the_socket_of_another_program_stays(tmp_path: Path):
+    path = tmp_path / "log"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        with pytest.raises(ConfigError, match="another program listens on it"):
+            listen(ServerOptions(uds=str(path))).__enter__()
+        assert path.is_socket()
+    path.unlink()
+    with listen(ServerOptions(uds=str(path))):
+        path.unlink()
+        with listen(ServerOptions(uds=str(path))) as another:
+            inode = path.stat().st_ino
+            assert another.getsockname() == str(path)
+            with listen(ServerOptions(uds=str(tmp_path / "third"))):
+                pass
+            assert path.stat().st_ino == inode
 
 
 # ---- the log ---------------------------------------------------------------------------------------------------------
