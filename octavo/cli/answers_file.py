@@ -34,11 +34,13 @@ class AnswersFile:
     """The file `name`, or standard output for `-`; no run goes on from that or a device or pipe. Raises `ConfigError`.
 
     `done` has the digests of the input lines that it answers, by their numbers; None for an answer of an older version.
+    Of a batch file's lines it may have said that they are wrong.
     """
 
     def __init__(self, name: str):
         self.name = name
         self.done: dict[int, str | None] = {}
+        self.num_refused = 0  # of these
         self._file: IO[bytes] | None = None
         if name != "-":
             self._file = self._open(Path(name))
@@ -85,6 +87,7 @@ class AnswersFile:
             if found is None:
                 break
             done[found[0]] = found[1]
+            self.num_refused += _is_refused(line)
             whole += len(line)
             if not ended:
                 file.write(b"\n")
@@ -133,6 +136,12 @@ def _answered(line: bytes) -> tuple[int, str | None] | None:
         return (int(found[1]), found[2]) if found else None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _is_refused(line: bytes) -> bool:
+    """Whether an answer to a line of a batch file says that it is wrong."""
+    response = json.loads(line).get("response")
+    return isinstance(response, dict) and response.get("status_code") != 200
 
 
 def _is_json(line: bytes) -> bool:

@@ -155,9 +155,10 @@ class _Job:
 
     def tell(self) -> int:
         """Says what has come of the lines; 0, or 1 if some were bad."""
-        there = len(self.answers.done)
-        print(f"{self.answered} answered, {there} already there, {self.bad} bad lines", file=sys.stderr)
-        return 1 if self.bad else 0
+        bad = self.bad + self.answers.num_refused
+        there = len(self.answers.done) - self.answers.num_refused
+        print(f"{self.answered} answered, {there} already there, {bad} bad lines", file=sys.stderr)
+        return 1 if bad else 0
 
     async def _answer_all(self, lines: AsyncIterator[tuple[int, bytes]], most: int) -> None:
         """At most `most` lines at a time, each as a task of its own."""
@@ -247,6 +248,8 @@ class _Job:
             failure = failure_of(error)
             status, body = failure.status, json.loads(failure.body())
             self._report(task, error)
+            if status >= 500:  # no fault of the line's: another run asks again
+                return
         response = {"status_code": status, "request_id": batch_id(task.number, task.digest), "body": body}
         told = {"id": response["request_id"], "custom_id": task.custom_id, "response": response, "error": None}
         self._write(told, answered=status == 200)

@@ -267,3 +267,10 @@ def test_the_default_model_is_the_one_described(smollm2_path: Path) -> None:
     assert smollm2_path.stat().st_size == source.num_bytes
     with smollm2_path.open("rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == source.sha256
+
+
+def test_an_index_with_a_password() -> None:
+    url, headers = hub._without_password("https://me:s3%40ret@example.org:8080/simple")
+    assert url == "https://example.org:8080/simple"
+    assert headers == {"Authorization": "Basic bWU6czNAcmV0"}
+    assert hub._without_password("https://pypi.org/simple") == ("https://pypi.org/simple", {})

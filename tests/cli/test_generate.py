@@ -236,6 +236,8 @@ def test_bad_lines_of_batch_files(model: str, tmp_path: Path, capsys: pytest.Cap
         assert found[number]["custom_id"] == (line["custom_id"] if isinstance(line.get("custom_id"), str) else None)
         assert f"line {number}: " in said
     assert found[1]["response"]["status_code"] == 200
+    assert generate(model, source, target) == 1, "they are as wrong the second time"
+    assert f"0 answered, 1 already there, {len(BAD_BATCH_LINES)} bad lines" in capsys.readouterr().err
 
 
 def test_a_batch_for_another_model(model: str, tmp_path: Path):
