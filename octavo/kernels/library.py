@@ -12,6 +12,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+from octavo.batch import SENT
 from octavo.kernels.builds import BUILDS, builds_of
 
 # Types of stored weights by the checkpoint's words, in the order of `enum Stored`.
@@ -91,23 +92,14 @@ class Program(Structure):
     )
 
 
-class Rows(Structure):
-    _fields_ = (
-        ("rows", c_int32),
-        ("query_start", c_void_p),
-        ("seq_lens", c_void_p),
-        ("block_tables", c_void_p),
-        ("table_stride", c_int64),
-    )
-
-
 class Step(Structure):
+    """A step's arrays, by their names in `Batch`; `csrc/step.h` is made of this."""
+
     _fields_ = (
         ("tokens", c_int32),
-        ("token_ids", c_void_p),
-        ("positions", c_void_p),
-        ("slots", c_void_p),
-        ("rows", Rows),
+        ("rows", c_int32),
+        ("table_stride", c_int64),
+        *((each.name, c_void_p) for each in SENT),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("q_scale", c_void_p),

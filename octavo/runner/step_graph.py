@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from octavo.batch import Batch, Floats
-from octavo.kernels.library import KernelThreads, Rows, Step
+from octavo.batch import SENT, Batch, Floats
+from octavo.kernels.library import KernelThreads, Step
 from octavo.layers.rope import Rope
 from octavo.models.decoder import Decoder
 from octavo.ops.cpu.calls import Recorder
@@ -37,22 +37,12 @@ class StepGraph:
         self._head = _record_head(model, threads)
 
     def hidden(self, batch: Batch) -> Floats:
-        T, R = batch.num_tokens, batch.num_rows
+        T = batch.num_tokens
         cos_R, sin_R, q_scale = self._angles.of(batch)
-        arrays = [
-            np.ascontiguousarray(array, np.int32)
-            for array in (
-                batch.token_ids,
-                batch.positions,
-                batch.slots,
-                batch.query_start,
-                batch.seq_lens,
-                batch.block_tables,
-            )
-        ]
-        token_ids, positions, slots, query_start, seq_lens, tables = (array.ctypes.data for array in arrays)
-        rows = Rows(R, query_start, seq_lens, tables, batch.block_tables.shape[1])
-        step = Step(T, token_ids, positions, slots, rows, cos_R.ctypes.data, sin_R.ctypes.data, q_scale)
+        arrays: list[Any] = [np.ascontiguousarray(getattr(batch, each.name), each.dtype) for each in SENT]
+        sizes = (T, batch.num_rows, batch.block_tables.shape[1])
+        addresses = (array.ctypes.data for array in arrays)
+        step = Step(*sizes, *addresses, cos_R.ctypes.data, sin_R.ctypes.data, q_scale)
         self._step.run(self.threads, step)
         return self._step.output[:T]
 

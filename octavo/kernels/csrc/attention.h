@@ -10,20 +10,13 @@
 #include "attention_tiles8.h"
 #include "cached8.h"
 #include "elementwise.h"
+#include "step.h"
 
 namespace octavo {
 
 constexpr int64_t kKeys = 64;
 constexpr int64_t kQueryRows = kTiles ? 96 : 48;  // queries times heads of one piece of work, about
 constexpr int64_t kMostRows = kTiles ? 96 : 64;
-
-struct AttentionStep {
-  int32_t rows;
-  const int32_t* query_start;   // [rows + 1]
-  const int32_t* seq_lens;      // [rows]
-  const int32_t* block_tables;  // [rows][table_stride]
-  int64_t table_stride;
-};
 
 struct AttentionShape {
   int64_t heads;  // query heads
@@ -61,7 +54,7 @@ struct AttentionRoom {
 template <class Dot>
 class Attender {
  public:
-  Attender(const AttentionShape& shape, const AttentionStep& step, Matrix q, Matrix out, const void* k_cache,
+  Attender(const AttentionShape& shape, const Step& step, Matrix q, Matrix out, const void* k_cache,
            const void* v_cache, AttentionRoom& room)
       : shape(shape), step(step), q(q), out(out), k_cache(k_cache), v_cache(v_cache), room(room) {
     room.reserve(shape.cache.width);
@@ -329,7 +322,7 @@ class Attender {
   }
 
   const AttentionShape& shape;
-  const AttentionStep& step;
+  const Step& step;
   const Matrix q, out;
   const void* const k_cache;
   const void* const v_cache;
@@ -344,7 +337,7 @@ struct Pieces {
   std::vector<std::pair<Piece, int32_t>> split;  // pieces computed by segments, with the number of these
   std::vector<float> partials;
 
-  void plan(const AttentionShape& shape, const AttentionStep& step, int threads) {
+  void plan(const AttentionShape& shape, const Step& step, int threads) {
     all.clear();
     split.clear();
     const int64_t per_piece = shape.queries();
@@ -381,7 +374,7 @@ struct Pieces {
 };
 
 template <class Dot>
-inline void attention(Team& team, const AttentionShape& shape, const AttentionStep& step, Pieces& pieces, Matrix q,
+inline void attention(Team& team, const AttentionShape& shape, const Step& step, Pieces& pieces, Matrix q,
                       Matrix out, const void* k_cache, const void* v_cache, AttentionRoom& room) {
   Attender<Dot> attender(shape, step, q, out, k_cache, v_cache, room);
   for (int64_t i = team.next(); i < int64_t(pieces.all.size()); i = team.next()) {

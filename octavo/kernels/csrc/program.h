@@ -54,17 +54,6 @@ struct Program {
   int64_t most_inputs;  // the widest input of a linear layer, padded
 };
 
-struct Step {
-  int32_t tokens;
-  const int32_t* token_ids;
-  const int32_t* positions;
-  const int32_t* slots;
-  AttentionStep rows;
-  const float* const* cos;  // for each row, [positions][half]
-  const float* const* sin;
-  const float* q_scale;     // [positions], or null
-};
-
 class Engine {
  public:
   explicit Engine(int threads) : pool(threads), own(size_t(threads)), rooms(size_t(threads)), made(size_t(threads)) {}
@@ -74,8 +63,8 @@ class Engine {
     for (Lines<float>& row : made) row.resize(std::max(row.size(), size_t(program.most_inputs)));
     for (Activations& a : own) a.reserve(pool.size() == 1 ? step.tokens : 2, program.most_inputs);
     row_of_token.resize(size_t(step.tokens));
-    for (int32_t r = 0; r < step.rows.rows; r++)
-      std::fill(row_of_token.begin() + step.rows.query_start[r], row_of_token.begin() + step.rows.query_start[r + 1], r);
+    for (int32_t r = 0; r < step.rows; r++)
+      std::fill(row_of_token.begin() + step.query_start[r], row_of_token.begin() + step.query_start[r + 1], r);
     plan(program, step);
     together([&](Team& team) {
       for (int64_t i = 0; i < program.size; i++) {
@@ -113,7 +102,7 @@ class Engine {
       if (at.code != kAttend || std::count(planned.begin(), planned.end(), at.window)) continue;
       planned.push_back(at.window);
       if (pieces.size() < planned.size()) pieces.push_back(std::make_unique<Pieces>());
-      pieces[planned.size() - 1]->plan(shape_of(at), step.rows, pool.size());
+      pieces[planned.size() - 1]->plan(shape_of(at), step, pool.size());
     }
   }
 
@@ -165,7 +154,7 @@ class Engine {
         const size_t n = size_t(std::find(planned.begin(), planned.end(), i.window) - planned.begin());
         AttentionRoom& room = rooms[size_t(team.thread)];
         auto attend = [&](auto dot) {
-          attention<decltype(dot)>(team, shape, step.rows, *pieces[n], at(i.in[0]), at(i.out[0]), i.k_cache, i.v_cache, room);
+          attention<decltype(dot)>(team, shape, step, *pieces[n], at(i.in[0]), at(i.out[0]), i.k_cache, i.v_cache, room);
         };
         i.cache.bytes == 4 ? attend(DotF32{}) : i.cache.bytes == 2 ? attend(DotBF16{}) : attend(DotCached8{});
       }

@@ -154,7 +154,11 @@ struct Sequences {
     Step step = tokens_only(int64_t(positions.size()));
     step.positions = positions.data();
     step.slots = slots.data();
-    step.rows = {int32_t(lens.size()), starts.data(), lens.data(), tables.data(), stride};
+    step.rows = int32_t(lens.size());
+    step.query_start = starts.data();
+    step.seq_lens = lens.data();
+    step.block_tables = tables.data();
+    step.table_stride = stride;
     return step;
   }
 };
@@ -274,7 +278,11 @@ void test_attention(Engine& engine, int32_t bytes) {
     // The last query of the last sequence by itself.
     const int32_t ends[2] = {0, 1};
     Step step = tokens_only(1);
-    step.rows = {1, ends, &s.lens[4], &s.tables[size_t(4 * s.stride)], s.stride};
+    step.rows = 1;
+    step.query_start = ends;
+    step.seq_lens = &s.lens[4];
+    step.block_tables = &s.tables[size_t(4 * s.stride)];
+    step.table_stride = s.stride;
     run(engine, i, {{&q[q.size() - size_t(row)], row}, {again.data(), row}}, step, 1, 1);
     check.holds(!std::memcmp(&out[out.size() - size_t(row)], again.data(), size_t(row) * 4));
   }

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from octavo.kernels.library import KernelThreads, Operand, Rows, Step
+from octavo.kernels.library import KernelThreads, Operand, Step
 from octavo.ops.cpu.calls import KernelCalls
 from octavo.ops.cpu.tape import Tape
 
@@ -87,13 +87,11 @@ def _step(
         token_ids=address(None if token_ids is None else token_ids.int()),
         positions=address(torch.arange(tokens, dtype=torch.int32)),
         slots=address(None if slots is None else slots.int()),
-        rows=Rows(
-            rows=len(query_start) - 1,
-            query_start=address(query_start),
-            seq_lens=address(query_start[1:] if seq_lens is None else seq_lens.int()),
-            block_tables=address(None if block_tables is None else block_tables.int()),
-            table_stride=0 if block_tables is None else block_tables.shape[1],
-        ),
+        rows=len(query_start) - 1,
+        query_start=address(query_start),
+        seq_lens=address(query_start[1:] if seq_lens is None else seq_lens.int()),
+        block_tables=address(None if block_tables is None else block_tables.int()),
+        table_stride=0 if block_tables is None else block_tables.shape[1],
         cos=tables[0].ctypes.data,
         sin=tables[1].ctypes.data,
         q_scale=address(q_scale),
