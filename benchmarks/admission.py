@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.batch import StepResult
+from octavo.batch import Batch, StepResult
 from octavo.config import EngineConfig
 from octavo.engine import forecast
 from octavo.engine.forecast import Forecast
@@ -161,7 +161,7 @@ def simulate(job: tuple[str, int, str, int]) -> dict[str, float]:
     steps = tokens = rows = stops = preemptions = 0
     answered: Counter[str] = Counter()
     while (step := scheduler.schedule()) is not None:
-        batch = step.whole()
+        batch = step if isinstance(step, Batch) else scheduler.whole()
         steps, tokens, rows = steps + 1, tokens + batch.num_tokens, rows + batch.num_rows
         stops += scheduler.stats().preemptions > preemptions
         preemptions = scheduler.stats().preemptions

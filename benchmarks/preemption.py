@@ -70,7 +70,7 @@ def measure(load: str, mode: str) -> dict[str, Any]:
             milliseconds = 1000 * (time.perf_counter() - began)
             if step is None:
                 break
-            under_way.append(step.whole())
+            under_way.append(step if isinstance(step, Batch) else scheduler.whole())
             if scheduler.stats().preemptions > before:
                 preempting.append(milliseconds)
                 rows.append(under_way[-1].num_rows)

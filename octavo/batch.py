@@ -9,7 +9,7 @@ sequences; tokens of all rows lie one after another, so a prompt's chunk and a s
     seq_lens     4 (a prompt)  90   18 (16 cached tokens and a chunk of 2)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -217,9 +217,6 @@ class Batch:
         least, most = int(self.token_ids.min(initial=0)), int(self.token_ids.max(initial=0))
         assert -num_drawn <= least <= most < vocab_size, f"a step holds token ids from {least} to {most}"
 
-    def whole(self) -> "Batch":
-        return self
-
 
 STEP_ARRAYS = arrays_of(Batch)
 # What is sent to a device, the tables last: what of their place is not needed is not sent.
@@ -228,17 +225,16 @@ SENT = tuple(sorted((each for each in STEP_ARRAYS if each.sent), key=lambda each
 BY_ROW = tuple(each for each in STEP_ARRAYS if each.dims == "R" and each.name != "seq_lens")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class NextStep:
-    """The step before once more: the same rows, samples and parameters, each row one token further, nothing to move.
+    """A decode step over the rows of the step before: same samples and parameters, each row one token further.
 
-    A device that still has that step need only know who gets a block for its token, N rows. To any other it is
-    `whole()`, which holds until the step after is scheduled.
+    A device that still has that step need only know which N rows get a block for their token. Any other is given the
+    Batch that this stands for, by `Scheduler.whole`.
     """
 
     rows: NDArray[np.intp]  # [N] of the step
     blocks: Ints  # [N]
-    whole: Callable[[], Batch]
 
 
 @dataclass(slots=True)

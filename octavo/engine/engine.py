@@ -100,7 +100,7 @@ class Engine:
         """
         began = time.perf_counter()
         while self.scheduler.steps_under_way < self.executor.depth and (step := self.scheduler.schedule()):
-            self.executor.submit(step)
+            self.executor.submit(step, self.scheduler.whole)
         if not self.scheduler.steps_under_way:
             return StepOutput(tokens=[])
         output = self.scheduler.update(self.executor.result())

@@ -5,7 +5,6 @@ is a handful of array look-ups instead of a walk over Python objects. Knows noth
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -154,8 +153,8 @@ class RowTable:
         assert advance is not None, "a step in which nobody computes anything"
         plan.sample_rows = advance.members.start.row
         if advance.continues and not plan.swap_out:
-            return NextStep(advance.grown, advance.blocks, partial(self._decode_batch, plan, advance))
-        return self._decode_batch(plan, advance)
+            return NextStep(advance.grown, advance.blocks)
+        return self.decode_batch(plan)
 
     def _batch(self, plan: Plan) -> Batch:
         advance = plan.advance or Advance(Members())
@@ -189,8 +188,10 @@ class RowTable:
             batch.loaded_bytes = np.stack([content for _, content in plan.loads])
         return batch
 
-    def _decode_batch(self, plan: Plan, advance: Advance) -> Batch:
-        """A step of nobody but those who only decode."""
+    def decode_batch(self, plan: Plan) -> Batch:
+        """A decode-only step, as long as no other was made since."""
+        advance = plan.advance
+        assert advance is not None, "not a decode-only step"
         members, positions = advance.members, advance.positions
         rows = members.start.row
         if members.sampling is None:

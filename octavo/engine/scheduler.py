@@ -165,6 +165,10 @@ class Scheduler:
             self._place_drawn(plan)
         return step
 
+    def whole(self) -> Batch:
+        """The Batch that a `NextStep` stands for, which must be the step that was scheduled last."""
+        return self._requests.rows.decode_batch(self._steps[-1])
+
     def _place_drawn(self, plan: Plan) -> None:
         """Appends a placeholder for every token that may be computed before it is seen; who now only decodes joins."""
         drawing: dict[RequestState, int] = {}

@@ -71,14 +71,14 @@ def measure(model: Decoder, config: EngineConfig) -> Measured:
 def _run_largest_steps(model: Decoder, config: EngineConfig) -> None:
     cache = KVCache(config.model, 1, config.block_size, kv_torch_dtype(config.kv_dtype), model.device)
     runner = CudaRunner(model, cache, config)
-    runner.submit(largest_chunks(config)).result()
+    runner.start(largest_chunks(config)).result()
     record_largest(runner, config)
 
 
 def record_largest(runner: CudaRunner, config: EngineConfig) -> None:
     """Has the graphs recorded that take most memory: what they leave is enough for any other."""
-    runner.submit(largest_prompt(config)).result()
-    runner.submit(largest_decode(config)).result()
+    runner.start(largest_prompt(config)).result()
+    runner.start(largest_decode(config)).result()
 
 
 def largest_decode(config: EngineConfig) -> Batch:

@@ -9,6 +9,7 @@ Shapes: T tokens, R rows, S samples, M blocks of the longest row, V vocabulary.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -198,11 +199,11 @@ class CudaRunner:
         with torch.cuda.stream(self._stream), torch.inference_mode():
             self.forward = CudaForward(model, kv_cache, config)
 
-    def submit(self, step: Batch | NextStep) -> SubmittedStep:
+    def submit(self, step: Batch | NextStep, whole: Callable[[], Batch]) -> SubmittedStep:
         """Starts a step. A token id below 0 stands for sample ~id of the step before."""
-        if isinstance(step, NextStep) and self.forward.can_go_on:
-            return self._go_on(step)
-        return self._start(step.whole())
+        if isinstance(step, Batch):
+            return self.start(step)
+        return self._go_on(step) if self.forward.can_go_on else self.start(whole())
 
     def _go_on(self, step: NextStep) -> SubmittedStep:
         # What `torch.cuda.stream` does, without its checks: this runs in every step.
@@ -214,7 +215,8 @@ class CudaRunner:
             torch.cuda.set_stream(before)
 
     @torch.inference_mode()
-    def _start(self, batch: Batch) -> SubmittedStep:
+    def start(self, batch: Batch) -> SubmittedStep:
+        """Starts a step that does not go on from the one before."""
         forward = self.forward
         batch.check_ids(self.model.config.vocab_size, len(forward.drawn_S))
         with torch.cuda.stream(self._stream):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from octavo.runner.model_runner import ModelRunner
 
     Settle = Callable[[Measured], EngineConfig]
+    Whole = Callable[[], Batch]
 
 
 class Executor(Protocol):
@@ -38,7 +39,8 @@ class Executor(Protocol):
 
     depth: int
 
-    def submit(self, step: Batch | NextStep) -> None: ...
+    def submit(self, step: Batch | NextStep, whole: Whole) -> None:
+        """Starts a step. `whole` gives the Batch that a `NextStep` stands for, until another step is scheduled."""
 
     def result(self) -> StepResult: ...
 
@@ -84,8 +86,8 @@ class LocalExecutor:
 
         return cls(ModelRunner(_load_model(checkpoint, config, load_format), _make_cache(config)))
 
-    def submit(self, step: Batch | NextStep) -> None:
-        self._results.append(self.runner.run(step.whole()))
+    def submit(self, step: Batch | NextStep, whole: Whole) -> None:
+        self._results.append(self.runner.run(step if isinstance(step, Batch) else whole()))
 
     def result(self) -> StepResult:
         assert self._results, "result() without a submit()"
@@ -146,8 +148,8 @@ class CudaExecutor:
         record_largest(runner, config)
         return cls(runner, config)
 
-    def submit(self, step: Batch | NextStep) -> None:
-        self._steps.append(self.runner.submit(step))
+    def submit(self, step: Batch | NextStep, whole: Whole) -> None:
+        self._steps.append(self.runner.submit(step, whole))
 
     def result(self) -> StepResult:
         assert self._steps, "result() without a submit()"

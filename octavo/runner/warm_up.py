@@ -41,7 +41,7 @@ class WarmUp:
         began = time.monotonic()
         steps = list(self._steps())
         for done, step in enumerate(steps, 1):
-            self._runner.submit(step).result()
+            self._runner.start(step).result()
             if done == _LOOKED_AT and len(steps) > done:
                 left = (time.monotonic() - began) / done * (len(steps) - done)
                 logger.info(
@@ -60,7 +60,7 @@ class WarmUp:
         try:
             step = self._prompt(missed) if isinstance(missed, StepSize) else self._decode(*missed)
             if step is not None:
-                self._runner.submit(step).result()
+                self._runner.start(step).result()
         finally:
             self._runner.forward.be_patient(_PATIENCE)
         return True

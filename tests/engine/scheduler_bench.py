@@ -42,7 +42,7 @@ class Bench:
 
     def step(self):
         while self.scheduler.steps_under_way < self.depth and (step := self.scheduler.schedule()):
-            batch = step.whole()
+            batch = step if isinstance(step, Batch) else self.scheduler.whole()
             assert batch.num_tokens <= self.config.max_num_batched_tokens
             assert batch.num_rows <= self.config.max_num_seqs
             self.scheduler.check()

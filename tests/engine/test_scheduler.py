@@ -1,11 +1,14 @@
 """The scheduler against the paged oracle: every policy must leave every answer as it is."""
 
+import pickle
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_oracle import EOS, expected, expected_beams
 from scheduler_bench import Bench, prompt_of
 
+from octavo.batch import NextStep
 from octavo.engine.rows import FORK_STRIDE
 from octavo.engine.swap import SwapCost
 from octavo.errors import RequestError
@@ -317,3 +320,22 @@ def abort_some(bench, name, n, data, wanted, beams):
     for k in range(n) if index is None else [index]:
         if bench.reasons.get((name, k)) is None and not nothing:
             wanted[name, k] = wanted[name, k][: len(bench.answers[name, k])]
+
+
+def test_a_next_step_is_rows_and_blocks_alone():
+    """It crosses to other processes, where it must be smaller than the Batch that it stands for."""
+    bench = Bench(max_num_seqs=64, num_blocks=600, max_num_batched_tokens=600)
+    for i in range(64):
+        bench.add(f"r{i}", range(3, 11), max_tokens=30)
+    steps = []
+    schedule = bench.scheduler.schedule
+    bench.scheduler.schedule = lambda: steps.append(schedule()) or steps[-1]
+    while bench.scheduler.has_work():
+        bench.step()
+    followers = [step for step in steps if isinstance(step, NextStep)]
+    assert len(followers) > 20
+    for step in followers:
+        assert len(pickle.dumps(step)) < 1500
+        again = pickle.loads(pickle.dumps(step))
+        assert (again.rows == step.rows).all()
+        assert (again.blocks == step.blocks).all()

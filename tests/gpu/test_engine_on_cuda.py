@@ -132,7 +132,10 @@ def test_steps_go_on_from_what_the_one_before_left_on_the_device(tmp_path):
         memory = {"kv_cache_memory": "16MiB", "max_model_len": 128, "max_num_seqs": 40}
         engine = Engine.build(EngineOptions(model=model, device=device, dtype="float32", **memory))
         continued, submit = [], engine.executor.submit
-        engine.executor.submit = lambda step: (continued.append(isinstance(step, NextStep)), submit(step))
+        engine.executor.submit = lambda step, whole: (
+            continued.append(isinstance(step, NextStep)),
+            submit(step, whole),
+        )
         found = {}
 
         def step():

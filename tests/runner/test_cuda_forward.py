@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from octavo.batch import NextStep, StepResult
+from octavo.batch import Batch, NextStep, StepResult
 from octavo.engine.scheduler import Scheduler
 from octavo.layers.mlp import GatedMLP
 from octavo.models import read_config
@@ -37,10 +37,10 @@ class GpuRunner:
         self.kv_cache = KVCache(config.model, config.num_blocks, config.block_size, dtype, CPU)
         self.forward = CudaForward(model, self.kv_cache, config)
 
-    def run(self, step):
+    def run(self, step, whole=None):
         if isinstance(step, NextStep) and self.forward.can_go_on:
             return StepResult(self.forward.go_on(step).copy())
-        return StepResult(self.forward.draw(step.whole()).copy())
+        return StepResult(self.forward.draw(step if isinstance(step, Batch) else whole()).copy())
 
 
 class Whole:
@@ -49,8 +49,8 @@ class Whole:
     def __init__(self, runner):
         self._runner = runner
 
-    def run(self, step):
-        return self._runner.run(step.whole())
+    def run(self, step, whole):
+        return self._runner.run(step if isinstance(step, Batch) else whole())
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def test_steps_with_and_without_prompts(tmp_path, without_a_gpu):
         while scheduler.has_work():
             while len(steps) < depth and (step := scheduler.schedule()):
                 continued += isinstance(step, NextStep)
-                steps.append(runner.run(step))
+                steps.append(runner.run(step, scheduler.whole))
             for name, _, token, *_ in scheduler.update(steps.popleft()).tokens:
                 found.setdefault(name, []).append(token)
         assert continued >= 3

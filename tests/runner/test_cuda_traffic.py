@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.batch import NextStep, StepResult
+from octavo.batch import Batch, NextStep, StepResult
 from octavo.config import RopeConfig
 from octavo.engine.rows import FORK_STRIDE
 from octavo.engine.scheduler import Scheduler
@@ -166,14 +166,14 @@ class Runner:
         self._host = np.full((config.num_host_blocks, config.block_size), -1, np.int64)
         self._steps = deque()
 
-    def submit(self, step):
+    def submit(self, step, whole):
         from octavo.runner.cuda_runner import plain
 
         if isinstance(step, NextStep) and self.forward.can_go_on:
             self.continued += 1
             self._steps.append(self.forward.go_on(step))
             return
-        batch = step.whole()
+        batch = step if isinstance(step, Batch) else whole()
         self._move(batch)
         if plain(batch.sampling):
             self._steps.append(self.forward.draw(batch))
@@ -265,7 +265,7 @@ class Traffic:
     def _step(self):
         scheduler = self._scheduler
         while scheduler.steps_under_way < 2 and (step := scheduler.schedule()):
-            self.runner.submit(step)
+            self.runner.submit(step, scheduler.whole)
         if scheduler.steps_under_way:
             for name, fork, token, *_ in scheduler.update(self.runner.result()).tokens:
                 self._got[name, fork].append(token)

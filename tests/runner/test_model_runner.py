@@ -158,7 +158,7 @@ def test_local_executor(folder: Path, runner: ModelRunner) -> None:
     steps = Steps(runner)
     batches = [steps.batch([(Row(PROMPT[i:]), 30 - i)]) for i in range(3)]
     for batch in batches:
-        executor.submit(batch)
+        executor.submit(batch, lambda batch=batch: batch)
     found = [executor.result().token_ids.tolist() for _ in batches]
     assert found == [runner.run(batch).token_ids.tolist() for batch in batches]
     executor.shutdown()

@@ -37,7 +37,7 @@ class Runner:
         self.kinds: list[DecodeKind | StepSize] = []
         self.patience: list[int] = []
 
-    def submit(self, batch: Batch) -> "Runner":
+    def start(self, batch: Batch) -> "Runner":
         assert (batch.slots == -1).all(), "nothing is written"
         self.patience.append(self.forward.patience)
         singles = leading_singles(batch.query_start)

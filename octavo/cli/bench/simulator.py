@@ -106,7 +106,7 @@ class Simulation:
     def _step(self) -> None:
         step = self.scheduler.schedule()
         assert step is not None, "there is work, but no step"
-        batch = step.whole()
+        batch = step if isinstance(step, Batch) else self.scheduler.whole()
         self.now += self._seconds(batch)
         drawn = np.zeros(len(batch.sample_index), np.int32)
         for name, _, _, reason, *_ in self.scheduler.update(StepResult(drawn)).tokens:
