@@ -67,7 +67,7 @@ class RowTable:
         self._eos = frozenset(eos_token_ids)
         self._free = list(range(max_rows - 1, -1, -1))
         self._blocks = np.zeros((max_rows, max_blocks), np.int32)
-        # The tables of those who only decode, in their order.
+        # The tables of decode-only sequences, in their order.
         self._gathered = self._blocks[:0]
         self._gathered_for: Members | None = None
         # What a step's Batch holds by row, by name.
@@ -145,7 +145,7 @@ class RowTable:
         return np.bincount(owner_of, tokens, int(owner[-1]) + 1).astype(np.int32)
 
     def step(self, plan: Plan) -> Batch | NextStep:
-        """What `plan` says, for a device: who only decodes, then each (sequence, n) of `entries` with the last n of
+        """What `plan` says, for a device: decode-only rows, then each (sequence, n) of `entries` with the last n of
         its `num_computed` tokens. Notes the samples' rows in `plan`."""
         if plan.entries:
             return self._batch(plan)
@@ -217,7 +217,7 @@ class RowTable:
         return self._blocks[rows, : -(-longest // self._block_size)]
 
     def _sampling(self, rows: Ints, counter: Ints, samples: list[tuple[Sequence, int]]) -> SamplingColumns:
-        """Of the samples in `rows`: first those who only decode, with their `counter`, then `samples`."""
+        """Of the samples in `rows`: first decode-only ones, with their `counter`, then `samples`."""
         forks = np.zeros(len(rows), np.uint64)
         forks[len(counter) :] = [fork for _, fork in samples]
         columns = SamplingColumns(

@@ -85,7 +85,7 @@ class Plan:
     budget: int  # tokens that may still be added
     number: int = 0  # of the step
     rows: int = 0  # of the running requests, those kept for samples to come among them; known while others join
-    advance: Advance | None = None  # those who only decode: first in the step, with a token and a sample each
+    advance: Advance | None = None  # decode-only rows: first in the step, with a token and a sample each
     entries: list[tuple[Sequence, int]] = field(default_factory=list)
     # Who of them draws a token, in the entries' order: (sequence, 0), and (sequence, k) for its k-th fork, still to
     # be made.

@@ -61,7 +61,7 @@ class RecordedStep:
 
 @dataclass(slots=True)
 class HeldStep:
-    """What a step with draws has left on the device for one that goes on from it."""
+    """What a captured decode step leaves on the GPU, so that the next replays the graph without a copy to it."""
 
     graph: torch.cuda.CUDAGraph
     count: int  # rows, and samples

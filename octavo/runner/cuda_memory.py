@@ -82,14 +82,14 @@ def record_largest(runner: CudaRunner, config: EngineConfig) -> None:
 
 
 def largest_decode(config: EngineConfig) -> Batch:
-    """A token for each of the most rows, with a beginning in common, which takes more memory than none."""
+    """A decode step of the most rows with a shared prefix, which takes more memory than one without."""
     rows = config.max_num_seqs
     keys = min(config.max_model_len, 2 * 256 + 1)
     return batch_of(config, np.full(rows, keys, np.int32), np.ones(rows, np.int32), columns_of(rows))
 
 
 def largest_prompt(config: EngineConfig) -> Batch:
-    """Of the steps with prompts that a graph takes one with most rows, each of which has logits, then most tokens."""
+    """The largest prefill step that is a CUDA graph: most rows first (each needs logits), then most tokens."""
     rows = max(1, min(config.max_num_seqs, config.max_num_batched_tokens - 1))
 
     def tokens_of(prompts: int) -> int:

@@ -1,10 +1,10 @@
-"""The ops of a step while its layers run: one may wait for the next and be taken in by its kernel.
+"""Peephole fusion: an op may be deferred, and fused into the kernel of the op that consumes its result.
 
-Layers call one op after another and know nothing of it. An op that another may take in writes nothing at first: what it
-is about is remembered, and the next op either takes it in or has it computed. So whoever is not an op must not look at
-a result before `finish`. What is taken in here:
+Layers call one op after another and know nothing of it. A deferred op writes nothing at first: it is remembered, and
+the next op either fuses it or has it computed. So nothing but an op may look at a result before `finish`, which
+`runner/symbolic` checks at load. What is fused:
 
-    rows      what waits                          who takes it in
+    rows      deferred op                         consumer
     1 to 2    addition and norm, SiLU             the product behind it (`matvec`)
     2 to 64   a product without bias              the addition and norm behind it (`streamed`)
               a product                           the SiLU behind it (`streamed`)
